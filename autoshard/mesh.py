@@ -1,0 +1,132 @@
+"""The device mesh, and the spec that lays one array out over it.
+
+A `Mesh` is a grid of devices with named axes. A spec names, for each dimension of an array, the
+mesh axis that splits it, or None. We write a sharded array as `A[I_model, J]`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from autoshard.errors import MeshError
+
+__all__ = ["Mesh", "Spec", "divides", "format_spec", "parse_mesh", "shard_bytes", "shard_shape"]
+
+Spec = tuple[str | None, ...]
+
+_AXIS_NAMES = {1: ("model",), 2: ("batch", "model")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """A grid of devices.
+
+    Attributes:
+        shape: devices along each axis, each at least 1.
+        axis_names: one name an axis, the data axis first.
+    """
+
+    shape: tuple[int, ...]
+    axis_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.shape or min(self.shape) < 1:
+            raise MeshError(
+                f"mesh '{self}' is not a grid of devices: every axis needs at least one"
+            )
+        if len(self.shape) != len(self.axis_names):
+            raise MeshError(
+                f"mesh '{self}' has {len(self.shape)} axes and {len(self.axis_names)} axis names "
+                f"({', '.join(self.axis_names)}); give one name an axis, the data axis first"
+            )
+        if len(set(self.axis_names)) != len(self.axis_names) or not all(
+            name.isidentifier() for name in self.axis_names
+        ):
+            raise MeshError(
+                f"axis names {', '.join(self.axis_names)!r} must be distinct identifiers"
+            )
+
+    def __str__(self) -> str:
+        return "x".join(str(size) for size in self.shape)
+
+    @property
+    def n_devices(self) -> int:
+        """The number of devices: the product of the axes."""
+        return math.prod(self.shape)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name -> number of devices along it."""
+        return dict(zip(self.axis_names, self.shape, strict=True))
+
+    @property
+    def parallel_axes(self) -> tuple[str, ...]:
+        """The axes that split anything: those of more than one device."""
+        return tuple(name for name, size in self.sizes.items() if size > 1)
+
+    @property
+    def data_axis(self) -> str:
+        """The axis over which Keras splits dimension 0 of the data: the first."""
+        return self.axis_names[0]
+
+
+def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
+    """Read a mesh such as `1x8`.
+
+    Args:
+        text: devices along each axis, joined by `x`.
+        axis_names: one name an axis, the data axis first. By default `model` for one axis and
+            `batch, model` for two.
+
+    Raises:
+        MeshError: the text is no mesh, or three axes or more came without names.
+
+    >>> parse_mesh("2x4")
+    Mesh(shape=(2, 4), axis_names=('batch', 'model'))
+    """
+    if not re.fullmatch(r"\d+([xX]\d+)*", text.strip()):
+        raise MeshError(f"'{text}' is not a mesh; write the devices along each axis, like 1x8")
+    shape = tuple(int(size) for size in re.split("[xX]", text.strip()))
+    if axis_names is None and len(shape) not in _AXIS_NAMES:
+        raise MeshError(
+            f"mesh '{text}' has {len(shape)} axes; name them with --axes, the data axis first"
+        )
+    return Mesh(shape=shape, axis_names=tuple(axis_names or _AXIS_NAMES[len(shape)]))
+
+
+def divides(shape: Sequence[int], spec: Spec, mesh: Mesh) -> bool:
+    """Whether every dimension of `shape` is a multiple of the mesh axis that splits it."""
+    sizes = mesh.sizes
+    return all(
+        size % sizes[axis] == 0 for size, axis in zip(shape, spec, strict=False) if axis is not None
+    )
+
+
+def shard_shape(shape: Sequence[int], spec: Spec, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of one device's shard. A spec shorter than the shape leaves the rest whole.
+
+    >>> shard_shape((16, 3072, 256), ("model", None, None), parse_mesh("1x8"))
+    (2, 3072, 256)
+    """
+    sizes = mesh.sizes
+    axes: Iterable[str | None] = (*spec, *[None] * (len(shape) - len(spec)))
+    return tuple(
+        size if axis is None else -(-size // sizes[axis])
+        for size, axis in zip(shape, axes, strict=True)
+    )
+
+
+def shard_bytes(shape: Sequence[int], itemsize: int, spec: Spec, mesh: Mesh) -> int:
+    """The bytes of one device's shard of an array of `shape` and `itemsize` bytes an element."""
+    return math.prod(shard_shape(shape, spec, mesh)) * itemsize
+
+
+def format_spec(spec: Spec) -> str:
+    """Print a spec as Python: `("model", None)`.
+
+    >>> format_spec(("model", None)), format_spec((None,))
+    ('("model", None)', '(None,)')
+    """
+    entries = ", ".join("None" if axis is None else f'"{axis}"' for axis in spec)
+    return f"({entries},)" if len(spec) == 1 else f"({entries})"
