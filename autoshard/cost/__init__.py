@@ -1,0 +1,1 @@
+"""What a step costs under a layout: compute, collectives and memory, by stated formulas."""

@@ -1,0 +1,123 @@
+"""The cost of a whole step under one layout of every group."""
+
+from collections.abc import Sequence
+
+from autoshard.cost.memory import peak_memory
+from autoshard.cost.strategies import (
+    Machine,
+    OpCost,
+    Transfer,
+    candidate_choices,
+    cost_of_choice,
+    local_bytes,
+)
+from autoshard.cost.values import StepCost, Traffic
+from autoshard.graph.program import Argument, Layout, Op, Program
+from autoshard.hardware.collectives import wire_bytes
+
+__all__ = ["StepPricer"]
+
+
+class StepPricer:
+    """Prices layouts of one program on one machine.
+
+    Ops that look alike (those of different blocks do) share their prices, so a layout that
+    differs in a few groups costs little to price.
+    """
+
+    def __init__(self, program: Program, machine: Machine) -> None:
+        self.program = program
+        self.machine = machine
+        self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
+        kinds: dict[tuple[object, ...], int] = {}
+        self._kind_of = [kinds.setdefault(_look(op), len(kinds)) for op in program.ops]
+
+    def op_cost(self, index: int, layouts: Sequence[Layout]) -> OpCost:
+        """The cheapest choice of op `index`, the layout of every group given."""
+        op = self.program.ops[index]
+        around = tuple(layouts[array.group] for array in (*op.operands, *op.results))
+        key = (self._kind_of[index], around)
+        price = self._prices.get(key)
+        if price is None:
+            choices = candidate_choices(op, [(lay,) for lay in around], self.machine.axis_sizes)
+            price = min(
+                (cost_of_choice(op, choice, around, self.machine) for choice in choices),
+                key=lambda cost: cost.total_seconds,
+            )
+            self._prices[key] = price
+        return price
+
+    def price(self, layouts: Sequence[Layout]) -> StepCost:
+        """The step under `layouts`, one a group."""
+        compute = self._update_seconds(layouts)
+        traffic: list[Traffic] = []
+        moved: set[tuple[object, ...]] = set()
+        for index, op in enumerate(self.program.ops):
+            cost = self.op_cost(index, layouts)
+            compute += cost.compute_seconds * op.count
+            for transfer in cost.transfers:
+                # An array is gathered once however many ops read it, and a sum of partial sums is
+                # reduced once.
+                once = _once(op, transfer)
+                if once not in moved:
+                    moved.add(once)
+                    traffic.append(self._traffic(op, transfer))
+        return StepCost(
+            compute_seconds=compute,
+            blocking_seconds=sum(t.seconds * t.count for t in traffic if not t.overlapped),
+            overlapped_seconds=sum(t.seconds * t.count for t in traffic if t.overlapped),
+            traffic=tuple(traffic),
+            memory=peak_memory(self.program, layouts, self.machine.axis_sizes),
+        )
+
+    def _traffic(self, op: Op, transfer: Transfer) -> Traffic:
+        link = self.machine.links[transfer.axis]
+        return Traffic(
+            kind=transfer.kind,
+            axis=link.axis,
+            n_bytes=transfer.n_bytes,
+            wire_bytes=wire_bytes(transfer.kind, transfer.n_bytes, link.size),
+            seconds=transfer.seconds,
+            overlapped=transfer.overlapped,
+            count=op.count,
+            layer=op.layer,
+            backward=op.backward,
+        )
+
+    def update_passes(self, argument: Argument) -> int:
+        """How often the optimizer's update passes over an argument's bytes in memory.
+
+        A trained weight is read and written and its gradient read; a slot is read and written.
+        """
+        if not argument.donated:
+            return 0
+        return {"weight": 3 * argument.trainable, "slot": 2}.get(argument.role, 0)
+
+    def _update_seconds(self, layouts: Sequence[Layout]) -> float:
+        n_bytes = sum(
+            local_bytes(argument.n_bytes, layouts[argument.group], self.machine.axis_sizes)
+            * self.update_passes(argument)
+            * argument.count
+            for argument in self.program.arguments
+            if argument.group is not None
+        )
+        return n_bytes / self.machine.chip.hbm_bytes_per_second
+
+
+def _once(op: Op, transfer: Transfer) -> tuple[object, ...]:
+    """What makes two transfers the same one."""
+    if transfer.operand is None:
+        return ("result", op.sum_into, transfer.kind, transfer.axis, transfer.target)
+    return (op.operands[transfer.operand].identity, transfer.axis, transfer.target)
+
+
+def _look(op: Op) -> tuple[object, ...]:
+    """Everything that decides an op's price but the layouts."""
+    return (
+        op.kind,
+        tuple((array.n_bytes, array.factors) for array in op.operands),
+        tuple((array.n_bytes, array.factors) for array in op.results),
+        op.factor_sizes,
+        op.reduced,
+        op.flops,
+    )

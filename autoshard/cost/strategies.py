@@ -1,0 +1,274 @@
+"""What one op costs, given the layouts of its operands and results.
+
+On each mesh axis an op splits one of its factors or none. Given that choice,
+
+- compute is the op's share: FLOPs over peak times the efficiency of the shard's shape, or bytes
+  over memory bandwidth, whichever is longer (roofline);
+- an operand that does not lie as the op wants it is gathered (all-gather), exchanged (all-to-all)
+  or sliced (free);
+- a reduced factor leaves partial sums: an all-reduce, or a reduce-scatter where the result is
+  itself split over that axis.
+
+The partitioner picks the choice; we take the cheapest among the factors that some operand or
+result splits over that axis, and none.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.hardware.chips import Chip, matmul_efficiency
+from autoshard.hardware.collectives import seconds as collective_seconds
+from autoshard.hardware.links import AxisLink
+
+__all__ = [
+    "Choice",
+    "Machine",
+    "OpCost",
+    "Transfer",
+    "array_transfers",
+    "candidate_choices",
+    "compute_seconds",
+    "cost_of_choice",
+    "local_bytes",
+]
+
+Choice = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The chips and the links between them, mesh axis by mesh axis.
+
+    Attributes:
+        chip: one device.
+        links: what carries each mesh axis of more than one device, in mesh order.
+        matmul_dtype: dtype of the matmuls, for the peak.
+    """
+
+    chip: Chip
+    links: tuple[AxisLink, ...]
+    matmul_dtype: str = "bfloat16"
+
+    @property
+    def axis_sizes(self) -> tuple[int, ...]:
+        """Devices along each axis."""
+        return tuple(link.size for link in self.links)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One collective of one op.
+
+    Attributes:
+        kind: as in `autoshard.hardware.collectives`.
+        axis: index into `Machine.links`.
+        n_bytes: as `autoshard.hardware.collectives` counts them for the kind.
+        seconds: time of one.
+        overlapped: whether the chip's compiler hides it behind compute.
+        operand: position of the operand that is moved, or None for the result.
+        target: layout that the moved array gets.
+    """
+
+    kind: str
+    axis: int
+    n_bytes: int
+    seconds: float
+    overlapped: bool
+    operand: int | None
+    target: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpCost:
+    """Compute and collectives of one op under one choice."""
+
+    choice: Choice
+    compute_seconds: float
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def total_seconds(self) -> float:
+        """Everything one after the other: what the choice is made by."""
+        return self.compute_seconds + sum(transfer.seconds for transfer in self.transfers)
+
+
+def local_bytes(n_bytes: int, layout: Layout, axis_sizes: Sequence[int]) -> int:
+    """Bytes of one device's shard."""
+    parts = math.prod(
+        n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE
+    )
+    return -(-n_bytes // parts)
+
+
+def candidate_choices(
+    op: Op, layouts: Sequence[Sequence[Layout]], axis_sizes: Sequence[int]
+) -> Iterator[Choice]:
+    """The choices worth pricing: on each axis, none or a factor that a layout splits over it.
+
+    Args:
+        op: the op.
+        layouts: for each operand, then each result, the layouts it may have.
+        axis_sizes: devices along each axis.
+    """
+    arrays = (*op.operands, *op.results)
+    options = []
+    for axis in range(len(axis_sizes)):
+        found = {WHOLE}
+        for array, possible in zip(arrays, layouts, strict=True):
+            for layout in possible:
+                factor = array.factors[layout[axis]] if layout[axis] != WHOLE else None
+                if factor is not None:
+                    found.add(factor)
+        options.append(sorted(found))
+    for choice in itertools.product(*options):
+        parts: dict[int, int] = {}
+        for factor, n in zip(choice, axis_sizes, strict=True):
+            if factor != WHOLE:
+                parts[factor] = parts.get(factor, 1) * n
+        if all(op.factor_sizes[factor] % n == 0 for factor, n in parts.items()):
+            yield choice
+
+
+def cost_of_choice(
+    op: Op, choice: Choice, layouts: Sequence[Layout], machine: Machine
+) -> OpCost:
+    """Price one choice.
+
+    Args:
+        op: the op.
+        choice: the factor split over each axis, or `WHOLE`.
+        layouts: of each operand, then each result.
+        machine: the chips and links.
+    """
+    arrays = (*op.operands, *op.results)
+    transfers = [
+        transfer
+        for position, (array, layout) in enumerate(zip(arrays, layouts, strict=True))
+        for transfer in array_transfers(
+            op, array, position if position < len(op.operands) else None, choice, layout, machine
+        )
+    ]
+    return OpCost(
+        choice=choice,
+        compute_seconds=compute_seconds(op, choice, machine),
+        transfers=tuple(transfers),
+    )
+
+
+def array_transfers(
+    op: Op, array: Array, operand: int | None, choice: Choice, layout: Layout, machine: Machine
+) -> list[Transfer]:
+    """The collectives between one array of an op, laid out as `layout`, and the op's choice.
+
+    Args:
+        op: the op.
+        array: one of its operands or results.
+        operand: position among the operands, or None for a result.
+        choice: the factor split over each axis, or `WHOLE`.
+        layout: how the array lies outside of the op.
+        machine: the chips and links.
+    """
+    made = _layout_of(array, choice)
+    if operand is not None:
+        return list(_moves(array, layout, made, machine, operand))
+    partial = [axis for axis, factor in enumerate(choice) if factor in op.reduced]
+    summed = tuple(layout[axis] if axis in partial else dim for axis, dim in enumerate(made))
+    return [
+        *_reductions(array, made, layout, partial, machine),
+        *_moves(array, summed, layout, machine, None),
+    ]
+
+
+def _layout_of(array: Array, choice: Choice) -> Layout:
+    """How an array lies where its op makes this choice."""
+    factors = array.factors
+    return tuple(
+        factors.index(factor) if factor != WHOLE and factor in factors else WHOLE
+        for factor in choice
+    )
+
+
+def _transfer(
+    kind: str, axis: int, n_bytes: int, machine: Machine, operand: int | None, target: Layout
+) -> Transfer:
+    return Transfer(
+        kind=kind,
+        axis=axis,
+        n_bytes=n_bytes,
+        seconds=collective_seconds(kind, n_bytes, machine.links[axis]),
+        overlapped=kind in machine.chip.overlapped_collectives,
+        operand=operand,
+        target=target,
+    )
+
+
+def _moves(
+    array: Array, have: Layout, want: Layout, machine: Machine, position: int | None
+) -> Iterator[Transfer]:
+    """From one layout to another: slices are free, the rest is gathered or exchanged."""
+    sizes = machine.axis_sizes
+    for axis, (source, target) in enumerate(zip(have, want, strict=True)):
+        if source in (target, WHOLE):
+            continue
+        if target == WHOLE:
+            # The gathered array is still split over the axes that split it before and after.
+            n_bytes = local_bytes(array.n_bytes, want, sizes)
+            yield _transfer("all-gather", axis, n_bytes, machine, position, want)
+        else:
+            n_bytes = local_bytes(array.n_bytes, have, sizes)
+            yield _transfer("all-to-all", axis, n_bytes, machine, position, want)
+
+
+def _reductions(
+    array: Array, made: Layout, layout: Layout, partial: Sequence[int], machine: Machine
+) -> Iterator[Transfer]:
+    """Partial sums over each axis of `partial`."""
+    sizes = machine.axis_sizes
+    now = made
+    for axis in partial:
+        n_bytes = local_bytes(array.n_bytes, now, sizes)
+        if layout[axis] == WHOLE:
+            yield _transfer("all-reduce", axis, n_bytes, machine, None, layout)
+        else:
+            yield _transfer("reduce-scatter", axis, n_bytes, machine, None, layout)
+            now = tuple(layout[a] if a == axis else dim for a, dim in enumerate(now))
+
+
+def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
+    """Roofline of one device's share of an op.
+
+    Matmuls take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`; reductions, lookups and
+    moves take their bytes; what the compiler fuses into those takes nothing of its own.
+    """
+    if op.kind in ("broadcast", "elementwise", "reshape"):
+        return 0.0
+    sizes = machine.axis_sizes
+    arrays = op.operands[1:] if op.kind == "gather" else op.operands
+    n_bytes = sum(
+        local_bytes(array.n_bytes, _layout_of(array, choice), sizes)
+        for array in (*arrays, *op.results)
+    )
+    memory_seconds = n_bytes / machine.chip.hbm_bytes_per_second
+    if not op.flops:
+        return memory_seconds
+    peak = machine.chip.peak_flops_per_second[machine.matmul_dtype]
+    efficiency = matmul_efficiency(machine.chip, *_matmul_shape(op, choice, sizes))
+    parts = math.prod(n for factor, n in zip(choice, sizes, strict=True) if factor != WHOLE)
+    return max(memory_seconds, op.flops / parts / (peak * efficiency))
+
+
+def _matmul_shape(op: Op, choice: Choice, axis_sizes: Sequence[int]) -> tuple[int, int, int]:
+    """Rows, contracted and columns of one device's matmul; batch factors are repetitions."""
+    local = list(op.factor_sizes)
+    for factor, n in zip(choice, axis_sizes, strict=True):
+        if factor != WHOLE:
+            local[factor] = max(1, local[factor] // n)
+    left = set(op.operands[0].factors)
+    right = set(op.operands[-1].factors)
+    m = math.prod(local[f] for f in left - right if f is not None)
+    k = math.prod(local[f] for f in op.reduced)
+    n = math.prod(local[f] for f in right - left if f is not None)
+    return m, k, n

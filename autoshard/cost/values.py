@@ -1,0 +1,86 @@
+"""The values of cost. They add: a sum of costs is the cost of one after the other.
+
+Step time is not a plain sum, because some collectives run behind compute:
+
+    step = compute + blocking collectives + max(0, overlapped collectives - compute)
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["Memory", "StepCost", "Traffic"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind that one op causes.
+
+    Attributes:
+        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all`, `collective-permute`.
+        axis: name of the mesh axis it runs over.
+        n_bytes: bytes of the full array it makes (all-gather), reads (reduce-scatter) or passes
+            (the others) at one device, once.
+        wire_bytes: bytes through one device, once, by the ring formulas.
+        seconds: time of one.
+        overlapped: whether the target runs it behind compute.
+        count: how often the step runs it.
+        layer: path of the layer that causes it, in the folded copy.
+        backward: whether the gradient causes it.
+    """
+
+    kind: str
+    axis: str
+    n_bytes: int
+    wire_bytes: float
+    seconds: float
+    overlapped: bool
+    count: int
+    layer: str
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the peak of the step, by part."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    kv_cache: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The sum of the parts."""
+        return (
+            self.weights + self.gradients + self.optimizer + self.activations + self.kv_cache
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """One step on one mesh of chips.
+
+    Attributes:
+        compute_seconds: matmuls by roofline, memory-bound ops by their bytes.
+        blocking_seconds: collectives that compute waits for.
+        overlapped_seconds: collectives that run behind compute.
+        traffic: every collective.
+        memory: bytes a device at the peak.
+    """
+
+    compute_seconds: float
+    blocking_seconds: float
+    overlapped_seconds: float
+    traffic: tuple[Traffic, ...]
+    memory: Memory
+
+    @property
+    def step_seconds(self) -> float:
+        """Compute, what blocks it, and what the hidden collectives exceed it by."""
+        exposed = max(0.0, self.overlapped_seconds - self.compute_seconds)
+        return self.compute_seconds + self.blocking_seconds + exposed
+
+    @property
+    def collective_bytes(self) -> int:
+        """Wire bytes through one device in one step."""
+        return round(sum(item.wire_bytes * item.count for item in self.traffic))

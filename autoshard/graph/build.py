@@ -1,0 +1,230 @@
+"""Turns a traced step into the `Program` that the planner lays out."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoshard.graph.grouping import Grouping, group_arrays
+from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
+from autoshard.graph.program import Argument, Array, Group, Op, Place, Program
+from autoshard.graph.rules import Label, Link
+
+__all__ = ["StepInput", "build_program"]
+
+_LINEAR = {"add", "add_any", "copy", "reshape", "transpose", "convert_element_type"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """What is known of one argument of the step beside its shape.
+
+    Attributes:
+        role: `weight`, `slot`, `state`, `cache` or `data`.
+        family: the family whose spec it follows, or None.
+        count: how many like it the whole model has, for this one of the folded copy.
+        trainable: whether the step computes a gradient for it.
+    """
+
+    role: str
+    family: str | None
+    count: int = 1
+    trainable: bool = False
+
+
+def build_program(
+    closed: Any,
+    inputs: Sequence[StepInput],
+    replaces: Sequence[int | None],
+    count_of: Callable[[str], int] = lambda layer: 1,
+) -> Program:
+    """Read a traced step.
+
+    Args:
+        closed: the step as a `jax.core.ClosedJaxpr` over flat arguments.
+        inputs: one an argument, in order.
+        replaces: for each result, the index of the argument whose memory it takes, or None.
+        count_of: how many times the whole model has a layer of the traced copy.
+
+    Returns:
+        The program, with the arrays grouped and only the ops that can move or compute something.
+    """
+    flat = read_jaxpr(closed)
+    owners = {
+        identity: _owner(i, info)
+        for i, (identity, info) in enumerate(zip(flat.inputs, inputs, strict=True))
+        if info.role != "state" or info.family
+    }
+    grouping, left = group_arrays(flat, owners)
+    numbering = _Numbering(grouping)
+    argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
+    sums = _sum_targets(flat)
+    ops = [
+        _op(equation, open_operands, flat, numbering, count_of, sums)
+        for equation, open_operands in left
+    ]
+    ops += _replacements(flat, inputs, replaces, numbering)
+    outputs, arguments = _ends(flat, inputs, replaces, numbering)
+    groups = tuple(
+        Group(sizes=grouping.sizes[root], argument=argument_of.get(number))
+        for root, number in numbering.numbers.items()
+    )
+    return Program(
+        groups=groups,
+        ops=tuple(op for op in ops if op is not None),
+        arguments=arguments,
+        outputs=outputs,
+        unknown=flat.unknown,
+    )
+
+
+def _owner(index: int, info: StepInput) -> str:
+    """Arguments of one family and of one place in the traced copy may share a group."""
+    return info.family if info.family is not None else f"argument {index}"
+
+
+@dataclass(slots=True)
+class _Numbering:
+    """Gives the groups in use numbers from 0."""
+
+    grouping: Grouping
+    numbers: dict[int, int] = field(default_factory=dict)
+
+    def number(self, identity: int) -> int:
+        root = self.grouping.group_of[identity]
+        return self.numbers.setdefault(root, len(self.numbers))
+
+
+def _ends(
+    flat: FlatJaxpr,
+    inputs: Sequence[StepInput],
+    replaces: Sequence[int | None],
+    numbering: _Numbering,
+) -> tuple[tuple[Place, ...], tuple[Argument, ...]]:
+    outputs = tuple(
+        Place(
+            group=numbering.number(identity) if flat.arrays[identity].shape else None,
+            n_bytes=flat.arrays[identity].n_bytes,
+            count=1,
+        )
+        for identity, replaced in zip(flat.outputs, replaces, strict=True)
+        if replaced is None and identity is not None
+    )
+    donated = {index for index in replaces if index is not None}
+    arguments = tuple(
+        Argument(
+            role=info.role,
+            family=info.family,
+            group=numbering.number(identity),
+            dims=numbering.grouping.dims[identity],
+            shape=flat.arrays[identity].shape,
+            n_bytes=flat.arrays[identity].n_bytes,
+            count=info.count,
+            donated=index in donated,
+            trainable=info.trainable,
+        )
+        for index, (identity, info) in enumerate(zip(flat.inputs, inputs, strict=True))
+    )
+    return outputs, arguments
+
+
+def _replacements(
+    flat: FlatJaxpr,
+    inputs: Sequence[StepInput],
+    replaces: Sequence[int | None],
+    numbering: _Numbering,
+) -> list[Op | None]:
+    """A result that takes an argument's memory takes its layout: a copy, where they differ."""
+    ops: list[Op | None] = []
+    for identity, replaced in zip(flat.outputs, replaces, strict=True):
+        if replaced is None or identity is None:
+            continue
+        target = flat.inputs[replaced]
+        if numbering.grouping.group_of[identity] == numbering.grouping.group_of[target]:
+            continue
+        labels = tuple(range(len(flat.arrays[identity].shape)))
+        link = Link(kind="elementwise", operands=(labels,), results=(labels,))
+        equation = Equation(
+            primitive="copy",
+            operands=(identity,),
+            results=(target,),
+            link=link,
+            flops=0.0,
+            layer="",
+            backward=False,
+        )
+        count = inputs[replaced].count
+        ops.append(_op(equation, (0,), flat, numbering, lambda _, n=count: n, {}))  # type: ignore[misc]
+    return ops
+
+
+def _op(
+    equation: Equation,
+    open_operands: tuple[int, ...],
+    flat: FlatJaxpr,
+    numbering: _Numbering,
+    count_of: Callable[[str], int],
+    sums: Mapping[int, int],
+) -> Op | None:
+    """One op of the program, its labels turned into factor numbers; None where nothing is laid."""
+    link = equation.link
+    used = [(equation.operands[i], link.operands[i]) for i in open_operands]
+    made = [
+        pair
+        for pair in zip(equation.results, link.results, strict=True)
+        if any(size != 1 for size in flat.arrays[pair[0]].shape)
+    ]
+    if link.kind == "source" or not used:
+        return None
+    factors: dict[Label, int] = {}
+    sizes: list[int] = []
+
+    def array(identity: int, labels: tuple[Label | None, ...]) -> Array:
+        shape = flat.arrays[identity].shape
+        for label, size in zip(labels, shape, strict=True):
+            if label is not None and label not in factors and size != 1:
+                factors[label] = len(factors)
+                sizes.append(link.sizes.get(label, size))
+        placed = numbering.grouping.factors(identity, labels)
+        return Array(
+            identity=identity,
+            group=numbering.number(identity),
+            n_bytes=flat.arrays[identity].n_bytes,
+            factors=tuple(None if label is None else factors[label] for label in placed),
+        )
+
+    operands = tuple(array(*pair) for pair in used)
+    results = tuple(array(*pair) for pair in made)
+    broadcast = link.kind == "elementwise" and equation.primitive != "copy"
+    return Op(
+        primitive=equation.primitive,
+        kind="broadcast" if broadcast else link.kind,
+        operands=operands,
+        results=results,
+        factor_sizes=tuple(sizes),
+        reduced=frozenset(factors[label] for label in link.reduced if label in factors),
+        flops=equation.flops,
+        layer=equation.layer,
+        backward=equation.backward,
+        count=count_of(equation.layer),
+        sum_into=sums.get(equation.results[0], equation.results[0]),
+    )
+
+
+def _sum_targets(flat: FlatJaxpr) -> dict[int, int]:
+    """Where each array's value is added up with others before anything else reads it.
+
+    XLA reduces a sum of partial sums once, not each of them, so long as nothing but additions and
+    moves stand between.
+    """
+    uses = Counter(i for equation in flat.equations for i in equation.operands)
+    uses.update(i for i in flat.outputs if i is not None)
+    target: dict[int, int] = {}
+    for equation in reversed(flat.equations):
+        if equation.primitive not in _LINEAR or not equation.results:
+            continue
+        result = equation.results[0]
+        for operand in equation.operands:
+            if uses[operand] == 1:
+                target[operand] = target.get(result, result)
+    return target

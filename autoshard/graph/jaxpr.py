@@ -1,0 +1,207 @@
+"""Reads a jaxpr into flat equations: calls inlined, arrays numbered, layers named.
+
+The result knows nothing of JAX any more: shapes, factors and names only.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from autoshard.graph.rules import Label, Link, link_of, unknown_link
+
+__all__ = ["ArrayType", "Equation", "FlatJaxpr", "read_jaxpr"]
+
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat",
+          "checkpoint", "remat2", "custom_vjp_call_jaxpr"}  # fmt: skip
+_TRANSFORM = re.compile(r"(?:jvp|transpose|vmap|remat|checkpoint|rematted_computation)\(")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayType:
+    """Shape and bytes an element of one array."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equation:
+    """One equation of the step.
+
+    Attributes:
+        operands, results: identities of the arrays; literals are left out.
+        link: its factors; `link.operands` matches `operands`.
+        flops: floating point operations, multiply-add counting two; 0 for what is not a matmul.
+        layer: path of the layer, without the transformations around it.
+        backward: whether the transposed (gradient) program holds it.
+    """
+
+    primitive: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    link: Link
+    flops: float
+    layer: str
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatJaxpr:
+    """A step without calls.
+
+    Attributes:
+        arrays: type of each array, by identity.
+        equations: in execution order.
+        inputs: identity of each argument.
+        outputs: identity of each result, or None for a constant.
+        unknown: names of primitives without a rule.
+    """
+
+    arrays: tuple[ArrayType, ...]
+    equations: tuple[Equation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int | None, ...]
+    unknown: tuple[str, ...]
+
+
+class _Reader:
+    """Walks nested jaxprs, keeping the numbering of arrays."""
+
+    def __init__(self) -> None:
+        self.arrays: list[ArrayType] = []
+        self.equations: list[Equation] = []
+        self.unknown: set[str] = set()
+
+    def new(self, variable: Any) -> int:
+        aval = variable.aval
+        # Extended dtypes (random keys) have no itemsize of their own.
+        itemsize = getattr(aval.dtype, "itemsize", 4)
+        self.arrays.append(ArrayType(shape=tuple(map(int, aval.shape)), itemsize=itemsize))
+        return len(self.arrays) - 1
+
+    def walk(self, jaxpr: Any, known: dict[Any, int | None], prefix: str) -> list[int | None]:
+        for equation in jaxpr.eqns:
+            stack = "/".join(filter(None, (prefix, str(equation.source_info.name_stack))))
+            inner = _called(equation) if equation.primitive.name in _CALLS else None
+            if inner is None:
+                self.add(equation, known, stack)
+                continue
+            scope: dict[Any, int | None] = {}
+            for variable, operand in zip(inner.jaxpr.invars, equation.invars, strict=True):
+                scope[variable] = _identity(operand, known)
+            for variable in inner.jaxpr.constvars:
+                scope[variable] = self.new(variable)
+            outs = self.walk(inner.jaxpr, scope, stack)
+            known.update(zip(equation.outvars, outs, strict=True))
+        return [_identity(variable, known) for variable in jaxpr.outvars]
+
+    def add(self, equation: Any, known: dict[Any, int | None], stack: str) -> None:
+        name = equation.primitive.name
+        shapes = [tuple(map(int, v.aval.shape)) for v in equation.invars]
+        out_shapes = [tuple(map(int, v.aval.shape)) for v in equation.outvars]
+        link = link_of(name, shapes, out_shapes, equation.params)
+        if link is None:
+            self.unknown.add(name)
+            link = unknown_link(shapes, out_shapes)
+        results = []
+        for variable in equation.outvars:
+            known[variable] = self.new(variable)
+            results.append(known[variable])
+        identities = [_identity(v, known) for v in equation.invars]
+        present = [i for i, identity in enumerate(identities) if identity is not None]
+        layer, backward = _layer(stack)
+        self.equations.append(
+            Equation(
+                primitive=name,
+                operands=tuple(identities[i] for i in present),  # type: ignore[misc]
+                results=tuple(results),  # type: ignore[arg-type]
+                link=Link(
+                    kind=link.kind,
+                    operands=tuple(link.operands[i] for i in present if i < len(link.operands)),
+                    results=link.results,
+                    reduced=link.reduced,
+                    sizes=link.sizes,
+                ),
+                flops=_flops(link, shapes),
+                layer=layer,
+                backward=backward,
+            )
+        )
+
+
+def _called(equation: Any) -> Any:
+    """The jaxpr that a call runs, or None where it cannot be inlined."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = equation.params.get(name)
+        if inner is not None:
+            closed = inner if hasattr(inner, "jaxpr") else None
+            return closed if closed is not None else _Closed(inner)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Closed:
+    """Gives an open jaxpr the one attribute that a closed one has."""
+
+    jaxpr: Any
+
+
+def _identity(variable: Any, known: dict[Any, int | None]) -> int | None:
+    return None if hasattr(variable, "val") else known.get(variable)
+
+
+def _flops(link: Link, shapes: list[tuple[int, ...]]) -> float:
+    """2 x the product of every factor of a contraction; 0 for any other op."""
+    if link.kind != "contraction":
+        return 0.0
+    sizes: dict[Label, int] = {}
+    for labels, shape in zip(link.operands, shapes, strict=False):
+        sizes.update(zip(labels, shape, strict=True))
+    sizes.pop(None, None)
+    return 2.0 * math.prod(sizes.values())
+
+
+def _layer(stack: str) -> tuple[str, bool]:
+    """Path of the layer and whether the equation belongs to the gradient.
+
+    >>> _layer("transpose(jvp(gemma_backbone))/decoder_block_1/attention/query/btd,ndh->btnh")
+    ('gemma_backbone/decoder_block_1/attention/query', True)
+    """
+    backward = "transpose(" in stack
+    parts = [part.rstrip(")") for part in _TRANSFORM.sub("", stack).split("/")]
+    return "/".join(part for part in parts if part and "->" not in part), backward
+
+
+def read_jaxpr(closed: Any) -> FlatJaxpr:
+    """Flatten a `jax.core.ClosedJaxpr`.
+
+    Args:
+        closed: the traced step, as `jax.make_jaxpr` returns it.
+
+    Returns:
+        Its equations in order, calls inlined. A primitive without a rule is listed in `unknown`
+        and taken to need its operands whole.
+    """
+    reader = _Reader()
+    known: dict[Any, int | None] = {v: reader.new(v) for v in closed.jaxpr.invars}
+    inputs = tuple(_identities(known.values()))
+    known.update({v: reader.new(v) for v in closed.jaxpr.constvars})
+    outputs = reader.walk(closed.jaxpr, known, "")
+    return FlatJaxpr(
+        arrays=tuple(reader.arrays),
+        equations=tuple(reader.equations),
+        inputs=inputs,
+        outputs=tuple(outputs),
+        unknown=tuple(sorted(reader.unknown)),
+    )
+
+
+def _identities(values: Any) -> Iterator[int]:
+    return (value for value in values if value is not None)

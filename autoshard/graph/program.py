@@ -1,0 +1,145 @@
+"""The values of this room: the ops of a step with their factors, and the layout of its arrays.
+
+An array of the step is known by its `Place`: the group of arrays it belongs to, and which of the
+group's dimensions each of its own is. Arrays that only elementwise ops, casts and transpositions
+join are laid out together by the partitioner, so they form one group with one layout; what is
+left to decide is the layout of the groups.
+
+A layout of a group is a tuple with one entry a mesh axis: the dimension of the group that the
+axis splits, or `WHOLE`.
+"""
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["WHOLE", "Argument", "Array", "Group", "Layout", "Op", "Place", "Program"]
+
+WHOLE = -1
+Layout = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Array:
+    """One operand or result of an op.
+
+    Attributes:
+        identity: which array of the step it is; two uses of one array share it.
+        group: index of its group.
+        n_bytes: bytes of the whole array.
+        factors: for each dimension of the group, the op's factor it moves with, or None.
+    """
+
+    identity: int
+    group: int
+    n_bytes: int
+    factors: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One op of the step that moves or computes something.
+
+    Attributes:
+        primitive: its name in the jaxpr.
+        kind: the kind of its link (see `autoshard.graph.rules`).
+        operands, results: the arrays in and out.
+        factor_sizes: size of each factor.
+        reduced: the factors whose splitting leaves partial sums.
+        flops: multiply-adds count two; 0 for ops that only move data.
+        layer: path of the layer that made it, for example `decoder_block_1/attention/query`.
+        backward: whether it belongs to the gradient.
+        count: how many times the whole model runs it, for this one of the folded copy.
+        sum_into: identity of the array in which its partial results end up summed with those of
+            other ops; the partitioner reduces once, there.
+    """
+
+    primitive: str
+    kind: str
+    operands: tuple[Array, ...]
+    results: tuple[Array, ...]
+    factor_sizes: tuple[int, ...]
+    reduced: frozenset[int]
+    flops: float
+    layer: str
+    backward: bool
+    count: int
+    sum_into: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Arrays that are laid out together.
+
+    Attributes:
+        sizes: size of each dimension (none of size 1).
+        argument: index of the argument that fixes the layout, or None where it is free.
+    """
+
+    sizes: tuple[int, ...]
+    argument: int | None
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of an array of this group."""
+        return math.prod(self.sizes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """An input of the step.
+
+    Attributes:
+        role: `weight`, `slot`, `state`, `cache` or `data`.
+        family: the family whose spec it follows; None for data and for what is replicated.
+        group: index of its group, or None for a scalar.
+        dims: for each dimension of the array, the group's dimension, or None for size 1.
+        shape: shape of the array.
+        n_bytes: bytes of the whole array.
+        count: how many like it the whole model has.
+        donated: whether a result takes its place in memory.
+        trainable: whether the step computes a gradient for it.
+    """
+
+    role: str
+    family: str | None
+    group: int | None
+    dims: tuple[int | None, ...]
+    shape: tuple[int, ...]
+    n_bytes: int
+    count: int
+    donated: bool
+    trainable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """An array that the step returns.
+
+    Attributes:
+        group: index of its group, or None for a scalar.
+        n_bytes: bytes of the whole array.
+        count: how many like it the whole model has.
+    """
+
+    group: int | None
+    n_bytes: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """The step as the planner sees it.
+
+    Attributes:
+        groups: what is to be laid out.
+        ops: in execution order.
+        arguments: the inputs of the step.
+        outputs: results that take no argument's place (loss, logits).
+        unknown: primitives without a rule, by name; they are taken to need everything whole.
+    """
+
+    groups: tuple[Group, ...]
+    ops: tuple[Op, ...]
+    arguments: tuple[Argument, ...]
+    outputs: tuple[Place, ...]
+    unknown: tuple[str, ...]

@@ -1,0 +1,378 @@
+"""How the dimensions of each primitive's operands and results move together: one rule a primitive.
+
+An op is described by factors, as in Shardy's op sharding rules
+(https://openxla.org/shardy/sharding_representation). A factor is a set of dimensions, across
+operands and results, that are split together or not at all. `dot_general` of `A[i, k]` and
+`B[k, j]` to `C[i, j]` has the factors i, j, k:
+
+- a *pass-through* factor stands in operands and results (i, j): splitting it is free;
+- a *reduced* factor stands in operands only (k): splitting it leaves partial sums;
+- a dimension without a factor may not be split: the op needs it whole.
+
+A rule takes the shapes and parameters of one equation and returns a `Link`. Dimensions of size 1
+carry no factor: there is nothing to split.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["LINK_RULES", "Link", "link_of", "unknown_link"]
+
+Shape = tuple[int, ...]
+Label = Hashable
+Labels = tuple[Label | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """The factors of one op.
+
+    Attributes:
+        kind: `elementwise`, `reshape`, `broadcast`, `contraction`, `reduction`, `gather`,
+            `scatter`, `slice`, `source` or `unknown`; propagation and cost go by it.
+        operands: for each operand, the factor of each dimension, or None where it must be whole.
+        results: the same for each result.
+        reduced: the factors whose splitting leaves partial sums in the results.
+        sizes: factor -> its size, where that is not the size of the dimension (a reshape's
+            major part).
+    """
+
+    kind: str
+    operands: tuple[Labels, ...]
+    results: tuple[Labels, ...]
+    reduced: frozenset[Label] = frozenset()
+    sizes: Mapping[Label, int] = field(default_factory=dict)
+
+
+Rule = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], Link]
+
+
+def _numbered(shape: Shape, whole: Sequence[int] = ()) -> Labels:
+    """Label dimension i with i, leaving out those of size 1 and those that must stay whole."""
+    return tuple(
+        None if size == 1 or dim in whole else dim for dim, size in enumerate(shape)
+    )
+
+
+def _elementwise(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Dimension i of every operand goes with dimension i of the result; scalars join in."""
+    return Link(
+        kind="elementwise",
+        operands=tuple(_numbered(shape) for shape in operands),
+        results=tuple(_numbered(shape) for shape in results),
+    )
+
+
+def _transpose(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Result dimension i is operand dimension permutation[i]."""
+    labels = _numbered(operands[0])
+    return Link(
+        kind="reshape",
+        operands=(labels,),
+        results=(tuple(labels[dim] for dim in params["permutation"]),),
+    )
+
+
+def _broadcast_in_dim(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Operand dimension i becomes result dimension broadcast_dimensions[i]; the rest are new."""
+    labels = _numbered(results[0])
+    placed = [
+        labels[dim] if operands[0][i] == results[0][dim] else None
+        for i, dim in enumerate(params["broadcast_dimensions"])
+    ]
+    # Trailing operands are dynamic sizes, which no model here has.
+    return Link(kind="broadcast", operands=(tuple(placed),), results=(labels,))
+
+
+def _reshape(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Runs of dimensions with equal products correspond; of a run only the major parts can split.
+
+    `[8, 16, 256] -> [8, 4096]`: 8 with 8; 16 with the major part of 4096. The minor 256 is whole:
+    splitting it would interleave the shards.
+    """
+    before: list[Label | None] = [None] * len(operands[0])
+    after: list[Label | None] = [None] * len(results[0])
+    sizes: dict[Label, int] = {}
+    left = [dim for dim, size in enumerate(operands[0]) if size != 1]
+    right = [dim for dim, size in enumerate(results[0]) if size != 1]
+    i = j = 0
+    while i < len(left) and j < len(right):
+        a, b = operands[0][left[i]], results[0][right[j]]
+        label = len(sizes)
+        before[left[i]] = after[right[j]] = label
+        sizes[label] = math.gcd(a, b)
+        while a != b:
+            if a < b:
+                i += 1
+                a *= operands[0][left[i]]
+            else:
+                j += 1
+                b *= results[0][right[j]]
+        i, j = i + 1, j + 1
+    return Link(kind="reshape", operands=(tuple(before),), results=(tuple(after),), sizes=sizes)
+
+
+def _squeeze_like(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    return _reshape(operands[:1], results, params)
+
+
+def _reduce(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The dimensions in `axes` are summed (or multiplied, compared) away."""
+    axes = set(params["axes"])
+    labels = _numbered(operands[0])
+    kept = tuple(label for dim, label in enumerate(labels) if dim not in axes)
+    return Link(
+        kind="reduction",
+        operands=tuple(labels for _ in operands),
+        results=tuple(kept for _ in results),
+        reduced=frozenset(labels[dim] for dim in axes if labels[dim] is not None),
+    )
+
+
+def _argminmax(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The dimension searched must be whole: an index is not a partial sum."""
+    axes = tuple(params["axes"])
+    labels = _numbered(operands[0], whole=axes)
+    kept = tuple(label for dim, label in enumerate(labels) if dim not in axes)
+    return Link(kind="slice", operands=(labels,), results=(kept,))
+
+
+def _dot_general(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """`(batch, lhs free, rhs free)` are the result's dimensions; contracting ones are reduced."""
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = params["dimension_numbers"]
+    lhs: list[Label | None] = [("lhs", dim) for dim in range(len(operands[0]))]
+    rhs: list[Label | None] = [("rhs", dim) for dim in range(len(operands[1]))]
+    for left, right in zip((*lhs_contract, *lhs_batch), (*rhs_contract, *rhs_batch), strict=True):
+        rhs[right] = lhs[left]
+    result = [lhs[dim] for dim in lhs_batch]
+    result += [x for dim, x in enumerate(lhs) if dim not in (*lhs_contract, *lhs_batch)]
+    result += [x for dim, x in enumerate(rhs) if dim not in (*rhs_contract, *rhs_batch)]
+    reduced = frozenset(lhs[dim] for dim in lhs_contract)
+    drop = [_drop_ones(labels, shape) for labels, shape in zip((lhs, rhs), operands, strict=True)]
+    return Link(
+        kind="contraction",
+        operands=tuple(drop),
+        results=(_drop_ones(result, results[0]),),
+        reduced=frozenset(label for label in reduced if any(label in labels for labels in drop)),
+    )
+
+
+def _drop_ones(labels: Sequence[Label | None], shape: Shape) -> Labels:
+    return tuple(None if size == 1 else label for label, size in zip(labels, shape, strict=True))
+
+
+def _conv(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Batch and output features pass through, input features are reduced, space stays whole."""
+    numbers = params["dimension_numbers"]
+    lhs: list[Label | None] = [None] * len(operands[0])
+    rhs: list[Label | None] = [None] * len(operands[1])
+    out: list[Label | None] = [None] * len(results[0])
+    lhs[numbers.lhs_spec[0]] = out[numbers.out_spec[0]] = "batch"
+    reduced: frozenset[Label] = frozenset()
+    if params["feature_group_count"] == params["batch_group_count"] == 1:
+        lhs[numbers.lhs_spec[1]] = rhs[numbers.rhs_spec[1]] = "input"
+        rhs[numbers.rhs_spec[0]] = out[numbers.out_spec[1]] = "output"
+        reduced = frozenset(["input"] if operands[0][numbers.lhs_spec[1]] > 1 else [])
+    return Link(
+        kind="contraction",
+        operands=(_drop_ones(lhs, operands[0]), _drop_ones(rhs, operands[1])),
+        results=(_drop_ones(out, results[0]),),
+        reduced=reduced,
+    )
+
+
+def _gather(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """A lookup: result dimensions come from the indices or from whole slices of the operand.
+
+    An operand dimension that is looked up one entry at a time is reduced: each device looks up
+    what it holds, zeros elsewhere, and the results are summed.
+    """
+    numbers = params["dimension_numbers"]
+    operand, indices = operands
+    looked_up = set(numbers.collapsed_slice_dims)
+    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
+    offsets = iter(numbers.offset_dims)
+    source: list[Label | None] = [None] * len(operand)
+    result: list[Label | None] = [None] * len(results[0])
+    for dim, size in enumerate(operand):
+        if dim in looked_up:
+            source[dim] = ("looked up", dim)
+        elif dim not in batching:
+            target = next(offsets)
+            if params["slice_sizes"][dim] == size:
+                source[dim] = result[target] = ("slice", dim)
+    where: list[Label | None] = [None] * len(indices)
+    rest = [dim for dim in range(len(results[0])) if dim not in numbers.offset_dims]
+    for i, dim in enumerate(rest):
+        where[i] = result[dim] = ("index", i)
+    for dim, at in zip(batching, getattr(numbers, "start_indices_batching_dims", ()), strict=True):
+        source[dim] = where[at]
+    reduced = frozenset(("looked up", dim) for dim in looked_up if operand[dim] > 1)
+    return Link(
+        kind="gather",
+        operands=(_drop_ones(source, operand), _drop_ones(where, indices)),
+        results=(_drop_ones(result, results[0]),),
+        reduced=reduced,
+    )
+
+
+def _scatter(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The gradient of a lookup: updates are added into the rows that the indices name.
+
+    Rows of the result split freely (each device adds what falls into its rows); the dimensions of
+    the updates that the indices run over are reduced.
+    """
+    numbers = params["dimension_numbers"]
+    operand, indices, updates = operands
+    inserted = set(numbers.inserted_window_dims)
+    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
+    windows = iter(numbers.update_window_dims)
+    target: list[Label | None] = [None] * len(operand)
+    update: list[Label | None] = [None] * len(updates)
+    for dim, size in enumerate(operand):
+        if dim in inserted:
+            target[dim] = ("row", dim)
+        elif dim not in batching:
+            window = next(windows)
+            if updates[window] == size:
+                target[dim] = update[window] = ("slice", dim)
+    where: list[Label | None] = [None] * len(indices)
+    rest = [dim for dim in range(len(updates)) if dim not in numbers.update_window_dims]
+    for i, dim in enumerate(rest):
+        where[i] = update[dim] = ("index", i)
+    at_dims = getattr(numbers, "scatter_indices_batching_dims", ())
+    for dim, at in zip(batching, at_dims, strict=True):
+        target[dim] = where[at]
+    summed = {("index", i) for i, dim in enumerate(rest) if updates[dim] > 1} - set(target)
+    labels = _drop_ones(target, operand)
+    return Link(
+        kind="scatter",
+        operands=(labels, _drop_ones(where, indices), _drop_ones(update, updates)),
+        results=(labels,),
+        reduced=frozenset(summed),
+    )
+
+
+def _along(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Joining, cutting, padding or scanning along a dimension: those that change stay whole."""
+    changed = {
+        dim
+        for dim in range(len(results[0]))
+        if len({shape[dim] for shape in (*operands, *results) if len(shape) > dim}) > 1
+    }
+    for name in ("dimension", "axis", "cumulative_axis"):
+        if isinstance(params.get(name), int):
+            changed.add(params[name])
+    changed |= set(params.get("dimensions") or ())
+    whole = tuple(changed)
+    return Link(
+        kind="slice",
+        operands=tuple(_numbered(shape, whole) for shape in operands),
+        results=tuple(_numbered(shape, whole) for shape in results),
+    )
+
+
+def _first_along(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """As `_along`, but only the first operand is an array; the others are scalars (offsets)."""
+    link = _along(operands[:1], results, params)
+    rest = tuple((None,) * len(shape) for shape in operands[1:])
+    return Link(kind="slice", operands=link.operands + rest, results=link.results)
+
+
+def _dynamic_update_slice(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The dimensions in which the update is smaller than the operand stay whole."""
+    link = _along(operands[:2], results, params)
+    rest = tuple((None,) * len(shape) for shape in operands[2:])
+    return Link(kind="slice", operands=link.operands + rest, results=link.results)
+
+
+def _stack(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """A new dimension `axis` in the result; the others pass through."""
+    labels = _numbered(operands[0])
+    axis = params["axis"] % len(results[0])
+    return Link(
+        kind="slice",
+        operands=tuple(labels for _ in operands),
+        results=((*labels[:axis], None, *labels[axis:]),),
+    )
+
+
+def _unstack(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The dimension `axis` goes away; the others pass through."""
+    link = _stack(results, operands, params)
+    return Link(kind="slice", operands=link.results, results=link.operands)
+
+
+def _source(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Made on the spot, so every device makes just its own shard."""
+    return Link(
+        kind="source",
+        operands=tuple((None,) * len(shape) for shape in operands),
+        results=tuple(_numbered(shape) for shape in results),
+    )
+
+
+def unknown_link(operands: Sequence[Shape], results: Sequence[Shape]) -> Link:
+    """What is assumed of a primitive without a rule: it needs everything whole."""
+    return Link(
+        kind="unknown",
+        operands=tuple((None,) * len(shape) for shape in operands),
+        results=tuple((None,) * len(shape) for shape in results),
+    )
+
+
+_ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
+ceil clamp convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1
+floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg
+nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt select_n
+shift_left shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt square
+stop_gradient sub tan tanh xor name""".split()
+
+LINK_RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(
+        ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
+        _reduce,
+    ),
+    **dict.fromkeys(("argmax", "argmin"), _argminmax),
+    **dict.fromkeys(("concatenate", "pad", "slice", "rev", "split", "sort"), _along),
+    **dict.fromkeys(("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "top_k"), _along),
+    **dict.fromkeys(("iota", "random_bits", "random_seed", "rng_uniform", "empty"), _source),
+    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-update"), _scatter),
+    "broadcast_in_dim": _broadcast_in_dim,
+    "conv_general_dilated": _conv,
+    "dot_general": _dot_general,
+    "dynamic_slice": _first_along,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "expand_dims": _squeeze_like,
+    "gather": _gather,
+    "reshape": _reshape,
+    "squeeze": _squeeze_like,
+    "stack": _stack,
+    "transpose": _transpose,
+    "unstack": _unstack,
+}
+
+
+def link_of(
+    primitive: str,
+    operands: Sequence[Shape],
+    results: Sequence[Shape],
+    params: Mapping[str, Any],
+) -> Link | None:
+    """The factors of one equation, or None where the primitive has no rule.
+
+    Args:
+        primitive: the primitive's name in the jaxpr.
+        operands: the shape of each operand.
+        results: the shape of each result.
+        params: the equation's parameters.
+
+    >>> link = link_of("transpose", [(8, 512)], [(512, 8)], {"permutation": (1, 0)})
+    >>> link.operands, link.results
+    (((0, 1),), ((1, 0),))
+    """
+    rule = LINK_RULES.get(primitive)
+    return rule(operands, results, params) if rule else None

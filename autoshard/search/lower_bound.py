@@ -1,0 +1,198 @@
+"""The layout problem with every intermediate free: a lower bound, and a good first assignment.
+
+XLA lays out the intermediates that no rule names by propagation. Here they are chosen freely, so
+the least cost of this problem is a lower bound on the cost of every propagated program, and the
+specs it gives the families are where the search starts.
+
+Nodes: a family chooses a spec, a group of arrays a layout, an op the factor it splits over each
+mesh axis. Edges: an op and each group it reads or makes, priced by `array_transfers`. An array that
+several ops read is gathered once in the program, so each reader is charged an equal share; the
+same holds for sums of partial sums. With the solver's two sums
+
+    serial = compute + blocking collectives,  parallel = overlapped + blocking collectives
+
+the objective is their maximum, the step time of `autoshard.cost.values`. Memory counts what is
+held throughout: weights and optimizer slots.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autoshard.cost.step import StepPricer
+from autoshard.cost.strategies import (
+    Choice,
+    array_transfers,
+    candidate_choices,
+    compute_seconds,
+    local_bytes,
+)
+from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.graph.propagation import splits_evenly
+from autoshard.mesh import Mesh, Spec
+from autoshard.search.candidates import Choices, fixed_layouts
+from autoshard.search.problem import Edge, Node, Problem
+from autoshard.search.solver import solve
+
+__all__ = ["Relaxed", "relax"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relaxed:
+    """The answer of the relaxed problem.
+
+    Attributes:
+        assignment: family -> spec; empty where nothing fits the memory.
+        bound_seconds: no layout of the model has a faster step, by the cost model.
+        proven: whether the solver closed its gap.
+    """
+
+    assignment: dict[str, Spec]
+    bound_seconds: float
+    proven: bool
+
+
+def relax(
+    pricer: StepPricer, families: Sequence[Choices], mesh: Mesh, memory_limit: int | None
+) -> Relaxed:
+    """Solve the relaxed problem.
+
+    Args:
+        pricer: prices of the program on the machine.
+        families: what may be chosen.
+        mesh: the mesh.
+        memory_limit: bytes a device for weights and slots, or None.
+
+    Returns:
+        The families' specs of its best answer, and its bound in seconds.
+    """
+    builder = _Builder(pricer, families, mesh)
+    solution = solve(
+        Problem(
+            nodes=tuple(builder.nodes),
+            edges=tuple(builder.edges),
+            memory_limit=None if memory_limit is None else float(memory_limit),
+        )
+    )
+    assignment = {}
+    if solution.feasible:
+        for choices, node in zip(families, builder.family_nodes, strict=True):
+            assignment[choices.family] = choices.specs[solution.choices[node]]
+    return Relaxed(
+        assignment=assignment, bound_seconds=solution.bound, proven=solution.proven
+    )
+
+
+class _Builder:
+    """Collects the nodes and edges of the relaxed problem."""
+
+    def __init__(self, pricer: StepPricer, families: Sequence[Choices], mesh: Mesh) -> None:
+        self.pricer = pricer
+        self.program = pricer.program
+        self.machine = pricer.machine
+        self.sizes = pricer.machine.axis_sizes
+        self.nodes: list[Node] = []
+        self.edges: list[Edge] = []
+        self.family_nodes: list[int] = []
+        self.node_of: list[int] = [-1] * len(self.program.groups)
+        self.layouts_of: list[tuple[Layout, ...]] = [()] * len(self.program.groups)
+        self.add_arguments(families, mesh)
+        self.add_groups()
+        uses = Counter(array.identity for op in self.program.ops for array in op.operands)
+        sums = Counter(op.sum_into for op in self.program.ops)
+        for op in self.program.ops:
+            self.add_op(op, uses, sums)
+
+    def add_arguments(self, families: Sequence[Choices], mesh: Mesh) -> None:
+        """One node a family; its groups (blocks, slots) follow it. Other arguments are fixed."""
+        base = {choices.family: choices.specs[0] for choices in families}
+        family_of = {a.group: a.family for a in self.program.arguments if a.family in base}
+        for group, layout in fixed_layouts(self.program, base, mesh).items():
+            if group not in family_of:
+                self.layouts_of[group] = (layout,)
+                self.node_of[group] = self.add_node((0.0,))
+        for choices in families:
+            options = [
+                fixed_layouts(self.program, {**base, choices.family: spec}, mesh)
+                for spec in choices.specs
+            ]
+            held, seconds = zip(
+                *(self.argument_costs(choices.family, option) for option in options), strict=True
+            )
+            node = self.add_node(seconds, held)
+            self.family_nodes.append(node)
+            for group, family in family_of.items():
+                if family == choices.family and group is not None:
+                    self.node_of[group] = node
+                    self.layouts_of[group] = tuple(option[group] for option in options)
+
+    def argument_costs(self, family: str, fixed: Mapping[int, Layout]) -> tuple[float, float]:
+        """Bytes a device of a family's weights and slots, and seconds of their update."""
+        held = updated = 0
+        for argument in self.program.arguments:
+            if argument.family == family and argument.group is not None:
+                n_bytes = local_bytes(argument.n_bytes, fixed[argument.group], self.sizes)
+                held += n_bytes * argument.count
+                updated += n_bytes * argument.count * self.pricer.update_passes(argument)
+        return float(held), updated / self.machine.chip.hbm_bytes_per_second
+
+    def add_groups(self) -> None:
+        """One node a free group, with every layout that divides it."""
+        for index, group in enumerate(self.program.groups):
+            if self.node_of[index] < 0:
+                dims = range(WHOLE, len(group.sizes))
+                self.layouts_of[index] = tuple(
+                    layout
+                    for layout in itertools.product(dims, repeat=len(self.sizes))
+                    if splits_evenly(group.sizes, layout, self.sizes)
+                )
+                self.node_of[index] = self.add_node((0.0,) * len(self.layouts_of[index]))
+
+    def add_op(self, op: Op, uses: Counter[int], sums: Counter[int]) -> None:
+        """One node an op, and an edge to each group it touches."""
+        arrays = (*op.operands, *op.results)
+        layouts = [self.layouts_of[array.group] for array in arrays]
+        choices = tuple(candidate_choices(op, layouts, self.sizes))
+        node = self.add_node(
+            tuple(compute_seconds(op, c, self.machine) * op.count for c in choices)
+        )
+        for position, array in enumerate(arrays):
+            operand = position if position < len(op.operands) else None
+            sharers = sums[op.sum_into] if operand is None else uses[array.identity]
+            self.add_edge(op, node, choices, array, operand, op.count / sharers)
+
+    def add_edge(
+        self,
+        op: Op,
+        node: int,
+        choices: tuple[Choice, ...],
+        array: Array,
+        operand: int | None,
+        share: float,
+    ) -> None:
+        """What moving one array costs, by the op's choice and the group's layout."""
+        serial, parallel = [], []
+        for choice in choices:
+            blocking, hidden = [], []
+            for layout in self.layouts_of[array.group]:
+                moves = array_transfers(op, array, operand, choice, layout, self.machine)
+                blocking.append(sum(m.seconds for m in moves if not m.overlapped) * share)
+                hidden.append(sum(m.seconds for m in moves if m.overlapped) * share)
+            serial.append(tuple(blocking))
+            parallel.append(tuple(map(sum, zip(blocking, hidden, strict=True))))
+        if any(map(any, parallel)):
+            target = self.node_of[array.group]
+            self.edges.append(
+                Edge(
+                    source=node,
+                    target=target,
+                    costs=tuple(serial),
+                    parallel_costs=tuple(parallel),
+                )
+            )
+
+    def add_node(self, costs: tuple[float, ...], usages: tuple[float, ...] = ()) -> int:
+        """A node whose costs are compute: they do not count in the parallel sum."""
+        self.nodes.append(Node(costs=costs, usages=usages, parallel_costs=(0.0,) * len(costs)))
+        return len(self.nodes) - 1

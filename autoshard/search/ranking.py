@@ -1,0 +1,143 @@
+"""The search as a whole: the best layouts of a program, and why each family got its spec."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autoshard.cost.step import StepPricer
+from autoshard.mesh import Mesh, Spec
+from autoshard.search.candidates import Choices, family_choices, replicated
+from autoshard.search.descent import Scored, Scorer, descend, exhaust, n_assignments
+from autoshard.search.lower_bound import relax
+
+__all__ = ["Reason", "SearchResult", "search"]
+
+# Below this many assignments every one is scored.
+_EXHAUSTIVE = 64
+# Two layouts whose times and bytes are closer than this are shown as one.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why a family got its spec.
+
+    Attributes:
+        family: its name.
+        spec: what it got.
+        next_best: the best other spec, all else equal; None where no other is legal or worth a
+            rule.
+        cost_seconds: what the step would take longer with `next_best`; negative where that is
+            faster but does not fit.
+        fits: whether the step fits the memory with `next_best`.
+    """
+
+    family: str
+    spec: Spec
+    next_best: Spec | None
+    cost_seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """What the search found.
+
+    Attributes:
+        ranked: layouts from best to worst, distinct in cost.
+        bound_seconds: no layout has a faster step, by the cost model.
+        n_scored: how many assignments were propagated and priced.
+        reasons: one a family, for the best layout.
+    """
+
+    ranked: tuple[Scored, ...]
+    bound_seconds: float
+    n_scored: int
+    reasons: tuple[Reason, ...]
+
+    @property
+    def gap(self) -> float:
+        """How far the best may be from the best possible: `(step - bound) / step`."""
+        step = self.ranked[0].cost.step_seconds
+        return max(0.0, (step - self.bound_seconds) / step)
+
+
+def search(
+    pricer: StepPricer,
+    mesh: Mesh,
+    memory_limit: int | None,
+    *,
+    top: int = 5,
+    starts: Sequence[Mapping[str, Spec]] = (),
+) -> SearchResult:
+    """Find the layouts with the fastest step within the memory limit.
+
+    Args:
+        pricer: prices of the program on the machine.
+        mesh: the mesh.
+        memory_limit: bytes a device, or None.
+        top: how many layouts to return.
+        starts: assignments to start from beside the search's own.
+
+    Returns:
+        The ranked layouts. Where nothing fits, the one nearest to fitting comes first.
+    """
+    families = family_choices(pricer.program, mesh)
+    scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit)
+    whole = {choices.family: replicated(choices.shape) for choices in families}
+    relaxed = relax(pricer, families, mesh, memory_limit)
+    if n_assignments(families) <= _EXHAUSTIVE:
+        best = exhaust(scorer, families)
+    else:
+        best = descend(scorer, families, [{**whole, **s} for s in (relaxed.assignment, *starts)])
+    reasons = tuple(_reason(scorer, best, choices) for choices in families)
+    ranked = sorted(scorer.seen.values(), key=lambda scored: scored.rank)
+    return SearchResult(
+        ranked=_distinct(ranked, top),
+        bound_seconds=min(relaxed.bound_seconds, best.cost.step_seconds),
+        n_scored=len(scorer.seen),
+        reasons=reasons,
+    )
+
+
+def _distinct(ranked: Sequence[Scored], top: int) -> tuple[Scored, ...]:
+    """The first of each run of layouts that cost the same."""
+    kept: list[Scored] = []
+    for scored in ranked:
+        if not any(_same(scored, other) for other in kept):
+            kept.append(scored)
+        if len(kept) == top:
+            break
+    return tuple(kept)
+
+
+def _same(a: Scored, b: Scored) -> bool:
+    return all(
+        abs(x - y) <= _SAME * max(x, y)
+        for x, y in (
+            (a.cost.step_seconds, b.cost.step_seconds),
+            (a.cost.memory.peak_bytes, b.cost.memory.peak_bytes),
+        )
+    )
+
+
+def _reason(scorer: Scorer, best: Scored, choices: Choices) -> Reason:
+    """Price every other spec of one family, all else equal."""
+    assignment = dict(best.assignment)
+    spec = assignment[choices.family]
+    others = [
+        (scorer.score({**assignment, choices.family: other}), other)
+        for other in choices.specs
+        if other != spec
+    ]
+    if not others:
+        return Reason(
+            family=choices.family, spec=spec, next_best=None, cost_seconds=0.0, fits=True
+        )
+    found, other = min(others, key=lambda pair: pair[0].rank)
+    return Reason(
+        family=choices.family,
+        spec=spec,
+        next_best=other,
+        cost_seconds=found.cost.step_seconds - best.cost.step_seconds,
+        fits=found.excess_bytes == 0,
+    )
