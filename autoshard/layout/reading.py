@@ -1,0 +1,204 @@
+"""Reading a map that somebody wrote: a plan's JSON, Python source, or the one KerasHub ships.
+
+Python source is parsed with `ast` and never executed. What is read is each assignment
+`layout_map[...] = (...)`, also through `keras.distribution.TensorLayout(...)`, where the pattern
+and the axes are strings or names that the source gives one string (`model_dim = "model"`).
+"""
+
+import ast
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from autoshard.errors import LayoutError, PlanFileError, UsageError
+from autoshard.layout.rules import LayoutRules, Rule
+from autoshard.mesh import Mesh, Spec, format_spec
+
+__all__ = ["kerashub_rules", "parse_layout", "read_layout"]
+
+
+def read_layout(
+    layout: str | os.PathLike[str], backbone: object = None, mesh: Mesh | None = None
+) -> LayoutRules:
+    """Read the LAYOUT of a command.
+
+    Args:
+        layout: the word `kerashub`, a path to a plan or to Python source, or such text itself.
+        backbone: the KerasHub backbone, or its class, that `kerashub` asks; else not needed.
+        mesh: gives `kerashub` its axis names; `batch` and `model` by default.
+
+    Raises:
+        UsageError: there is no such file, or `kerashub` without a backbone.
+        PlanFileError: the file cannot be read, or is JSON and no plan.
+        LayoutError: the source holds no map, or a rule that cannot be read.
+    """
+    if layout == "kerashub":
+        return kerashub_rules(backbone, mesh)
+    if isinstance(layout, str) and ("\n" in layout or "layout_map[" in layout):
+        return parse_layout(layout, "the given text")
+    path = Path(layout)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"there is no layout '{path}'; give a plan's JSON file, a Python file with "
+            "layout_map[...] = (...) lines, or the word kerashub"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PlanFileError(f"cannot read {path}: {reason}") from None
+    return parse_layout(text, str(path))
+
+
+def parse_layout(text: str, name: str = "the layout") -> LayoutRules:
+    """Read the text of a plan or of Python source.
+
+    Args:
+        text: what a LAYOUT file holds.
+        name: what an error calls it.
+
+    Raises:
+        PlanFileError: the text is JSON and no plan.
+        LayoutError: the source holds no map, or a rule that cannot be read.
+
+    >>> parse_layout('layout_map["ffw_linear/kernel"] = ("model", None)')
+    (Rule(pattern='ffw_linear/kernel', spec=('model', None)),)
+    """
+    if text.lstrip().startswith("{"):
+        return _plan_rules(text, name)
+    try:
+        with warnings.catch_warnings():  # "\\d" outside a raw string warns, and is what we want
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise LayoutError(f"{name}{line} is not Python source: {reason}") from None
+    rules = _Source(tree, name).rules()
+    if not rules:
+        raise LayoutError(f"{name} holds no rule; expected lines like layout_map[...] = (...)")
+    return rules
+
+
+def kerashub_rules(backbone: object, mesh: Mesh | None = None) -> LayoutRules:
+    """The map that a KerasHub backbone ships, as data.
+
+    Args:
+        backbone: a backbone or its class.
+        mesh: gives the axis names: the first is the data axis, the last the model axis. With one
+            axis, or without a mesh, they are `batch` and `model`.
+
+    Raises:
+        UsageError: there is no backbone to ask.
+        LayoutError: the backbone ships no map.
+    """
+    if backbone is None:
+        raise UsageError("'kerashub' is the map of a backbone; give a KerasHub model with it")
+    cls = backbone if isinstance(backbone, type) else type(backbone)
+    get_layout_map: Any = getattr(backbone, "get_layout_map", None)
+    if get_layout_map is None:
+        raise LayoutError(f"KerasHub ships no map for {cls.__name__}; let autoshard plan one")
+    import keras
+
+    names = mesh.axis_names if mesh is not None and len(mesh.axis_names) > 1 else ("batch", "model")
+    device_mesh = keras.distribution.DeviceMesh(
+        shape=(1,) * len(names),
+        axis_names=names,
+        devices=keras.distribution.list_devices()[:1],
+    )
+    layout_map = get_layout_map(
+        device_mesh, model_parallel_dim_name=names[-1], data_parallel_dim_name=names[0]
+    )
+    return tuple(
+        Rule(pattern=pattern, spec=tuple(layout.axes)) for pattern, layout in layout_map.items()
+    )
+
+
+def _plan_rules(text: str, name: str) -> LayoutRules:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanFileError(f"{name} is not JSON: {error}") from None
+    if not isinstance(value, dict) or value.get("format") != "autoshard-plan":
+        raise PlanFileError(f'{name} is not a plan: "format" is not "autoshard-plan"')
+    rules = value.get("layout_map")
+    if not isinstance(rules, list):
+        raise PlanFileError(f"{name} is not a plan: layout_map is not a list of rules")
+    return tuple(Rule.from_json(rule) for rule in rules)
+
+
+class _Source:
+    """The assignments of one parsed source."""
+
+    def __init__(self, tree: ast.Module, name: str) -> None:
+        self._name = name
+        self._statements = [
+            (target, node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+        ]
+        self._statements.sort(key=lambda one: (one[0].lineno, one[0].col_offset))
+        self._maps = {"layout_map"}
+        self._strings: dict[str, set[str]] = {}
+        for target, value in self._statements:
+            self._note(target, value)
+
+    def _note(self, target: ast.expr, value: ast.expr) -> None:
+        """Remember names that hold a string or a LayoutMap."""
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            if len(target.elts) == len(value.elts):
+                for one_target, one_value in zip(target.elts, value.elts, strict=True):
+                    self._note(one_target, one_value)
+        elif isinstance(target, ast.Name):
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                self._strings.setdefault(target.id, set()).add(value.value)
+            elif isinstance(value, ast.Call) and _last_name(value.func) == "LayoutMap":
+                self._maps.add(target.id)
+
+    def rules(self) -> LayoutRules:
+        return tuple(
+            Rule(pattern=self._string(target.slice, "a pattern"), spec=self._spec(value))
+            for target, value in self._statements
+            if isinstance(target, ast.Subscript) and _last_name(target.value) in self._maps
+        )
+
+    def _string(self, node: ast.expr, what: str) -> str:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.Name) and len(self._strings.get(node.id, ())) == 1:
+            return next(iter(self._strings[node.id]))
+        raise self._error(node, f"{what} has to be a string, or a name that is one string here")
+
+    def _spec(self, node: ast.expr) -> Spec:
+        if isinstance(node, ast.Tuple):
+            return self._axes(node)
+        if isinstance(node, ast.List):
+            meant = format_spec(self._axes(node))
+            raise self._error(node, f"Keras takes a tuple and refuses a list; write {meant}")
+        if isinstance(node, ast.Call) and _last_name(node.func) == "TensorLayout":
+            given = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "axes")]
+            if len(given) == 1 and isinstance(given[0], ast.Tuple | ast.List):
+                return self._axes(given[0])
+        raise self._error(node, 'a layout is a tuple of axis names and None, like ("model", None)')
+
+    def _axes(self, node: ast.Tuple | ast.List) -> Spec:
+        return tuple(
+            None
+            if isinstance(entry, ast.Constant) and entry.value is None
+            else self._string(entry, "an axis")
+            for entry in node.elts
+        )
+
+    def _error(self, node: ast.expr, expected: str) -> LayoutError:
+        written = ast.unparse(node)
+        return LayoutError(f"{self._name}, line {node.lineno}: cannot read {written}: {expected}")
+
+
+def _last_name(node: ast.expr) -> str:
+    """`layout_map` of `layout_map` and of `self.layout_map`."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
