@@ -1,0 +1,57 @@
+"""Finds the `keras.distribution.LayoutMap` that runs a Keras model fastest on a device mesh.
+
+The names below are loaded when they are first used, so that `import autoshard` and
+`autoshard --help` load neither keras nor jax.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoshard.errors import AutoshardError
+    from autoshard.mesh import Mesh
+    from autoshard.pipeline import check, compare, explain, inspect, plan, verify
+    from autoshard.sharding_plan import Plan, load
+
+    __version__: str
+
+__all__ = [
+    "AutoshardError",
+    "Mesh",
+    "Plan",
+    "__version__",
+    "check",
+    "compare",
+    "explain",
+    "inspect",
+    "load",
+    "plan",
+    "verify",
+]
+
+_HOME = {
+    "AutoshardError": "autoshard.errors",
+    "Mesh": "autoshard.mesh",
+    "Plan": "autoshard.sharding_plan",
+    "check": "autoshard.pipeline",
+    "compare": "autoshard.pipeline",
+    "explain": "autoshard.pipeline",
+    "inspect": "autoshard.pipeline",
+    "load": "autoshard.sharding_plan",
+    "plan": "autoshard.pipeline",
+    "verify": "autoshard.pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module on first use (PEP 562)."""
+    if name == "__version__":
+        return version("autoshard")
+    if name not in _HOME:
+        raise AttributeError(f"module 'autoshard' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,188 @@
+"""Targets: the machine a plan is for, written one way everywhere.
+
+cpu:8               eight virtual devices of this host
+tpu:v3:2x2          a slice of 2x2 chips (v2, v3 and v7x show two devices a chip: 8 devices)
+tpu:v5e:4x4:2       two slices of 4x4 chips, joined by the data centre's network
+gpu:h100-sxm:8      one node of eight GPUs
+gpu:h100-sxm:2x8    two nodes of eight
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoshard.errors import MeshError, UsageError
+from autoshard.hardware.chips import Chip, get_chip, known_chips
+from autoshard.mesh import Mesh
+
+__all__ = ["Target", "check_devices", "default_target", "parse_target"]
+
+_DEFAULT_CHIP = "tpu:v5e"
+# Chips that one host drives on the first two torus axes of a slice, unless the compiler is told.
+_HOST_EDGE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A number of chips and how they are joined.
+
+    Attributes:
+        chip: the chip.
+        topology: chips along each torus axis of one slice; for GPUs and the CPU, one number: the
+            devices of one node.
+        n_slices: slices of a TPU, or nodes of a GPU machine.
+    """
+
+    chip: Chip
+    topology: tuple[int, ...]
+    n_slices: int = 1
+
+    def __post_init__(self) -> None:
+        if min((self.n_slices, *self.topology)) < 1:
+            raise UsageError(f"target '{self}' has no devices: every number must be at least 1")
+        axes = self.chip.torus_dimensions or 1
+        if len(self.topology) != axes:
+            raise UsageError(
+                f"target '{self}' has {len(self.topology)} torus axes; {self.chip.name} has {axes}"
+            )
+        limit = self.chip.devices_per_node
+        if limit and self.topology[0] > limit:
+            raise UsageError(
+                f"target '{self}' has more than the {limit} devices that a {self.chip.name} node "
+                f"holds; write nodes x devices, like {self.chip.name}:2x{limit}"
+            )
+
+    def __str__(self) -> str:
+        sizes = "x".join(str(size) for size in self.topology)
+        if self.n_slices == 1:
+            return f"{self.chip.name}:{sizes}"
+        if self.chip.kind == "tpu":
+            return f"{self.chip.name}:{sizes}:{self.n_slices}"
+        return f"{self.chip.name}:{self.n_slices}x{sizes}"
+
+    @property
+    def n_devices(self) -> int:
+        """Devices as JAX counts them."""
+        return self.devices_per_slice * self.n_slices
+
+    @property
+    def devices_per_slice(self) -> int:
+        """Devices of one slice or node."""
+        return math.prod(self.topology) * self.chip.devices_per_chip
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether such a slice can be had; the compiler accepts others too, for planning."""
+        return not self.chip.slices or self.topology in self.chip.slices
+
+    def topology_options(self) -> dict[str, object]:
+        """The arguments by which `jax.experimental.topologies.get_topology_desc` makes a TPU slice.
+
+        The compiler deals slices out to hosts of 2x2 chips and refuses what these do not tile;
+        one chip a host makes any slice compile, 1x1 and 2x3 too.
+
+        >>> parse_target("tpu:v5e:2x3").topology_options()["chips_per_host_bounds"]
+        (1, 1, 1)
+        """
+        assert self.chip.kind == "tpu", self
+        sizes = "x".join(str(size) for size in self.topology)
+        options: dict[str, object] = {
+            "platform": "tpu",
+            "topology_name": f"{self.chip.name.removeprefix('tpu:')}:{sizes}",
+            **self.chip.topology_options,
+        }
+        if self.n_slices > 1:
+            options["num_slices"] = self.n_slices
+        if any(size % _HOST_EDGE for size in self.topology[:2]):
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        return options
+
+
+def parse_target(text: str) -> Target:
+    """Read a target such as `tpu:v5e:2x4`.
+
+    A TPU topology with fewer numbers than the chip's torus has axes is completed with ones.
+
+    Raises:
+        UnknownNameError: no such chip.
+        UsageError: the sizes are missing, malformed, zero, or no machine of that chip has them.
+
+    >>> str(parse_target("gpu:h100-sxm:2x8")), parse_target("tpu:v3:2x2").n_devices
+    ('gpu:h100-sxm:2x8', 8)
+    """
+    parts = text.strip().lower().split(":")
+    n_names = 1 if parts[0] == "cpu" else 2
+    chip = get_chip(":".join(parts[:n_names]))
+    example = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100-sxm:8", "cpu": "cpu:8"}[chip.kind]
+    sizes, slices = [*parts[n_names:], "", ""][:2]
+    most = 2 if chip.kind == "tpu" else 1
+    if len(parts) > n_names + most or not re.fullmatch(r"\d+(x\d+)*", sizes):
+        raise UsageError(f"'{text}' is not a target; write one like {example}")
+    if slices and not slices.isdecimal():
+        raise UsageError(
+            f"'{text}': the number of slices must be a whole number, as in {example}:2"
+        )
+    numbers = tuple(int(size) for size in sizes.split("x"))
+    if chip.kind == "tpu":
+        ones = (1,) * (chip.torus_dimensions - len(numbers))
+        return Target(chip=chip, topology=numbers + ones, n_slices=int(slices or 1))
+    if len(numbers) > (2 if chip.kind == "gpu" else 1):
+        raise UsageError(f"'{text}' is not a target; write one like {example}")
+    return Target(chip=chip, topology=numbers[-1:], n_slices=math.prod(numbers[:-1]))
+
+
+def check_devices(mesh: Mesh, target: Target) -> None:
+    """Refuse a mesh that is not as large as its target.
+
+    Raises:
+        MeshError: they have different numbers of devices.
+    """
+    if mesh.n_devices != target.n_devices:
+        raise MeshError(
+            f"mesh {mesh} has {mesh.n_devices} devices and target {target} has {target.n_devices}"
+        )
+
+
+def default_target(mesh: Mesh, attached: Sequence[str] = ()) -> Target:
+    """The target of a mesh for which none was named.
+
+    The attached accelerators where the table knows them, otherwise TPU v5e; of that chip the
+    smallest offered slice of as many devices as the mesh has. Where no slice has that many, more
+    than the largest become several slices, and fewer (2, 3, 6, 12, ...) the most nearly square
+    slice: nobody rents it out (`is_offered` is false), but costs are defined and its compiler
+    compiles for it.
+
+    Args:
+        mesh: the mesh.
+        attached: `device_kind` of each attached device, as JAX prints it.
+
+    >>> [str(default_target(Mesh(shape=(n,), axis_names=("model",)))) for n in (1, 8, 6, 512)]
+    ['tpu:v5e:1x1', 'tpu:v5e:2x4', 'tpu:v5e:2x3', 'tpu:v5e:16x16:2']
+    """
+    kinds = set(attached)
+    found = [chip for chip in known_chips() if kinds and kinds <= set(chip.jax_device_kinds)]
+    chip = found[0] if found and found[0].kind != "cpu" else get_chip(_DEFAULT_CHIP)
+    if chip.kind == "gpu":
+        per_node = _largest_divisor(mesh.n_devices, chip.devices_per_node)
+        return Target(chip=chip, topology=(per_node,), n_slices=mesh.n_devices // per_node)
+    if mesh.n_devices % chip.devices_per_chip:
+        chip = get_chip(_DEFAULT_CHIP)
+    return _smallest_slices(chip, mesh.n_devices // chip.devices_per_chip)
+
+
+def _smallest_slices(chip: Chip, n_chips: int) -> Target:
+    sizes = {math.prod(topology): topology for topology in reversed(chip.slices)}
+    if n_chips in sizes:
+        return Target(chip=chip, topology=sizes[n_chips])
+    if n_chips > max(sizes):
+        per_slice = max(size for size in (1, *sizes) if n_chips % size == 0)
+        topology = sizes.get(per_slice, (1,) * chip.torus_dimensions)
+        return Target(chip=chip, topology=topology, n_slices=n_chips // per_slice)
+    edge = _largest_divisor(n_chips, math.isqrt(n_chips))
+    ones = (1,) * (chip.torus_dimensions - 2)
+    return Target(chip=chip, topology=(edge, n_chips // edge, *ones))
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(size for size in range(1, limit + 1) if number % size == 0)
