@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for a target, and what the compiler's program says."""

@@ -1,0 +1,270 @@
+"""The collectives of a partitioned program: kind, bytes, devices, layer, and what they block.
+
+A collective is one movement of one logical array. An operation that moves several arrays at once
+(XLA combines all-reduces) becomes one value for each of them; the first carries the launch.
+
+`n_bytes` is the whole logical array at one device: an all-reduce's and a permute's buffer, an
+all-gather's result, a reduce-scatter's input, an all-to-all's local buffer.
+
+What runs beside the computation: `-start`/`-done` pairs (unless marked as synchronous), and the
+asynchronous collectives that the TPU compiler puts inside fusions, of which it makes several clones
+with one channel: a channel is counted once. An `all-reduce-scatter` fusion is a reduce-scatter, and
+blocks. A plain operation blocks.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoshard.mesh import Mesh
+from autoshard.xla.groups import Groups, axes_of, parse_groups, parse_pairs
+from autoshard.xla.hlo import Computation, HloModule, Instruction, Shape
+from autoshard.xla.loops import execution_counts
+from autoshard.xla.names import layer_of, phase_of, template
+
+__all__ = [
+    "Collective",
+    "Site",
+    "collective_sites",
+    "estimated_cycles",
+    "merge_collectives",
+    "read_collectives",
+]
+
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# One buffer in as many pieces as there are devices, not several arrays.
+_ONE_BUFFER = ("all-to-all",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """Movements of one logical array between the devices of a group.
+
+    Attributes:
+        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
+        n_bytes: bytes of the whole logical array at one device.
+        dtype: element type as HLO names it, the target's (see `autoshard.xla.normalise`).
+        group_size: devices that take part in one group.
+        axis: the mesh axes between whose devices it runs, joined by commas.
+        layer: path of the layer that it belongs to, or its template; empty where XLA says none.
+        phase: `forward`, `backward` or `update`.
+        overlapped: whether it runs beside the computation.
+        count: how often the array is moved in one step.
+        launches: how often an operation starts for it (0 for further arrays of a combined one).
+    """
+
+    kind: str
+    n_bytes: int
+    dtype: str
+    group_size: int
+    axis: str
+    layer: str
+    phase: str
+    overlapped: bool
+    count: int = 1
+    launches: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with one entry an attribute."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Collective":
+        """The inverse of `to_json`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a collective stands in the text, before it becomes values.
+
+    Attributes:
+        kind: as `Collective.kind`.
+        computation: the computation that holds `instruction`.
+        instruction: the collective's own line.
+        op_name: its name stack, or that of the fusion around it.
+        times: how often it runs in one step.
+        overlapped: whether it runs beside the computation.
+        shapes: the arrays it moves, each whole.
+    """
+
+    kind: str
+    computation: Computation
+    instruction: Instruction
+    op_name: str
+    times: int
+    overlapped: bool
+    shapes: tuple[Shape, ...]
+
+
+def read_collectives(
+    module: HloModule,
+    mesh: Mesh,
+    layers: Collection[str] = (),
+    normalise: Callable[[Site], Site] = lambda site: site,
+) -> tuple[Collective, ...]:
+    """Read every collective of a program that `mesh.n_devices` devices run together.
+
+    Args:
+        module: the partitioned, optimised program.
+        mesh: the mesh whose row-major positions are the program's partitions.
+        layers: paths of the model's layers, to attribute collectives to.
+        normalise: what another target would do in a site's place.
+
+    Returns:
+        The collectives, equal ones merged, in the order in which they first run.
+    """
+    differentiated = any("transpose(" in i.op_name for c in module for i in c.instructions)
+    found: list[Collective] = []
+    for site in map(normalise, collective_sites(module, mesh.n_devices)):
+        groups = _groups(site, mesh)
+        if max(map(len, groups), default=1) == 1:
+            continue
+        axes = axes_of(groups, mesh)
+        for index, shape in enumerate(site.shapes):
+            op_name = _element_name(site, index) or site.op_name
+            found.append(
+                Collective(
+                    kind=site.kind,
+                    n_bytes=shape.n_bytes,
+                    dtype=shape.dtype,
+                    group_size=_group_size(site, groups, axes, mesh),
+                    axis=",".join(axes),
+                    layer=layer_of(op_name, layers) or layer_of(site.op_name, layers),
+                    phase=phase_of(site.op_name, differentiated=differentiated),
+                    overlapped=site.overlapped,
+                    count=site.times,
+                    launches=site.times if index == 0 else 0,
+                )
+            )
+    return merge_collectives(found)
+
+
+def merge_collectives(
+    collectives: Iterable[Collective], blocks: Collection[str] = ()
+) -> tuple[Collective, ...]:
+    """Add up the counts of collectives that are equal but for them.
+
+    Args:
+        collectives: any collectives.
+        blocks: templates of repeated blocks; layers that differ only in the index are one.
+    """
+    merged: dict[Collective, tuple[int, int]] = {}
+    for collective in collectives:
+        layer = template(collective.layer, blocks)
+        key = replace(collective, layer=layer, count=1, launches=1)
+        count, launches = merged.get(key, (0, 0))
+        merged[key] = (count + collective.count, launches + collective.launches)
+    return tuple(replace(k, count=c, launches=n) for k, (c, n) in merged.items())
+
+
+def estimated_cycles(module: HloModule) -> int | None:
+    """The compiler's own estimate of the cycles of a step, loops included; None without one.
+
+    A fusion's cycles cover what is inside it, so only scheduled instructions are added.
+    """
+    total = sum(
+        times * sum(i.estimated_cycles for i in module.computations[name].instructions)
+        for name, times in execution_counts(module).items()
+    )
+    return total or None
+
+
+def collective_sites(module: HloModule, n_devices: int) -> Iterator[Site]:
+    """Find the collectives of a program in the order of its schedule."""
+    seen: set[tuple[str, int]] = set()
+    for name, times in execution_counts(module).items():
+        computation = module.computations[name]
+        # An async-start calls a computation of its own that holds the collective.
+        asynchronous = any(
+            i.opcode == "async-start" and name in i.called
+            for caller in module
+            for i in caller.instructions
+        )
+        for instruction in computation.instructions:
+            if site := _site(computation, instruction, instruction.op_name, times, n_devices):
+                yield replace(site, overlapped=site.overlapped or asynchronous)
+            elif instruction.opcode == "fusion":
+                for site in _fused(module, instruction, times, n_devices):
+                    channel = site.instruction.channel
+                    if channel is None or (site.kind, channel) not in seen:
+                        yield site
+                    if channel is not None:
+                        seen.add((site.kind, channel))
+
+
+def _fused(module: HloModule, fusion: Instruction, times: int, n_devices: int) -> Iterator[Site]:
+    for name in fusion.called:
+        computation = module.computations[name]
+        for inner in computation.instructions:
+            op_name = inner.op_name or fusion.op_name
+            if site := _site(computation, inner, op_name, times, n_devices):
+                if "all-reduce-scatter" in name and site.kind == "all-reduce":
+                    yield replace(site, kind="reduce-scatter", overlapped=False)
+                else:
+                    yield replace(site, overlapped=True)
+            elif inner.opcode == "fusion":
+                yield from _fused(module, inner, times, n_devices)
+
+
+def _site(
+    computation: Computation, instruction: Instruction, op_name: str, times: int, n_devices: int
+) -> Site | None:
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in _KINDS:
+        return None
+    started = instruction.opcode.endswith("-start")
+    return Site(
+        kind=kind,
+        computation=computation,
+        instruction=instruction,
+        op_name=op_name,
+        times=times,
+        overlapped=started and '"is_sync":true' not in instruction.attributes,
+        shapes=_moved(kind, started, instruction, n_devices),
+    )
+
+
+def _moved(kind: str, started: bool, instruction: Instruction, n_devices: int) -> tuple[Shape, ...]:
+    """The logical arrays that the instruction moves, each as `Collective.n_bytes` wants it."""
+    shapes = instruction.shapes
+    if started and kind in ("all-gather", "collective-permute"):
+        # The result of a start is (operands, results, contexts): take the results.
+        arrays = len(instruction.operands) or 1
+        shapes = shapes[arrays : 2 * arrays]
+    if kind == "reduce-scatter":
+        size = max(map(len, parse_groups(instruction.attributes, n_devices)))
+        return tuple(replace(s, dimensions=(size, *s.dimensions)) for s in shapes)
+    if kind in _ONE_BUFFER and len(shapes) > 1:
+        return (replace(shapes[0], dimensions=(len(shapes), *shapes[0].dimensions)),)
+    return shapes
+
+
+def _groups(site: Site, mesh: Mesh) -> Groups:
+    attributes = site.instruction.attributes
+    if site.kind == "collective-permute":
+        return tuple(pair for pair in parse_pairs(attributes) if pair[0] != pair[1])
+    return parse_groups(attributes, mesh.n_devices)
+
+
+def _group_size(site: Site, groups: Groups, axes: tuple[str, ...], mesh: Mesh) -> int:
+    if site.kind != "collective-permute":
+        return max(map(len, groups))
+    size = 1
+    for axis in axes:
+        size *= mesh.sizes[axis]
+    return size
+
+
+def _element_name(site: Site, index: int) -> str:
+    """The name stack of the array that a combined operation moves as its `index`-th."""
+    operands = site.instruction.operands
+    if len(site.shapes) < 2 or index >= len(operands):
+        return ""
+    name: str | None = operands[index]
+    for _ in range(8):
+        instruction = site.computation.by_name.get(name or "")
+        if instruction is None or instruction.op_name:
+            return instruction.op_name if instruction else ""
+        name = instruction.operands[0] if len(instruction.operands) == 1 else None
+    return ""

@@ -1,0 +1,196 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from autoshard.errors import ChildError, ChildTimeoutError, UnknownNameError, XlaError
+from autoshard.hardware.targets import parse_target
+from autoshard.xla.children import Child, child_environment
+
+# What the children run. They import this file as a module, by the parent's sys.path.
+
+
+def _double(request, progress):
+    progress("double")
+    return 2 * request
+
+
+def _environment(request, progress):
+    return os.environ.get(request)
+
+
+def _process_id(request, progress):
+    return os.getpid()
+
+
+def _print_much(request, progress):
+    print("x" * 1_000_000)
+    print("last words", file=sys.stderr, flush=True)
+    return "printed"
+
+
+def _die(request, progress):
+    progress("dying")
+    print("last words", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), request)
+
+
+def _leave(request, progress):
+    os._exit(request)
+
+
+def _hang(request, progress):
+    child = subprocess.Popen(["sleep", "60"])
+    Path(request).write_text(f"{os.getpid()} {child.pid}")
+    progress("hanging")
+    time.sleep(60)
+
+
+def _eat(request, progress):
+    progress("eating")
+    eaten = bytearray(request)
+    for place in range(0, request, 4096):
+        eaten[place] = 1
+    time.sleep(60)
+
+
+def _raise_ours(request, progress):
+    raise UnknownNameError("model", "gema", ["gemma"])
+
+
+def _raise_another(request, progress):
+    raise KeyError("what\nis this")
+
+
+HERE = __name__
+
+
+def _alive(process_id):
+    try:
+        # A killed process that its new parent has not waited for yet counts as dead.
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_a_child_answers_calls_in_sequence_from_one_process_and_names_its_stages():
+    stages = []
+    with Child(on_stage=stages.append) as child:
+        first = child.call(f"{HERE}:_process_id", None, timeout_seconds=60)
+        assert child.call(f"{HERE}:_double", 21, timeout_seconds=60) == 42
+        assert child.call(f"{HERE}:_process_id", None, timeout_seconds=60) == first != os.getpid()
+    assert stages == ["import", "import", "double", "import"]
+
+
+def test_a_child_gets_the_environment_it_was_given():
+    with Child({"AUTOSHARD_TEST": "yes"}) as child:
+        assert child.call(f"{HERE}:_environment", "AUTOSHARD_TEST", timeout_seconds=60) == "yes"
+
+
+def test_what_a_child_prints_does_not_disturb_its_answer():
+    with Child() as child:
+        assert child.call(f"{HERE}:_print_much", None, timeout_seconds=60) == "printed"
+
+
+def test_a_child_that_dies_is_one_line_with_signal_and_stage_and_its_last_words():
+    with Child() as child:
+        with pytest.raises(ChildError) as caught:
+            child.call(f"{HERE}:_die", signal.SIGABRT, timeout_seconds=60)
+        assert (
+            str(caught.value) == "the child process died with signal 6 (SIGABRT) in stage 'dying'"
+        )
+        assert "last words" in caught.value.__notes__[0]
+        with pytest.raises(ChildError, match="exited with status 3 in stage 'import'"):
+            child.call(f"{HERE}:_leave", 3, timeout_seconds=60)
+        with pytest.raises(ChildError, match="SIGKILL.* in stage 'dying'; the machine may be out"):
+            child.call(f"{HERE}:_die", signal.SIGKILL, timeout_seconds=60)
+        # The next call starts another child.
+        assert child.call(f"{HERE}:_double", 1, timeout_seconds=60) == 2
+
+
+def test_a_child_past_its_time_is_killed_with_what_it_started(tmp_path):
+    note = tmp_path / "pids"
+    with Child() as child:
+        # The start takes part of the second; the child may be stopped before it wrote the note.
+        with pytest.raises(ChildTimeoutError) as caught:
+            child.call(f"{HERE}:_double", 1, timeout_seconds=60)
+            child.call(f"{HERE}:_hang", str(note), timeout_seconds=2)
+        assert str(caught.value) == (
+            "the child process ran past its limit of 2 s in stage 'hanging' and was stopped"
+        )
+    processes = [int(text) for text in note.read_text().split()]
+    assert _wait_until(lambda: not any(_alive(process) for process in processes))
+
+
+def test_a_child_that_eats_memory_is_stopped():
+    with (
+        Child(memory_limit_bytes=200 << 20) as child,
+        pytest.raises(ChildError, match="MiB of memory in stage 'eating', more than its limit"),
+    ):
+        child.call(f"{HERE}:_eat", 400 << 20, timeout_seconds=60)
+
+
+def test_an_exception_of_ours_keeps_its_class_and_text_and_the_child_lives():
+    with Child() as child:
+        with pytest.raises(UnknownNameError, match="unknown model 'gema'; did you mean gemma?"):
+            child.call(f"{HERE}:_raise_ours", None, timeout_seconds=60)
+        before = child.process_id
+        with pytest.raises(XlaError) as caught:
+            child.call(f"{HERE}:_raise_another", None, timeout_seconds=60)
+        assert "\n" not in str(caught.value)
+        assert "KeyError in stage 'import'" in str(caught.value)
+        assert "_raise_another" in caught.value.__notes__[0]
+        child.call(f"{HERE}:_double", 1, timeout_seconds=60)
+        assert child.process_id == before
+
+
+def _parent_of_a_hanging_child(note):
+    """Run as a program: a parent that waits for a child that hangs."""
+    return (
+        "import sys; sys.path[:0] = [sys.argv[1]]\n"
+        "from autoshard.xla.children import Child\n"
+        "with Child() as child:\n"
+        f"    child.call('{HERE}:_hang', {note!r}, timeout_seconds=60)\n"
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_child_is_left_when_its_parent_ends(how, tmp_path):
+    note = tmp_path / "pids"
+    here = str(Path(__file__).parent)
+    program = _parent_of_a_hanging_child(str(note))
+    with subprocess.Popen(
+        [sys.executable, "-c", program, here], stderr=subprocess.DEVNULL
+    ) as parent:
+        assert _wait_until(lambda: note.exists() and len(note.read_text().split()) == 2)
+        parent.send_signal(how)
+        parent.wait(20)
+    processes = [int(text) for text in note.read_text().split()]
+    assert _wait_until(lambda: not any(_alive(process) for process in processes))
+
+
+def test_the_environment_of_a_target_sets_devices_and_keeps_the_callers_flags(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag=1")
+    environment = child_environment(parse_target("cpu:6"))
+    assert environment["XLA_FLAGS"] == (
+        "--xla_some_flag=1 --xla_force_host_platform_device_count=6"
+    )
+    with pytest.raises(XlaError, match="no compiler for target 'gpu:h100-sxm:8'"):
+        child_environment(parse_target("gpu:h100-sxm:8"))
+
+
+def test_without_libtpu_the_error_has_the_pip_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(XlaError, match=r'pip install "autoshard\[tpu\]"'):
+        child_environment(parse_target("tpu:v5e:2x4"))
