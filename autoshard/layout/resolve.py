@@ -25,6 +25,7 @@ FindingKind = Literal[
     "indivisible",
     "unknown-axis",
     "repeated-axis",
+    "takes-state",
     "takes-nothing",
     "takes-output",
     "split-family",
@@ -97,10 +98,12 @@ def resolve(
     paths = dict.fromkeys(variable.path for variable in table.variables)
     weights = {path: matching_rules(rules, path, how) for path in paths}
     outputs = {path: matching_rules(rules, path, how) for path in table.output_paths}
+    states = {path: matching_rules(rules, path, how) for path in table.state_paths}
     findings = [
         *_rule_findings(rules, mesh),
         *_clash_findings(weights | outputs),
-        *_idle_findings(rules, weights | outputs, table, how),
+        *_state_findings(rules, states),
+        *_idle_findings(rules, weights | outputs | states, table, how),
         *_output_findings(rules, weights, outputs),
     ]
     assignment: dict[str, Spec] = {}
@@ -162,6 +165,17 @@ def _clash_findings(taken: Mapping[str, LayoutRules]) -> Iterator[Finding]:
             "narrow all but one"
         )
         yield Finding(kind="two-rules", rule=rules[-1].pattern, message=message)
+
+
+def _state_findings(rules: LayoutRules, states: Mapping[str, LayoutRules]) -> Iterator[Finding]:
+    for rule in rules:
+        path = next((path for path, taken in states.items() if rule in taken), None)
+        if path is not None:
+            message = (
+                f"rule '{rule.pattern}' takes '{path}', the state of a random generator, which "
+                "every device needs whole; end the rule with the name of a weight"
+            )
+            yield Finding(kind="takes-state", rule=rule.pattern, message=message)
 
 
 def _idle_findings(

@@ -67,10 +67,10 @@ class Rule:
             LayoutError: the value is no such pair.
         """
         match value:
-            case [str(pattern), [*spec]] if all(
-                axis is None or isinstance(axis, str) for axis in spec
-            ):
-                return cls(pattern=pattern, spec=tuple(spec))
+            case [str(pattern), [*entries]]:
+                spec = tuple(axis for axis in entries if axis is None or isinstance(axis, str))
+                if len(spec) == len(entries):
+                    return cls(pattern=pattern, spec=spec)
         raise LayoutError(
             f"{json.dumps(value)[:80]} is not a rule; expected [pattern, [axis or null, ...]]"
         )

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from autoshard.errors import LayoutError, UnknownNameError
 from autoshard.layout.rules import MatchMode, Rule, hits, match
 from autoshard.mesh import Spec, format_spec
-from autoshard.model.variables import ModelTable, template_of
+from autoshard.model.variables import ModelTable
 
 __all__ = ["synthesise", "tied_families"]
 
@@ -66,8 +66,9 @@ def synthesise(
     """
     expected = _expected_specs(table, assignment)
     expected_outputs = _expected_output_specs(table, outputs or {})
-    universe = tuple(dict.fromkeys((*expected, *expected_outputs, *_lora_paths(table, expected))))
-    drafts = _variable_drafts(table, assignment), _output_drafts(expected_outputs)
+    others = (*table.state_paths, *_lora_paths(table, expected))
+    universe = tuple(dict.fromkeys((*expected, *expected_outputs, *others)))
+    drafts = _variable_drafts(table, assignment), _output_drafts(table, expected_outputs)
     rules = tuple(
         Rule(pattern=draft.pattern, spec=draft.spec)
         for group in drafts
@@ -133,7 +134,7 @@ def _expected_specs(table: ModelTable, assignment: Mapping[str, Spec]) -> dict[s
 def _expected_output_specs(
     table: ModelTable, outputs: Mapping[str, Spec]
 ) -> dict[str, Spec | None]:
-    templates = {path: template_of(path) for path in table.output_paths}
+    templates = {path: table.templates[path] for path in table.output_paths}
     for template in outputs:
         if template not in templates.values():
             raise UnknownNameError("layer output", template, set(templates.values()))
@@ -159,11 +160,11 @@ def _variable_drafts(table: ModelTable, assignment: Mapping[str, Spec]) -> list[
     return list(drafts.values())
 
 
-def _output_drafts(expected: Mapping[str, Spec | None]) -> list[_Draft]:
+def _output_drafts(table: ModelTable, expected: Mapping[str, Spec | None]) -> list[_Draft]:
     paths_of: dict[tuple[str, Spec], list[str]] = {}
     for path, spec in expected.items():
         if spec is not None:
-            paths_of.setdefault((template_of(path), spec), []).append(path)
+            paths_of.setdefault((table.templates[path], spec), []).append(path)
     drafts: dict[tuple[object, ...], _Draft] = {}
     for (template, spec), paths in paths_of.items():
         _add(drafts, spec, template, paths)

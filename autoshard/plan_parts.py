@@ -1,0 +1,211 @@
+"""The values inside a `Plan`: the model it is for, predictions, compilers' words, reasons."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+from autoshard.layout.rules import LayoutRules
+from autoshard.mesh import Spec
+from autoshard.model.variables import ModelTable
+from autoshard.records import keys
+
+__all__ = [
+    "Alternative",
+    "BytesPerDevice",
+    "Collective",
+    "Compiled",
+    "PlannedFamily",
+    "PlannedModel",
+    "Prediction",
+    "Reason",
+    "Versions",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFamily:
+    """Variables of the model that repeat over its layers."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModel:
+    """The model that a plan was made for.
+
+    Attributes:
+        name: preset, path or import path, by which it can be built again.
+        n_parameters: its number of parameters.
+        fingerprint: SHA-256 of its table of paths, shapes and dtypes.
+        families: its variables, one entry for each family.
+    """
+
+    name: str
+    n_parameters: int = field(metadata={"key": "parameters"})
+    fingerprint: str
+    families: tuple[PlannedFamily, ...]
+
+    @classmethod
+    def of(cls, table: ModelTable) -> "PlannedModel":
+        """The entry of a plan for a variable table."""
+        return cls(
+            name=table.name,
+            n_parameters=table.n_parameters,
+            fingerprint=table.fingerprint,
+            families=tuple(
+                PlannedFamily(
+                    name=family.name,
+                    shape=tuple(family.shape),
+                    dtype=family.dtype,
+                    count=len(family.paths),
+                )
+                for family in table.families()
+            ),
+        )
+
+    def difference(self, table: ModelTable) -> str:
+        """The first variable of `table`, or else of this model, that the other lacks."""
+        planned = {family.name: family for family in self.families}
+        for family in table.families():
+            path, shape = family.paths[0], tuple(family.shape)
+            was = planned.pop(family.name, None)
+            if was is None:
+                return f"'{path}' {shape} {family.dtype} is not among the plan's variables"
+            if (was.shape, was.dtype) != (shape, family.dtype):
+                return (
+                    f"'{path}' is {shape} {family.dtype} and the plan has {was.shape} {was.dtype}"
+                )
+            if was.count != len(family.paths):
+                last = family.paths[-1]
+                return (
+                    f"there are {len(family.paths)} variables '{family.name}', the last '{last}', "
+                    f"and the plan has {was.count}"
+                )
+        if planned:
+            return f"it has no variable '{next(iter(planned))}'"
+        return "the same variables come in another order"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BytesPerDevice:
+    """Where the memory of one device goes, in bytes."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    kv_cache: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the formulas say of one step.
+
+    Attributes:
+        step_seconds: time of the step.
+        compute_seconds: time its ops take on their shards.
+        collective_seconds: time its collectives take, hidden or not.
+        collective_bytes: bytes on the wire through one device.
+        peak_bytes_per_device: arguments, temporaries and outputs, less what is donated.
+        bytes_per_device: that sum by part.
+    """
+
+    step_seconds: float
+    compute_seconds: float
+    collective_seconds: float
+    collective_bytes: int
+    peak_bytes_per_device: int
+    bytes_per_device: BytesPerDevice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """Collectives of one kind that a compiler put into the program.
+
+    Attributes:
+        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all`, `collective-permute`.
+        axis: the mesh axis it runs over, or several joined by a comma.
+        n_bytes: bytes on the wire through one device, all of them together.
+        count: how often it runs in a step.
+        layer: template of the layer that it serves, where known.
+        rule: pattern of the rule that brought it about, where known.
+    """
+
+    kind: str
+    axis: str | None
+    n_bytes: int
+    count: int
+    layer: str | None = None
+    rule: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What a compiler says of the step.
+
+    Attributes:
+        target: what it compiled for.
+        blocks: how many repeated blocks it compiled, None where the model has none.
+        fits: whether the program fits the target's memory, None where the compiler cannot tell.
+        peak_bytes_per_device: its own figure, None where it says nothing of the target.
+        collectives: what it put into the program.
+        step_seconds: from its cycles, None where it gives none.
+    """
+
+    target: str
+    blocks: int | None
+    fits: bool | None
+    peak_bytes_per_device: int | None
+    collectives: tuple[Collective, ...]
+    step_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why a family got its spec.
+
+    Attributes:
+        family: its name.
+        spec: the choice.
+        next_best: the best other choice, None where no other is legal.
+        cost_seconds: how much longer the step would take with that, by the formulas.
+    """
+
+    family: str
+    spec: Spec
+    next_best: Spec | None
+    cost_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A layout that came close."""
+
+    rules: LayoutRules = field(metadata={"key": "layout_map"})
+    predicted: Prediction
+    compiled: Compiled | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versions:
+    """The packages that made a plan, `""` for one that is not installed."""
+
+    autoshard: str = ""
+    keras: str = ""
+    keras_hub: str = ""
+    jax: str = ""
+
+    @classmethod
+    def installed(cls) -> "Versions":
+        """The versions in this environment, without importing the packages."""
+
+        def installed(package: str) -> str:
+            try:
+                return version(package)
+            except PackageNotFoundError:
+                return ""
+
+        names = {key: installed(key.replace("_", "-")) for key in keys(cls)}
+        return cls(**names)

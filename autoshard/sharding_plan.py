@@ -1,0 +1,294 @@
+"""`Plan`: a layout for a model on a mesh, with what was predicted and measured of it.
+
+A plan is a value. It writes itself as JSON and as Python source, and makes the Keras objects that
+put it to work. Reading one executes nothing.
+
+The file holds, beside the fingerprint of the variable table, one line for each family of variables.
+So a plan that is held against another model can name the first variable that differs, also where
+the model cannot be built again from its name.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autoshard.errors import LayoutError, MeshError, PlanFileError
+from autoshard.layout.rules import LayoutRules, format_rules, match
+from autoshard.mesh import Mesh, format_spec
+from autoshard.model.build import build
+from autoshard.model.keras_import import import_keras
+from autoshard.model.variables import ModelTable
+from autoshard.model.workload import Workload
+from autoshard.plan_parts import (
+    Alternative,
+    Compiled,
+    PlannedModel,
+    Prediction,
+    Reason,
+    Versions,
+)
+from autoshard.records import dump, from_record, to_record
+
+__all__ = ["Plan", "load"]
+
+_FORMAT = "autoshard-plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A layout for a model on a mesh.
+
+    Attributes:
+        model: what it was made for.
+        mesh: the devices; Keras splits the data over its first axis.
+        rules: the layout map.
+        workload: the step whose cost was minimised.
+        target: the chips, as `tpu:v5e:2x4`.
+        predicted: what the formulas say of the step.
+        compiled: what a compiler says of it, None where none was asked.
+        reasons: why each family got its spec.
+        alternatives: the runners-up, best first.
+        versions: the packages that made it.
+    """
+
+    model: PlannedModel
+    mesh: Mesh
+    rules: LayoutRules = field(metadata={"key": "layout_map"})
+    workload: Workload
+    target: str
+    predicted: Prediction
+    compiled: Compiled | None = None
+    reasons: tuple[Reason, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+    versions: Versions = field(default_factory=Versions)
+
+    def __post_init__(self) -> None:
+        patterns = [rule.pattern for rule in self.rules]
+        for rule in self.rules:
+            if patterns.count(rule.pattern) > 1:
+                raise LayoutError(f"rule '{rule.pattern}' stands twice in the map; drop one")
+            for axis in rule.spec:
+                if axis is not None and axis not in self.mesh.axis_names:
+                    raise LayoutError(
+                        f"rule '{rule.pattern}' names axis '{axis}', which mesh {self.mesh} does "
+                        f"not have; its axes are {', '.join(self.mesh.axis_names)}"
+                    )
+
+    @property
+    def batch_dim_name(self) -> str:
+        """The mesh axis over which Keras splits dimension 0 of the data."""
+        return self.mesh.data_axis
+
+    def to_json(self) -> str:
+        """The text of the plan file: equal plans give equal bytes.
+
+        Raises:
+            PlanFileError: a predicted number is not finite.
+        """
+        record: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
+        for key, value in to_record(self).items():
+            record[key] = value
+            if key == "mesh":
+                record["batch_dim_name"] = self.batch_dim_name
+        return dump(record) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "the text") -> "Plan":
+        """Read the text of a plan file.
+
+        Args:
+            text: what `to_json` wrote.
+            name: what an error calls it.
+
+        Raises:
+            PlanFileError: it is no plan of this version; the text names the first wrong field.
+        """
+        try:
+            return cls._from_record(json.loads(text))
+        except PlanFileError as error:
+            raise PlanFileError(f"{name} is not a plan that can be used: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise PlanFileError(f"{name} is not JSON: {error}") from None
+
+    @classmethod
+    def _from_record(cls, record: Any) -> "Plan":
+        if not isinstance(record, dict) or record.get("format") != _FORMAT:
+            raise PlanFileError(f"field 'format' is not \"{_FORMAT}\"")
+        if record.get("version") != _VERSION:
+            raise PlanFileError(
+                f"field 'version' is {json.dumps(record.get('version'))}; this autoshard reads "
+                f"version {_VERSION}"
+            )
+        head = ("format", "version", "batch_dim_name")
+        plan: Plan = from_record(cls, {key: record[key] for key in record if key not in head})
+        if record.get("batch_dim_name") != plan.batch_dim_name:
+            raise PlanFileError(
+                f"field 'batch_dim_name' is {json.dumps(record.get('batch_dim_name'))}; expected "
+                f'the first axis of the mesh, "{plan.batch_dim_name}"'
+            )
+        return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan file. Either the whole file is there afterwards or nothing has changed.
+
+        Raises:
+            PlanFileError: it cannot be written.
+        """
+        path = Path(path)
+        text = self.to_json()
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            try:
+                with beside.open("x", encoding="utf-8", newline="\n") as file:
+                    file.write(text)
+                os.replace(beside, path)
+            finally:
+                beside.unlink(missing_ok=True)
+        except OSError as error:
+            raise PlanFileError(f"cannot write {path}: {error.strerror}") from None
+
+    def to_python(self) -> str:
+        """Source that puts the plan to work as it is pasted, before the model is built."""
+        return f"""\
+import keras
+
+# {json.dumps(self.model.name)} on {self.mesh.n_devices} devices
+device_mesh = keras.distribution.DeviceMesh(
+    shape={self.mesh.shape},
+    axis_names={format_spec(self.mesh.axis_names)},
+    devices=keras.distribution.list_devices(),
+)
+layout_map = keras.distribution.LayoutMap(device_mesh)
+{format_rules(self.rules)}
+distribution = keras.distribution.ModelParallel(
+    layout_map=layout_map, batch_dim_name="{self.batch_dim_name}"
+)
+keras.distribution.set_distribution(distribution)
+"""
+
+    def device_mesh(self, devices: Sequence[Any] | None = None) -> Any:
+        """The plan's mesh as a `keras.distribution.DeviceMesh`.
+
+        Args:
+            devices: names or `jax.Device`s, one for each place of the mesh; by default all here.
+
+        Raises:
+            MeshError: there are more or fewer.
+            BackendError: Keras runs on another backend than JAX.
+        """
+        keras = import_keras()
+        given = keras.distribution.list_devices() if devices is None else list(devices)
+        if len(given) != self.mesh.n_devices:
+            where = "this process sees" if devices is None else "there were given"
+            raise MeshError(
+                f"the plan is for mesh {self.mesh}, {self.mesh.n_devices} devices, and {where} "
+                f"{len(given)}; pass devices=[...] with {self.mesh.n_devices}, or plan for "
+                f"{len(given)}"
+            )
+        return keras.distribution.DeviceMesh(
+            shape=self.mesh.shape, axis_names=self.mesh.axis_names, devices=given
+        )
+
+    def layout_map(self, device_mesh: Any = None) -> Any:
+        """The plan's rules as a `keras.distribution.LayoutMap`.
+
+        Args:
+            device_mesh: a `DeviceMesh` with the plan's shape and axis names; by default one of all
+                devices of this machine.
+
+        Raises:
+            MeshError: the mesh is another, or the machine has another number of devices.
+            BackendError: Keras runs on another backend than JAX.
+        """
+        keras = import_keras()
+        if device_mesh is None:
+            device_mesh = self.device_mesh()
+        shape, names = tuple(device_mesh.shape), tuple(device_mesh.axis_names)
+        if (shape, names) != (self.mesh.shape, self.mesh.axis_names):
+            raise MeshError(
+                f"the device mesh is {'x'.join(map(str, shape))} ({', '.join(names)}) and the plan "
+                f"is for {self.mesh} ({', '.join(self.mesh.axis_names)}); make that mesh, or plan "
+                "for this one"
+            )
+        layout_map = keras.distribution.LayoutMap(device_mesh)
+        for rule in self.rules:
+            layout_map[rule.pattern] = rule.spec
+        return layout_map
+
+    def distribution(self, devices: Sequence[Any] | None = None) -> Any:
+        """The plan as a `keras.distribution.ModelParallel`, to be set before the model is built.
+
+        Args:
+            devices: names or `jax.Device`s, one for each place of the mesh; by default all here.
+
+        Raises:
+            MeshError: there are more or fewer.
+            BackendError: Keras runs on another backend than JAX.
+        """
+        keras = import_keras()
+        return keras.distribution.ModelParallel(
+            layout_map=self.layout_map(self.device_mesh(devices)),
+            batch_dim_name=self.batch_dim_name,
+        )
+
+    def partition_specs(self, model: Any = None) -> dict[str, Any]:
+        """The layout of each variable, for code that uses JAX without Keras' distribution.
+
+        Args:
+            model: a `ModelTable`, or what `autoshard.plan` takes for a model; by default the model
+                of the plan, built again from its name without weights.
+
+        Returns:
+            Variable path -> `jax.sharding.PartitionSpec`, an empty one where it is replicated.
+
+        Raises:
+            PlanFileError: the plan was made for another model.
+            ModelError: the model cannot be built.
+        """
+        from jax.sharding import PartitionSpec
+
+        table = model if isinstance(model, ModelTable) else self._build(model)
+        self.check_model(table)
+        return {
+            variable.path: PartitionSpec(*(match(self.rules, variable.path) or ()))
+            for variable in table.variables
+        }
+
+    def _build(self, model: Any) -> ModelTable:
+        if model is None:
+            model, lora_rank = self.model.name, self.workload.lora_rank
+        else:
+            lora_rank = None
+        table: ModelTable = build(model, dtype=self.workload.dtype, lora_rank=lora_rank).table()
+        return table
+
+    def check_model(self, table: ModelTable) -> None:
+        """Make sure that the plan was made for this model.
+
+        Raises:
+            PlanFileError: it was not; the text names the first variable that differs.
+        """
+        if table.fingerprint != self.model.fingerprint:
+            raise PlanFileError(
+                f"the plan was made for {self.model.name}, and {table.name} differs from it: "
+                f"{self.model.difference(table)}; plan for this model"
+            )
+
+
+def load(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanFileError: it cannot be read or is no plan; the text names the first wrong field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PlanFileError(f"{os.fspath(path)} is not JSON: it is not UTF-8 text") from None
+    except OSError as error:
+        raise PlanFileError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
+    return Plan.from_json(text, os.fspath(path))
