@@ -22,7 +22,8 @@ from autoshard.model.build import build
 from autoshard.model.keras_import import import_keras
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.plan_parts import (
+from autoshard.records.codec import dump, from_record, to_record
+from autoshard.records.parts import (
     Alternative,
     Compiled,
     PlannedModel,
@@ -30,7 +31,6 @@ from autoshard.plan_parts import (
     Reason,
     Versions,
 )
-from autoshard.records import dump, from_record, to_record
 
 __all__ = ["Plan", "load"]
 

@@ -15,6 +15,7 @@ from typing import Any
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, Spec, format_spec
+from autoshard.model.keras_import import import_keras
 
 __all__ = ["kerashub_rules", "parse_layout", "read_layout"]
 
@@ -100,8 +101,7 @@ def kerashub_rules(backbone: object, mesh: Mesh | None = None) -> LayoutRules:
     get_layout_map: Any = getattr(backbone, "get_layout_map", None)
     if get_layout_map is None:
         raise LayoutError(f"KerasHub ships no map for {cls.__name__}; let autoshard plan one")
-    import keras
-
+    keras = import_keras()
     names = mesh.axis_names if mesh is not None and len(mesh.axis_names) > 1 else ("batch", "model")
     device_mesh = keras.distribution.DeviceMesh(
         shape=(1,) * len(names),

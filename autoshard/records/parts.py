@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Spec
 from autoshard.model.variables import ModelTable
-from autoshard.records import keys
+from autoshard.records.codec import keys
 
 __all__ = [
     "Alternative",
