@@ -5,7 +5,6 @@ The names below are loaded when they are first used, so that `import autoshard` 
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from autoshard.mesh import Mesh
     from autoshard.pipeline import check, compare, explain, inspect, plan, verify
     from autoshard.sharding_plan import Plan, load
-
-    __version__: str
 
 __all__ = [
     "AutoshardError",
@@ -29,6 +26,8 @@ __all__ = [
     "plan",
     "verify",
 ]
+
+__version__ = "0.1.0"
 
 _HOME = {
     "AutoshardError": "autoshard.errors",
@@ -46,8 +45,6 @@ _HOME = {
 
 def __getattr__(name: str) -> object:
     """Load a public name from its module on first use (PEP 562)."""
-    if name == "__version__":
-        return version("autoshard")
     if name not in _HOME:
         raise AttributeError(f"module 'autoshard' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)

@@ -52,7 +52,7 @@ class Chip:
         wrap_multiple: all torus axes close where each is a multiple of this, if that decides.
         slices: topologies that are offered, smallest first.
         on_chip_bytes_per_second: between the two devices of one chip.
-        devices_per_node: devices that `link_kind` joins; 0 for TPUs, where the slice says it.
+        devices_per_node: devices of a GPU node at most; 0 for TPUs and the CPU.
         topology_options: what the compiler needs beside the slice's name.
     """
 
@@ -119,7 +119,7 @@ def get_chip(name: str) -> Chip:
     for chip in known_chips():
         if chip.name == _ALIASES.get(wanted, wanted):
             return chip
-    raise UnknownNameError("chip", name, chip_names(), "'autoshard chips' lists them")
+    raise UnknownNameError("chip", name, chip_names(), "(autoshard chips lists them)")
 
 
 def chip_names() -> tuple[str, ...]:

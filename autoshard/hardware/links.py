@@ -41,7 +41,7 @@ __all__ = ["AxisLink", "axis_links", "device_coordinates", "group_link", "ring_l
 
 _HOST_EDGE = 2
 
-Place = tuple[int, tuple[int, ...], int]
+_Place = tuple[int, tuple[int, ...], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +138,7 @@ def ring_link(chip: Chip, size: int, axis: str = "") -> AxisLink:
     )
 
 
-def device_coordinates(target: Target) -> tuple[Place, ...]:
+def device_coordinates(target: Target) -> tuple[_Place, ...]:
     """Where each device sits, in the order of `jax.devices()`.
 
     Returns:
@@ -163,7 +163,7 @@ def _host(spot: tuple[int, ...], topology: tuple[int, ...]) -> tuple[int, ...]:
     return (spot[0] // _HOST_EDGE, spot[1] // _HOST_EDGE, *spot[2:])
 
 
-def _first_group(axes: Sequence[str], mesh: Mesh, target: Target) -> list[Place]:
+def _first_group(axes: Sequence[str], mesh: Mesh, target: Target) -> list[_Place]:
     """The places of the group that holds the first device; the others are laid out alike."""
     places = device_coordinates(target)
     ranges = [range(size) if name in axes else range(1) for name, size in mesh.sizes.items()]
@@ -174,7 +174,7 @@ def _first_group(axes: Sequence[str], mesh: Mesh, target: Target) -> list[Place]
     ]
 
 
-def _inside(places: Sequence[Place], target: Target) -> tuple[str, float]:
+def _inside(places: Sequence[_Place], target: Target) -> tuple[str, float]:
     """Kind and speed of the links between the members of a group on one slice or node."""
     chip = target.chip
     if chip.link_kind != "torus":

@@ -112,7 +112,7 @@ def parse_target(text: str) -> Target:
     ('gpu:h100-sxm:2x8', 8)
     """
     parts = text.strip().lower().split(":")
-    n_names = 1 if parts[0] == "cpu" else 2
+    n_names = 2 if parts[0] in ("tpu", "gpu") else 1
     chip = get_chip(":".join(parts[:n_names]))
     example = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100-sxm:8", "cpu": "cpu:8"}[chip.kind]
     sizes, slices = [*parts[n_names:], "", ""][:2]

@@ -1,0 +1,14 @@
+"""What every test runs under: Keras on JAX, eight virtual CPU devices, repeatable examples."""
+
+import os
+
+from hypothesis import settings
+
+# Before anything imports keras or jax, which read these once.
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# A busy machine makes no test fail, and a failure comes back on the next run.
+settings.register_profile("autoshard", deadline=None, derandomize=True)
+settings.load_profile("autoshard")

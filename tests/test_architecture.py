@@ -1,0 +1,174 @@
+"""The rooms of the package: who may import whom, what is public, and what loads with it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import autoshard
+
+PACKAGE = Path(autoshard.__file__).parent
+
+# A room imports from itself and from rooms above it in this list.
+ROOMS = (
+    "errors",
+    "units",
+    "mesh",
+    "hardware",
+    "model",
+    "layout",
+    "graph",
+    "cost",
+    "search",
+    "xla",
+    "records",
+    "sharding_plan",
+    "report",
+    "pipeline",
+    "cli",
+    "__main__",
+)
+# A library belongs to the rooms named here; importing it elsewhere, even in a function, is wrong.
+LIBRARIES = {
+    "keras": {"model", "layout", "sharding_plan", "xla", "pipeline"},
+    "keras_hub": {"model", "xla"},
+    "keras_nlp": {"model", "xla"},
+    "jax": {"model", "graph", "sharding_plan", "xla", "pipeline"},
+    "networkx": {"graph", "search"},
+    "scipy": {"search"},
+    "tabulate": {"report"},
+    "jinja2": {"report"},
+    "click": {"cli"},
+}
+LOADED_ONLY_WHEN_USED = (
+    "keras",
+    "keras_hub",
+    "keras_nlp",
+    "jax",
+    "networkx",
+    "scipy",
+    "tensorflow",
+)
+MAX_LINES = 400
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = ("autoshard", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """`autoshard.hardware.links` -> `hardware`; the package itself -> ``."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Every (module, name) that a file imports, at any depth; the name is `` for `import x`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def own_imports(path: Path) -> Iterator[tuple[str, str]]:
+    for module, name in imports(path):
+        if module == "autoshard" and name in ROOMS:
+            yield f"autoshard.{name}", ""
+        elif module.split(".")[0] == "autoshard":
+            yield module, name
+
+
+def top_level(path: Path) -> tuple[set[str], list[str]]:
+    """The public names that a module defines, and what its `__all__` lists, if it has one."""
+    names: set[str] = set()
+    listed: list[str] = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            leaves = [leaf for target in targets for leaf in ast.walk(target)]
+            names |= {leaf.id for leaf in leaves if isinstance(leaf, ast.Name)}
+            if "__all__" in names and not listed and node.value is not None:
+                listed = ast.literal_eval(node.value)
+            names.discard("__all__")
+    return {name for name in names if not name.startswith("_")}, listed
+
+
+def test_every_module_belongs_to_a_room() -> None:
+    rooms = {room_of(module_name(path)) for path in MODULES}
+    assert rooms - {""} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_room_imports_only_from_rooms_above_it(path: Path) -> None:
+    room = room_of(module_name(path))
+    allowed = set(ROOMS) if room == "" else {*ROOMS[: ROOMS.index(room) + 1]}
+    # `from autoshard import __version__` is the one thing that the package gives its rooms.
+    wrong = [
+        f"{module} {name}"
+        for module, name in own_imports(path)
+        if room_of(module) not in allowed and (module, name) != ("autoshard", "__version__")
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_room_uses_no_private_name_of_another(path: Path) -> None:
+    room = room_of(module_name(path))
+    foreign = [(m, name) for m, name in own_imports(path) if room_of(m) not in ("", room)]
+    private = [
+        f"{module}.{name}"
+        for module, name in foreign
+        if any(part.startswith("_") for part in f"{module}.{name}".split(".") if part)
+    ]
+    assert not private
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_library_is_imported_only_in_the_rooms_that_own_it(path: Path) -> None:
+    room = room_of(module_name(path))
+    used = {module.split(".")[0] for module, _ in imports(path)}
+    assert not [library for library in used if room not in LIBRARIES.get(library, {room})]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_all_lists_exactly_the_public_names(path: Path) -> None:
+    names, listed = top_level(path)
+    if path.name == "__init__.py":
+        # A room may pass on names of its own modules; the package passes on those of its rooms.
+        names |= {name for module, name in own_imports(path) if module != "autoshard"}
+        names |= {"__version__"} & set(listed)
+    assert sorted(listed) == sorted(names)
+
+
+@pytest.mark.parametrize("name", autoshard.__all__)
+def test_every_public_name_of_the_package_is_there(name: str) -> None:
+    assert getattr(autoshard, name) is not None
+    assert name in dir(autoshard)
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'autoshard' has no attribute 'plans'"):
+        autoshard.plans  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["autoshard", "autoshard.cli"])
+def test_importing_loads_no_heavy_library(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert not set(LOADED_ONLY_WHEN_USED) & set(result.stdout.split())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_no_module_is_longer_than_a_sitting(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
