@@ -1,0 +1,203 @@
+"""The reduced choice problem as a mixed integer program, solved by HiGHS through scipy.
+
+The program, over binary `x_u[i]` (node u takes strategy i) and continuous `e_uv[i, j] >= 0`:
+
+    minimise    sum_u c_u . x_u + sum_uv c_uv . e_uv + t      `build_program`
+    sum_i x_u[i] = 1                            every node    `_add_choices`
+    sum_j e_uv[i, j] = x_u[i]                   every u, i    `_add_marginals`
+    sum_i e_uv[i, j] = x_v[j]                   every v, j    `_add_marginals`
+    t >= sum_u d_u . x_u + sum_uv d_uv . e_uv,  t >= 0        `_add_excess`
+    sum_{u live at T} m_u . x_u <= limit        some times T  `memory_row`
+
+where `d` is how much more an entry adds to the second sum than to the first; without a second sum
+there is no `t`. Only finite entries have an `e`. The equality marginals make the relaxation that
+of the local polytope; the weak rows `e >= x_u + x_v - 1` would leave it useless. Objective and
+memory rows are scaled, for the tolerances of HiGHS are absolute.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from autoshard.search.choice_graph import Array, ChoiceGraph, Indices
+
+__all__ = ["Answer", "Program", "build_program", "memory_row", "solve_program"]
+
+# HiGHS works to 1e-6: at these sizes that is below 1e-9 of a limit and of a typical objective.
+_OBJECTIVE_SIZE = 1e4
+_MEMORY_SIZE = 1e4
+
+# Its status for a proof that there is no answer.
+_INFEASIBLE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What HiGHS said.
+
+    Args:
+        values: present strategy of each node of the program; None when it found no choice.
+        bound: no choice that keeps the rows given costs less.
+        infeasible: no choice keeps the rows given.
+    """
+
+    values: dict[int, int] | None
+    bound: float
+    infeasible: bool = False
+
+
+@dataclass(slots=True)
+class Program:
+    """Rows and columns of the program; a row is `lower <= entries . columns <= upper`.
+
+    Args:
+        scale: factor on the costs that makes the objective one of a fixed size.
+        starts: first column of each node.
+        sizes: number of strategies of each node.
+        costs: blocks of the objective, in the order of their columns.
+    """
+
+    scale: float
+    starts: dict[int, int] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    costs: list[Array] = field(default_factory=list)
+    n_columns: int = 0
+    n_binary: int = 0
+    rows: list[Indices] = field(default_factory=list)
+    columns: list[Indices] = field(default_factory=list)
+    entries: list[Array] = field(default_factory=list)
+    lower: list[float] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+
+    def add_columns(self, costs: Array) -> Indices:
+        """Append columns with these costs, (sums, columns), and return their numbers."""
+        self.costs.append(costs)
+        first, self.n_columns = self.n_columns, self.n_columns + costs.shape[1]
+        return np.arange(first, self.n_columns)
+
+    def add_entries(self, rows: Indices, columns: Indices, entries: Array) -> None:
+        """Append matrix entries; `rows` count from the first row not yet added."""
+        self.rows.append(rows + len(self.lower))
+        self.columns.append(columns)
+        self.entries.append(entries)
+
+    def add_rows(self, lower: Sequence[float], upper: Sequence[float]) -> None:
+        """Close the rows whose entries were appended."""
+        self.lower.extend(lower)
+        self.upper.extend(upper)
+
+
+def build_program(graph: ChoiceGraph, nodes: Sequence[int], size: float) -> Program:
+    """The program of some nodes, without memory rows.
+
+    Args:
+        graph: the reduced problem.
+        nodes: a union of its connected components.
+        size: what the objective is about, above 0.
+    """
+    program = Program(scale=_OBJECTIVE_SIZE / size)
+    for node in nodes:
+        _add_choices(program, node, graph.costs[node])
+    program.n_binary = program.n_columns
+    inside = set(nodes)
+    for u, v, table in graph.edges():
+        if u in inside:
+            _add_marginals(program, u, v, table)
+    if graph.costs[nodes[0]].shape[0] == 2:
+        _add_excess(program)
+    return program
+
+
+def _add_choices(program: Program, node: int, costs: Array) -> None:
+    columns = program.add_columns(costs)
+    program.starts[node] = int(columns[0])
+    program.sizes[node] = len(columns)
+    program.add_entries(np.zeros_like(columns), columns, np.ones(len(columns)))
+    program.add_rows([1.0], [1.0])
+
+
+def _add_marginals(program: Program, u: int, v: int, table: Array) -> None:
+    i, j = np.isfinite(table[0]).nonzero()
+    pairs = program.add_columns(table[:, i, j])
+    for node, strategy in ((u, i), (v, j)):
+        n = program.sizes[node]
+        choices = program.starts[node] + np.arange(n)
+        program.add_entries(strategy, pairs, np.ones(len(pairs)))
+        program.add_entries(np.arange(n), choices, np.full(n, -1.0))
+        program.add_rows([0.0] * n, [0.0] * n)
+
+
+def _add_excess(program: Program) -> None:
+    costs = np.concatenate(program.costs, axis=1)
+    excess = (costs[1] - costs[0]) * program.scale
+    # The new column counts in scaled cost: HiGHS may leave it at -1e-6.
+    column = program.add_columns(np.array([[1.0], [0.0]]) / program.scale)
+    used = excess.nonzero()[0]
+    program.add_entries(np.zeros_like(used), used, excess[used])
+    program.add_entries(np.zeros_like(column), column, np.array([-1.0]))
+    program.add_rows([-np.inf], [0.0])
+
+
+def memory_row(graph: ChoiceGraph, program: Program, time: int) -> tuple[Indices, Array]:
+    """Columns and usages of the nodes live at a time."""
+    columns, usages = [], []
+    for node, start in program.starts.items():
+        for load in graph.loads[node]:
+            if load.start <= time < load.stop:
+                columns.append(start + np.arange(len(load.usages)))
+                usages.append(load.usages)
+    return np.concatenate(columns), np.concatenate(usages)
+
+
+def solve_program(
+    graph: ChoiceGraph, program: Program, times: Sequence[int], gap: float, seconds: float
+) -> Answer:
+    """Solve with the memory rows of some times.
+
+    Args:
+        graph: what the program was built from.
+        program: from `build_program`.
+        times: times whose memory rows hold.
+        gap: relative distance of cost and bound at which to stop.
+        seconds: time limit, infinite for none.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    rows, columns, entries = list(program.rows), list(program.columns), list(program.entries)
+    upper = [*program.upper, *[_MEMORY_SIZE] * len(times)]
+    lower = [*program.lower, *[-np.inf] * len(times)]
+    for number, time in enumerate(times, start=len(program.lower)):
+        used, usages = memory_row(graph, program, time)
+        rows.append(np.full(len(used), number))
+        columns.append(used)
+        entries.append(usages / graph.limit * _MEMORY_SIZE)
+    matrix = csr_array(
+        (np.concatenate(entries), (np.concatenate(rows), np.concatenate(columns))),
+        shape=(len(lower), program.n_columns),
+    )
+    costs = np.concatenate(program.costs, axis=1)[0]
+    result = milp(
+        costs * program.scale,
+        integrality=(np.arange(program.n_columns) < program.n_binary).astype(np.int64),
+        bounds=Bounds(0.0, np.inf),
+        constraints=LinearConstraint(matrix, np.array(lower), np.array(upper)),
+        options={"mip_rel_gap": gap, "time_limit": max(seconds, 0.01)},
+    )
+    return _read(program, result)
+
+
+def _read(program: Program, result: Any) -> Answer:
+    if result.status == _INFEASIBLE:
+        return Answer(values=None, bound=np.inf, infeasible=True)
+    bound = result.mip_dual_bound
+    bound = -np.inf if bound is None or np.isnan(bound) else float(bound) / program.scale
+    if result.x is None:
+        return Answer(values=None, bound=bound)
+    values = {
+        node: int(result.x[start : start + program.sizes[node]].argmax())
+        for node, start in program.starts.items()
+    }
+    return Answer(values=values, bound=bound)

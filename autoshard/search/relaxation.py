@@ -1,0 +1,188 @@
+"""A quick lower bound and first answers for a reduced problem too large to start HiGHS on.
+
+The bound is dual ascent on the local polytope by sequential tree-reweighted message passing
+(Kolmogorov 2006): costs move between nodes and edges without a change to the cost of any choice,
+
+    node_u = c_u + sum_v M[u][v],    edge_uv[i, j] = c_uv[i, j] - M[u][v][i] - M[v][u][j],
+
+so the least of every node and edge add up to a bound. Memory enters by prices on times
+(Lagrange multipliers, subgradient steps): with price p_t a byte, a strategy costs
+`sum_t p_t usage` more and the bound is less by `sum_t p_t limit`. With two sums every weighted
+mean of them is a bound on their maximum.
+
+A choice through an entry costs at least the bound plus what that entry lies above the least of
+its node or edge: with a known answer, entries that exceed it go away (`forbid_dear`).
+"""
+
+import numpy as np
+
+from autoshard.search.choice_graph import Array, ChoiceGraph
+from autoshard.search.local_search import State
+
+__all__ = ["Ascent", "Relaxation"]
+
+_MOST_STEPS = 200
+# Steps without memory prices at the start; steps without gain before prices move by half as much,
+# and before it ends.
+_WARM_UP = 10
+_PATIENCE = 8
+_GIVE_UP = 25
+_GAIN = 1e-4
+
+
+class Relaxation:
+    """Messages and prices over a graph that does not change meanwhile.
+
+    Args:
+        graph: the reduced problem.
+        weights: weight of each sum, adding up to 1.
+    """
+
+    def __init__(self, graph: ChoiceGraph, weights: Array) -> None:
+        self._graph = graph
+        self._order = tuple(graph.alive)
+        self._rank = {node: rank for rank, node in enumerate(self._order)}
+        self._costs = {u: weights @ graph.costs[u] for u in self._order}
+        self._tables: dict[int, dict[int, Array]] = {u: {} for u in self._order}
+        self._messages: dict[int, dict[int, Array]] = {u: {} for u in self._order}
+        for u, v, table in graph.edges():
+            mean = np.tensordot(weights, table, 1)
+            self._tables[u][v], self._tables[v][u] = mean, mean.T
+            self._messages[u][v] = np.zeros(mean.shape[0])
+            self._messages[v][u] = np.zeros(mean.shape[1])
+        self.prices = np.zeros(graph.n_times)
+        self._priced = dict(self._costs)
+
+    def set_prices(self, prices: Array) -> None:
+        """Put a price on a byte at each time."""
+        self.prices = prices
+        total = np.concatenate([[0.0], prices.cumsum()])
+        for u in self._order:
+            cost = self._costs[u]
+            for load in self._graph.loads[u]:
+                cost = cost + load.usages * (total[load.stop] - total[load.start])
+            self._priced[u] = cost
+
+    def sweep(self) -> dict[int, int]:
+        """One pass of messages forward and backward; returns the choice met on the way."""
+        self._pass(self._order, 1)
+        return self._pass(self._order[::-1], -1)
+
+    def _pass(self, order: tuple[int, ...], sign: int) -> dict[int, int]:
+        chosen: dict[int, int] = {}
+        for u in order:
+            here, tables = self._messages[u], self._tables[u]
+            ahead = [v for v in tables if sign * (self._rank[v] - self._rank[u]) > 0]
+            total = self.node_costs(u)
+            decided = self._priced[u] + sum(
+                tables[v][:, chosen[v]] if v in chosen else here[v] for v in tables
+            )
+            chosen[u] = int(decided.argmin())
+            share = total / max(len(ahead), len(tables) - len(ahead), 1)
+            for v in ahead:
+                here[v] = here[v] - share
+                self._messages[v][u] = (tables[v] - here[v][:, None]).min(axis=0)
+        return chosen
+
+    def node_costs(self, u: int) -> Array:
+        """What the strategies of a node cost after all moves."""
+        total: Array = self._priced[u] + sum(self._messages[u].values())
+        return total
+
+    def edge_costs(self, u: int, v: int) -> Array:
+        """What pairs cost after all moves."""
+        table: Array = self._tables[u][v] - self._messages[u][v][:, None] - self._messages[v][u]
+        return table
+
+    def bound(self) -> float:
+        """No choice within the limits costs less."""
+        total = sum(float(self.node_costs(u).min()) for u in self._order)
+        for u in self._order:
+            total += sum(float(self.edge_costs(u, v).min()) for v in self._tables[u] if u < v)
+        if self._graph.limit < np.inf:
+            total -= float(self.prices.sum()) * self._graph.limit
+        return total
+
+    def least_choices(self) -> dict[int, int]:
+        """The cheapest strategy of each node after all moves."""
+        return {u: int(self.node_costs(u).argmin()) for u in self._order}
+
+    def forbid_dear(self, slack: float) -> None:
+        """Forbid what no choice within `slack` of the bound can contain.
+
+        Args:
+            slack: cost of a known answer minus the bound.
+        """
+        graph = self._graph
+        above = {u: (c := self.node_costs(u)) - c.min() for u in self._order}
+        for u in self._order:
+            keep = above[u] <= slack
+            for v, table in graph.tables[u].items():
+                if u < v:
+                    edge = self.edge_costs(u, v)
+                    total = edge - edge.min() + above[u][:, None] + above[v]
+                    dear = (total > slack) & np.isfinite(table[0])
+                    if dear.any():
+                        table[:, dear] = np.inf
+                        graph.touch(u)
+                        graph.touch(v)
+            graph.costs[u] = np.where(keep, graph.costs[u], np.inf)
+            if not keep.all():
+                graph.touch(u)
+
+
+class Ascent:
+    """Raises the bound step by step: messages, then prices towards the limit.
+
+    The step of the prices is Polyak's with a guessed gap `reach`, halved when it does not help.
+
+    Args:
+        graph: the reduced problem.
+        sums: the sums of some answer; the larger is the one to bound.
+    """
+
+    def __init__(self, graph: ChoiceGraph, sums: Array) -> None:
+        self._graph = graph
+        weights = np.zeros(len(sums))
+        weights[sums.argmax()] = 1.0
+        self._relaxation = Relaxation(graph, weights)
+        self._best_prices = self._relaxation.prices
+        self._reach, self._stalled, self._since_gain = 0.1, 0, 0
+        self.best_bound = -np.inf
+        self.n_steps = 0
+
+    def improving(self) -> bool:
+        """Whether another step is worth its time."""
+        return self.n_steps < _MOST_STEPS and self._since_gain < _GIVE_UP
+
+    def step(self) -> dict[int, int]:
+        """One sweep and a change of prices; returns the choice met on the way."""
+        chosen = self._relaxation.sweep()
+        bound = self._relaxation.bound()
+        self.n_steps += 1
+        gained = bound > self.best_bound + _GAIN * abs(bound)
+        self._stalled = 0 if gained else self._stalled + 1
+        self._since_gain = 0 if gained else self._since_gain + 1
+        if bound > self.best_bound:
+            self.best_bound, self._best_prices = bound, self._relaxation.prices
+        if self.n_steps > _WARM_UP and self._graph.limit < np.inf:
+            self._move_prices()
+        return chosen
+
+    def _move_prices(self) -> None:
+        relaxation = self._relaxation
+        if self._stalled > _PATIENCE:
+            self._reach, self._stalled = self._reach / 2, 0
+            relaxation.set_prices(self._best_prices)
+            return
+        over = State(self._graph, relaxation.least_choices()).used - self._graph.limit
+        over[(over < 0) & (relaxation.prices == 0)] = 0.0
+        if over.any():
+            size = self._reach * abs(self.best_bound) / float(over @ over)
+            relaxation.set_prices(np.maximum(relaxation.prices + size * over, 0.0))
+
+    def forbid_dear(self, slack: float) -> None:
+        """As `Relaxation.forbid_dear`, of the last step's messages and the best prices."""
+        self._relaxation.set_prices(self._best_prices)
+        loss = self.best_bound - self._relaxation.bound()
+        self._relaxation.forbid_dear(slack + loss)

@@ -1,0 +1,305 @@
+"""Solves choice problems: proven optima, or the best answer in a time limit with its bound.
+
+Over one choice `s_v` a node, with the tables of `autoshard.search.problem`:
+
+    minimise    max_k ( sum_v c^k_v[s_v] + sum_uv c^k_uv[s_u, s_v] )         `cost_of`
+    subject to  sum_{v live at t} m_v[s_v] <= limit, every time t            `peak_usage`
+
+    1. exact reduction: rules that keep an optimal choice                    `reduce_graph`
+    2. where much is left, a bound by dual ascent and answers by descent     `_Search.relax`
+       and entries that no better answer can contain go away                 `forbid_dear`
+    3. independent components                                                `_components`
+    4. the mixed integer program of each, equality marginals, by HiGHS       `build_program`
+       memory rows where they can bind, lazily where these are many          `_solve_component`
+    5. in a time limit only: balls of nodes around a known answer, solved    `_Search.polish`
+       exactly in turn
+
+Without a time limit the answer depends on the problem alone.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from autoshard.errors import NothingFitsError
+from autoshard.search.choice_graph import ChoiceGraph
+from autoshard.search.local_search import State, ball_around, free_ball
+from autoshard.search.milp import Answer, build_program, solve_program
+from autoshard.search.problem import Problem, Solution, cost_of, peak_usage
+from autoshard.search.reduction import reduce_graph
+from autoshard.search.relaxation import Ascent
+
+__all__ = ["solve"]
+
+# A relative gap below this is rounding.
+_PROVEN = 1e-6
+# Finite edge entries from which a bound and an answer come before HiGHS, and from which a time
+# limit goes to improving answers instead of to HiGHS.
+_LARGE = 10_000
+_TOO_LARGE = 150_000
+# Memory entries up to which every row goes in at once.
+_ALL_MEMORY_ENTRIES = 100_000
+_ROUNDS = 3
+_SMALLEST_BALL = 20
+
+
+def solve(problem: Problem, *, gap: float = _PROVEN, time_limit: float | None = None) -> Solution:
+    """Choose a strategy for every node, at least cost within the memory limit.
+
+    Args:
+        problem: nodes, edges and the limit.
+        gap: stop when `(cost - bound) / cost` is no more than this.
+        time_limit: seconds after which to return the best answer so far, about; None to stop by
+            gap alone.
+
+    Returns:
+        The choices with their bound; `status` says `infeasible` where it is proven that nothing
+        fits, `unknown` where nothing was found in time.
+
+    >>> from autoshard.search.problem import Edge, Node
+    >>> nodes = (Node(costs=(1.0, 3.0), usages=(8.0, 4.0)), Node(costs=(0.0, 0.0)))
+    >>> edge = Edge(source=0, target=1, costs=((9.0, math.inf), (2.0, 0.0)))
+    >>> solution = solve(Problem(nodes=nodes, edges=(edge,), memory_limit=6.0))
+    >>> solution.choices, solution.cost, solution.status
+    ((1, 1), 3.0, 'optimal')
+    """
+    if not problem.nodes:
+        return _Search(problem, gap, None).solution()
+    search = _Search(problem, gap, time_limit)
+    try:
+        graph = ChoiceGraph.of(problem)
+        reduce_graph(graph)
+        search.n_nodes, search.n_edges = len(graph.alive), len(graph.edges())
+        if _n_entries(graph) > _LARGE:
+            search.tighten(graph)
+        search.finish(graph)
+    except NothingFitsError:
+        # Nothing (else) is left: what is known already is the best.
+        search.bound = search.cost
+    return search.solution()
+
+
+class _Search:
+    """The best answer and bound so far, and the clock."""
+
+    def __init__(self, problem: Problem, gap: float, time_limit: float | None) -> None:
+        self.problem = problem
+        self.gap = gap
+        self.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+        self.choices: tuple[int, ...] | None = None if problem.nodes else ()
+        self.cost = math.inf if problem.nodes else 0.0
+        self.bound = -math.inf if problem.nodes else 0.0
+        self.n_nodes = self.n_edges = 0
+
+    def left(self) -> float:
+        """Seconds until the time limit."""
+        return math.inf if self.deadline == math.inf else self.deadline - time.monotonic()
+
+    def until(self, share: float) -> Callable[[], bool]:
+        """A test whether this share of the time left now has gone."""
+        end = math.inf if self.deadline == math.inf else time.monotonic() + share * self.left()
+        return lambda: end < math.inf and time.monotonic() >= end
+
+    def offer(self, state: State) -> None:
+        """Keep an answer if it is feasible and better."""
+        if not state.feasible:
+            return
+        choices = state.graph.choices(state.chosen)
+        cost = cost_of(self.problem, choices)
+        limit = self.problem.memory_limit
+        if cost < self.cost and (
+            limit is None or peak_usage(self.problem, choices) <= limit * (1 + 1e-9)
+        ):
+            self.choices, self.cost = choices, cost
+
+    def raise_bound(self, bound: float) -> None:
+        """Take over a bound on every answer better than the best known."""
+        self.bound = max(self.bound, min(bound, self.cost))
+
+    def relative_gap(self) -> float:
+        """`(cost - bound) / cost`; 0 where they are the same, infinity without one of them."""
+        if self.cost == self.bound:
+            return 0.0
+        if math.inf in (self.cost, -self.bound):
+            return math.inf
+        return max(0.0, self.cost - self.bound) / (abs(self.cost) or 1.0)
+
+    def solution(self) -> Solution:
+        """The result as a value."""
+        return Solution(
+            choices=self.choices or (),
+            cost=self.cost,
+            bound=min(self.bound, self.cost),
+            gap=self.relative_gap(),
+            proven=self.relative_gap() <= _PROVEN,
+            feasible=self.choices is not None,
+            n_reduced_nodes=self.n_nodes,
+            n_reduced_edges=self.n_edges,
+        )
+
+    def tighten(self, graph: ChoiceGraph) -> None:
+        """Shrink a large problem by bounds and answers, in rounds while that pays."""
+        for _ in range(_ROUNDS):
+            before = _n_entries(graph)
+            ascent, state = self.relax(graph)
+            if self.left() < math.inf and before > _TOO_LARGE:
+                self.polish(state, self.until(0.3))
+            if self.cost < math.inf:
+                slack = self.cost - ascent.best_bound + _PROVEN * abs(self.cost)
+                ascent.forbid_dear(slack)
+                reduce_graph(graph)
+            if _n_entries(graph) > 0.8 * before or self.relative_gap() <= self.gap:
+                return
+
+    def relax(self, graph: ChoiceGraph) -> tuple[Ascent, State]:
+        """Raise the bound by dual ascent; the choices met on the way start descents."""
+        first = State(graph, {u: int(graph.costs[u].sum(axis=0).argmin()) for u in graph.alive})
+        first.descend(self.until(0.1))
+        self.offer(first)
+        ascent, best, over = Ascent(graph, first.sums), first, self.until(0.3)
+        while ascent.improving() and not over() and self.relative_gap() > self.gap:
+            chosen = ascent.step()
+            self.raise_bound(ascent.best_bound)
+            if ascent.n_steps % 5 == 0:
+                state = State(graph, chosen)
+                state.descend(over)
+                self.offer(state)
+                best = min(best, state, key=lambda s: (not s.feasible, s.cost))
+        return ascent, best
+
+    def finish(self, graph: ChoiceGraph) -> None:
+        """Solve what is left."""
+        if self.relative_gap() <= self.gap:
+            return
+        if self.left() < math.inf and _n_entries(graph) > _TOO_LARGE:
+            _, state = self.relax(graph)
+            self.polish(state, self.until(1.0))
+            return
+        state = State(graph, {u: int(graph.costs[u].sum(axis=0).argmin()) for u in graph.alive})
+        state.descend(self.until(0.1))
+        self.offer(state)
+        seconds = 0.7 * self.left()
+        chosen, bound = _solve_graph(graph, self.gap, seconds, state)
+        self.raise_bound(bound)
+        state = State(graph, chosen)
+        if not state.feasible:
+            state.descend(self.until(0.5))
+        self.offer(state)
+        self.raise_bound(bound)
+        if self.left() < math.inf and self.relative_gap() > self.gap:
+            self.polish(state, self.until(1.0))
+
+    def polish(self, state: State, over: Callable[[], bool]) -> None:
+        """Solve balls of nodes exactly, all else as it is, until the time is over."""
+        graph, random = state.graph, np.random.default_rng(0)
+        nodes, size = list(graph.alive), 2.0 * _SMALLEST_BALL
+        while state.feasible and not over() and self.relative_gap() > self.gap:
+            ball = ball_around(graph, int(random.choice(nodes)), int(size), random)
+            part = free_ball(state, ball)
+            try:
+                reduce_graph(part)
+                present = dict.fromkeys(part.alive, 0)
+                seconds = max(0.1, min(5.0, self.left()))
+                start = time.monotonic()
+                chosen, _ = _solve_graph(part, self.gap, seconds, State(part, present))
+                quick = time.monotonic() - start < 1.0
+            except NothingFitsError:
+                continue
+            size = min(size * 1.1, len(nodes)) if quick else max(size * 0.7, _SMALLEST_BALL)
+            values = dict(enumerate(part.choices(chosen)))
+            after = State(graph, {**state.chosen, **{u: values[i] for i, u in enumerate(ball)}})
+            if after.feasible and after.cost < state.cost:
+                state = after
+                self.offer(state)
+
+
+def _n_entries(graph: ChoiceGraph) -> int:
+    return sum(int(np.isfinite(table[0]).sum()) for _, _, table in graph.edges())
+
+
+def _solve_graph(
+    graph: ChoiceGraph, gap: float, seconds: float, start: State
+) -> tuple[dict[int, int], float]:
+    """Choices of every component, from `start` where HiGHS found none, and the bound on all."""
+    chosen, bound = dict(start.chosen), 0.0
+    size = max(abs(start.cost), 1e-3 * graph.scale())
+    deadline = time.monotonic() + seconds
+    for nodes in _components(graph):
+        if all(len(graph.kept[u]) == 1 for u in nodes):
+            # One choice: its edges are gone, and the reduction has checked its memory.
+            bound += float(np.sum([graph.costs[u] for u in nodes], axis=0).max())
+            chosen |= dict.fromkeys(nodes, 0)
+            continue
+        left = deadline - time.monotonic() if seconds < math.inf else math.inf
+        answer = _solve_component(graph, nodes, gap, left, size)
+        chosen |= answer.values or {}
+        bound += answer.bound
+    return chosen, bound
+
+
+def _solve_component(
+    graph: ChoiceGraph, nodes: list[int], gap: float, seconds: float, size: float
+) -> Answer:
+    program = build_program(graph, nodes, size)
+    times, n_entries = _binding_times(graph, nodes)
+    rows = times if n_entries <= _ALL_MEMORY_ENTRIES else []
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = solve_program(graph, program, rows, gap, seconds)
+        if answer.infeasible:
+            raise NothingFitsError("no choice keeps the memory limit")
+        if answer.values is None or len(rows) == len(times):
+            return answer
+        used = State(graph, dict.fromkeys(graph.alive, 0) | answer.values).used
+        broken = [t for t in times if used[t] > graph.limit * (1 + 1e-9) and t not in rows]
+        if not broken or (seconds < math.inf and time.monotonic() > deadline):
+            return answer
+        rows = sorted([*rows, *broken])
+        seconds = max(deadline - time.monotonic(), 0.0) if seconds < math.inf else seconds
+
+
+def _binding_times(graph: ChoiceGraph, nodes: list[int]) -> tuple[list[int], int]:
+    """Times at which the limit can bind, and the number of entries of their memory rows.
+
+    A time up to the next of which nothing ends has its loads in the row of the next.
+    """
+    most, count = np.zeros(graph.n_times + 1), np.zeros(graph.n_times + 1, dtype=np.int64)
+    ends = np.zeros(graph.n_times + 1, dtype=bool)
+    for node in nodes:
+        for load in graph.loads[node]:
+            for total, amount in ((most, load.usages.max()), (count, len(load.usages))):
+                total[load.start] += amount
+                total[load.stop] -= amount
+            ends[load.stop] = True
+    binding = (most.cumsum()[:-1] > graph.limit * (1 + 1e-9)) & ends[1:]
+    return binding.nonzero()[0].tolist(), int(count.cumsum()[:-1][binding].sum())
+
+
+def _components(graph: ChoiceGraph) -> list[list[int]]:
+    """Sets of nodes that can be solved apart.
+
+    Nodes in one set are joined by edges, by memory, or by costs that differ in the two sums.
+    """
+    coupled: list[int] = []
+    components: list[list[int]] = []
+    seen: set[int] = set()
+    for root in graph.alive:
+        if root in seen:
+            continue
+        seen.add(root)
+        component = [root]
+        for u in component:
+            component.extend(v for v in graph.tables[u] if v not in seen)
+            seen.update(graph.tables[u])
+        apart = all(
+            not graph.loads[u]
+            and all((t == t[:1]).all() for t in (graph.costs[u], *graph.tables[u].values()))
+            for u in component
+        )
+        if apart:
+            components.append(sorted(component))
+        else:
+            coupled += component
+    return [*components, sorted(coupled)] if coupled else components
