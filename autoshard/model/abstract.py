@@ -1,0 +1,103 @@
+"""Keras models without values: variables keep shape, dtype and path, and take no memory.
+
+The private names of Keras that this needs are all used here.
+"""
+
+import collections
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from autoshard.model.keras_import import import_keras
+
+__all__ = ["OutputRecorder", "abstract_scope", "recording_scope"]
+
+_PENDING = "uninitialized_variables"
+_NAME_COUNTERS = "object_name_uids"
+_DISTRIBUTION = "distribution"
+_STATELESS_SCOPE = "stateless_scope"
+
+
+class OutputRecorder:
+    """Stands in for a distribution and writes down every layer output that Keras asks about."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, None] = {}
+
+    def get_tensor_layout(self, path: str) -> None:
+        """Answer as a map without a rule for `path` does."""
+        self.paths[path] = None
+
+    def get_variable_layout(self, variable: Any) -> None:
+        """Answer that the variable lies wherever its device is."""
+
+
+@contextmanager
+def _global_attributes(**values: Any) -> Iterator[None]:
+    from keras.src.backend.common import global_state
+
+    before = {name: global_state.get_global_attribute(name) for name in values}
+    for name, value in values.items():
+        global_state.set_global_attribute(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            global_state.set_global_attribute(name, value)
+
+
+@contextmanager
+def recording_scope() -> Iterator[OutputRecorder]:
+    """Record the layer outputs that Keras would ask a LayoutMap for, and apply no layout.
+
+    Layer names count from zero inside: Keras numbers unnamed layers over the whole process, so
+    that a second Mixtral would otherwise get other paths than the first.
+    """
+    import_keras()
+    recorder = OutputRecorder()
+    with _global_attributes(
+        **{_DISTRIBUTION: recorder, _NAME_COUNTERS: collections.defaultdict(int)}
+    ):
+        yield recorder
+
+
+@contextmanager
+def abstract_scope() -> Iterator[None]:
+    """Variables made inside from an initializer are never given a value.
+
+    They stay on Keras' list of variables that wait for one, and the next StatelessScope to close
+    would fill them all (34 GB for Gemma 7B): the list is put back as it was.
+    """
+    keras = import_keras()
+    with (
+        _global_attributes(**{_PENDING: []}),
+        keras.StatelessScope(initialize_variables=False),
+        _given_values_kept(),
+    ):
+        yield
+
+
+@contextmanager
+def _given_values_kept() -> Iterator[None]:
+    """Let a variable that is made from a value, not an initializer, keep it.
+
+    A StatelessScope refuses those: the rates and counters of an optimizer, which a KerasHub task
+    makes in its constructor, and T5Gemma2's two bare vectors. Their values exist already.
+    """
+    import jax
+    from keras.src.backend.common import KerasVariable
+
+    original = KerasVariable.__init__
+
+    def init(self: Any, initializer: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(initializer, (str, jax.core.Tracer)) or callable(initializer):
+            original(self, initializer, *args, **kwargs)
+            return
+        with _global_attributes(**{_STATELESS_SCOPE: None}):
+            original(self, initializer, *args, **kwargs)
+
+    KerasVariable.__init__ = init
+    try:
+        yield
+    finally:
+        KerasVariable.__init__ = original

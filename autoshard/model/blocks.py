@@ -1,0 +1,108 @@
+"""The stacks of repeated blocks in a Keras model, and of what kind each block is.
+
+The kind is read off the layers: classes, weights, and every plain setting that they hold, so that
+a block with a sliding window differs from one without. A number that grows by one from block to
+block is the block's index and says nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from autoshard.model.paths import PathNames, number_of
+from autoshard.model.recipe import AbstractModel, layers_by_path
+
+__all__ = ["Stack", "find_stacks"]
+
+_NAMES = ("name", "path", "seed", "creation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """Repeated blocks.
+
+    Attributes:
+        template: their path, with `*` for the number.
+        start: the number of the first.
+        layers: the blocks, in order.
+        kinds: what tells blocks apart, one a block.
+    """
+
+    template: str
+    start: int
+    layers: tuple[Any, ...]
+    kinds: tuple[Hashable, ...]
+
+
+def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
+    """The outermost stacks whose blocks are layers and hold all weights under their own path."""
+    layers = layers_by_path(model.model)
+    templates = PathNames.of([f"{path}/output" for path in layers]).templates
+    members: dict[str, dict[int, Any]] = defaultdict(dict)
+    for path, layer in layers.items():
+        template = templates[f"{path}/output"].removesuffix("/output")
+        if template.endswith("_*") and template.count("*") == 1:
+            members[template][number_of(path)] = layer
+    stacks = []
+    for template, blocks in members.items():
+        numbers = sorted(blocks)
+        layers_in_order = tuple(blocks[number] for number in numbers)
+        contiguous = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        if contiguous and all(map(_is_closed, layers_in_order)):
+            kinds = _kinds(layers_in_order)
+            stacks.append(
+                Stack(template=template, start=numbers[0], layers=layers_in_order, kinds=kinds)
+            )
+    return tuple(stacks)
+
+
+def _is_closed(block: Any) -> bool:
+    return all(weight.path.startswith(f"{block.path}/") for weight in block.weights)
+
+
+def _kinds(blocks: tuple[Any, ...]) -> tuple[Hashable, ...]:
+    facts = [dict(_facts(block, "")) for block in blocks]
+    indices = {
+        key
+        for key in facts[0]
+        if all(
+            isinstance(fact.get(key), int)
+            and not isinstance(fact[key], bool)
+            and fact[key] == facts[0][key] + i
+            for i, fact in enumerate(facts)
+        )
+    }
+    return tuple(
+        tuple((key, value) for key, value in fact.items() if key not in indices or len(facts) == 1)
+        for fact in facts
+    )
+
+
+def _facts(layer: Any, prefix: str) -> Iterator[tuple[str, Hashable]]:
+    yield f"{prefix}class", type(layer).__name__
+    yield f"{prefix}dtype", layer.dtype_policy.name
+    for weight in layer._trainable_variables + layer._non_trainable_variables:
+        yield f"{prefix}{weight.name}", (tuple(weight.shape), str(weight.dtype), weight.trainable)
+    for key, value in sorted(vars(layer).items()):
+        if not any(part in key for part in _NAMES):
+            plain, is_plain = _plain(value)
+            if is_plain:
+                yield f"{prefix}{key}", plain
+    for position, inner in enumerate(layer._flatten_layers(recursive=False, include_self=False)):
+        yield from _facts(inner, f"{prefix}{position}/")
+
+
+def _plain(value: Any) -> tuple[Hashable, bool]:
+    """A setting as far as it changes what is computed on which shapes."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value, True
+    if isinstance(value, float):
+        # Rates and scales may differ from block to block; only whether they act changes the step.
+        return ("float", value != 0), True
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(part) for part in value]
+        return tuple(part for part, _ in parts), all(is_plain for _, is_plain in parts)
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__, True
+    return None, False

@@ -1,0 +1,86 @@
+"""`build`: a model by name, or a Keras model, as the planner takes it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from autoshard.errors import ModelError, UsageError
+from autoshard.model.fold import fold
+from autoshard.model.keras_import import import_keras, import_keras_hub
+from autoshard.model.recipe import AbstractModel, Recipe, build_recipe, is_task, wrap
+from autoshard.model.references import recipe_of
+
+__all__ = ["AbstractModel", "build", "fold"]
+
+
+def build(
+    reference: "str | Callable[[], Any] | Any",
+    *,
+    dtype: str = "bfloat16",
+    lora_rank: int | None = None,
+    repeats: int | None = None,
+) -> AbstractModel:
+    """Build a model without values.
+
+    Args:
+        reference: a preset's name, `package.module:callable`, a preset directory, a `.keras` or
+            `config.json` file, a `kaggle://` or `hf://` handle; or a Keras model, which keeps its
+            own dtype, or a callable that returns one.
+        dtype: Keras dtype policy.
+        lora_rank: give the backbone low-rank factors of this rank and freeze the rest.
+        repeats: keep only so many periods of each stack of repeated blocks; all by default.
+
+    Raises:
+        UnknownNameError: there is no model of that name.
+        UsageError: the callable cannot be imported, or the model takes no low-rank factors.
+        ModelError: Keras cannot build the model without values.
+    """
+    keras = import_keras()
+    if isinstance(reference, keras.Model):
+        model = _given(reference, lora_rank)
+    else:
+        model = _rebuildable(build_recipe(recipe_of(reference, dtype, lora_rank)))
+    return model if repeats is None else fold(model, periods=repeats)
+
+
+def _given(model: Any, lora_rank: int | None) -> AbstractModel:
+    """A model that the caller made: its own variables, and a recipe if a copy equals it."""
+    backbone = model.backbone if is_task(model) else model
+    rank = getattr(backbone, "_lora_rank", None)
+    given = wrap(model.name, backbone, model, None)
+    recipe = _recipe_from(given, lora_rank or rank)
+    if lora_rank not in (None, rank):
+        if recipe is None:
+            raise UsageError(
+                f"'{model.name}' takes no low-rank factors: it is no KerasHub backbone"
+            )
+        return build_recipe(recipe)
+    if recipe is None:
+        return given
+    try:
+        twin = build_recipe(recipe)
+    except ModelError:
+        return given
+    same = twin.table().fingerprint == given.table().fingerprint
+    return replace(given, recipe=recipe, output_paths=twin.output_paths) if same else given
+
+
+def _rebuildable(model: AbstractModel) -> AbstractModel:
+    """The same model with a recipe whose configuration can be changed, where its class has one."""
+    recipe = model.recipe
+    if recipe is None or (recipe.config is not None and "class_name" not in recipe.config):
+        return model
+    better = _recipe_from(model, recipe.lora_rank)
+    return replace(model, recipe=better) if better else model
+
+
+def _recipe_from(model: AbstractModel, lora_rank: int | None) -> Recipe | None:
+    if not isinstance(model.backbone, import_keras_hub().models.Backbone):
+        return None
+    return Recipe(
+        name=model.name,
+        make=type(model.backbone).from_config,
+        config=model.backbone.get_config(),
+        task_class=type(model.model) if model.model is not model.backbone else None,
+        lora_rank=lora_rank,
+    )

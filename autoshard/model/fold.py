@@ -1,0 +1,167 @@
+"""Rebuilds a model with fewer blocks, found by trying and kept only when proven the same.
+
+No name is assumed: any integer of the configuration that equals the number of blocks may be the
+depth, and any list of that length may describe the blocks one by one. A change is kept when the
+rebuilt model has exactly the variables of the blocks it keeps, and blocks of the same kinds.
+"""
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from autoshard.errors import ModelError
+from autoshard.model.blocks import Stack, find_stacks
+from autoshard.model.folding import BlockStack, Folding, find_repetition
+from autoshard.model.recipe import AbstractModel, build_recipe
+
+__all__ = ["fold"]
+
+Keys = tuple[str | int, ...]
+Rows = Counter[tuple[Any, ...]]
+
+
+def fold(model: AbstractModel, *, periods: int = 3) -> AbstractModel:
+    """Build a model again with fewer blocks.
+
+    Args:
+        model: the whole model.
+        periods: how many periods of each stack to keep, at least 1; 3 keeps a first, a middle and
+            a last.
+
+    Returns:
+        The folded model, with `folding` saying what each block stands for; the model itself, with
+        its stacks unfolded, where it cannot be rebuilt or has no more periods than that.
+    """
+    whole = find_stacks(model)
+    wanted = _wanted(whole, periods)
+    folded, stacks = model, {t: replace(s, traced=s.n_blocks) for t, s in wanted.items()}
+    config = dict(model.recipe.config or {}) if model.recipe else {}
+    for template, stack in wanted.items():
+        if stacks[template].traced == stack.traced:
+            continue
+        for changed in _changes(config, stack):
+            attempt = _attempt(model, whole, wanted, changed)
+            if attempt and attempt[1][template].traced == stack.traced:
+                (folded, stacks), config = attempt, changed
+                break
+    return replace(folded, folding=Folding(blocks=tuple(stacks.values())))
+
+
+def _wanted(stacks: Sequence[Stack], periods: int) -> dict[str, BlockStack]:
+    """How far each stack would be folded.
+
+    Stacks of one depth may hang on one number, so they are folded alike.
+    """
+    wanted = {}
+    for stack in stacks:
+        n_blocks = len(stack.kinds)
+        alike = [s.kinds for s in stacks if len(s.kinds) == n_blocks]
+        lead, period = find_repetition(list(zip(*alike, strict=True)), periods)
+        traced = min(n_blocks, lead + periods * period + (n_blocks - lead) % period)
+        wanted[stack.template] = BlockStack(
+            template=stack.template,
+            start=stack.start,
+            n_blocks=n_blocks,
+            lead=lead,
+            period=period,
+            traced=traced,
+        )
+    return wanted
+
+
+def _changes(config: Mapping[str, Any], stack: BlockStack) -> Iterator[dict[str, Any]]:
+    """Configurations in which one number, with or without lists of that length, is smaller."""
+    depths = [
+        keys for keys, value in _walk(config) if value is not True and value == stack.n_blocks
+    ]
+    lists = [
+        keys
+        for keys, value in _walk(config)
+        if isinstance(value, (list, tuple)) and len(value) == stack.n_blocks
+    ]
+    alone = [[keys] for keys in lists] if len(lists) > 1 else []
+    for depth in depths:
+        beside = [keys for keys in lists if keys[:-1] == depth[:-1]]
+        for with_lists in ([], beside, lists, *alone):
+            if with_lists or with_lists is not beside:
+                yield _shortened(config, depth, with_lists, stack)
+
+
+def _walk(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    yield keys, value
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _walk(inner, (*keys, key))
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            if isinstance(inner, (Mapping, list, tuple)):
+                yield from _walk(inner, (*keys, index))
+
+
+def _shortened(
+    config: Mapping[str, Any], depth: Keys, lists: Sequence[Keys], stack: BlockStack
+) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(config))
+
+    def put(keys: Keys, value: Any) -> None:
+        holder: Any = changed
+        for key in keys[:-1]:
+            holder = holder[key]
+        holder[keys[-1]] = value
+
+    put(depth, stack.traced)
+    real = [stack.real_block(block) for block in range(stack.traced)]
+    for keys in lists:
+        value: Any = changed
+        for key in keys:
+            value = value[key]
+        put(keys, [value[block] for block in real])
+    return changed
+
+
+def _attempt(
+    model: AbstractModel,
+    whole: Sequence[Stack],
+    wanted: Mapping[str, BlockStack],
+    config: Mapping[str, Any],
+) -> tuple[AbstractModel, dict[str, BlockStack]] | None:
+    """The rebuilt model and its stacks, if it is the same model with blocks left out."""
+    assert model.recipe is not None
+    try:
+        folded = build_recipe(model.recipe, config)
+    except ModelError:
+        # The number was not the depth: a head count, say, that divides nothing any more.
+        return None
+    rest = _rows(model.model.weights)
+    expected: Rows = Counter()
+    stacks = {}
+    now = {stack.template: stack for stack in find_stacks(folded)}
+    for stack in whole:
+        blocks = now.get(stack.template)
+        target = wanted[stack.template]
+        n_now = len(blocks.kinds) if blocks else 0
+        if blocks is None or n_now not in (target.traced, target.n_blocks):
+            return None
+        stacks[stack.template] = target = replace(target, traced=n_now)
+        real = [target.real_block(block) for block in range(n_now)]
+        if blocks.kinds != tuple(stack.kinds[block] for block in real):
+            return None
+        for layer in stack.layers:
+            rest.subtract(_rows(layer.weights))
+        for block in real:
+            expected.update(_rows(stack.layers[block].weights))
+    if any(count < 0 for count in rest.values()):
+        return None
+    expected.update(rest)
+    return (folded, stacks) if +expected == _rows(folded.model.weights) else None
+
+
+def _rows(weights: Sequence[Any]) -> Rows:
+    """Weights without the numbers of their path, which differ between the two models."""
+    return Counter(
+        (re.sub(r"_\d+(?=/|$)", "", w.path), tuple(w.shape), str(w.dtype), w.trainable)
+        for w in weights
+    )

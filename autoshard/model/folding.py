@@ -1,0 +1,127 @@
+"""Which blocks of a folded model stand for how many blocks of the real one.
+
+A stack of blocks that repeats with a period is traced and compiled with a few periods only. Its
+blocks are `lead` blocks of their own, `n_periods` periods, and `remainder` blocks that begin one
+more period:
+
+    n_blocks = lead + n_periods * period + remainder
+    traced   = lead + k * period + remainder
+
+The traced copy holds the first periods and the last one. With three of them the middle one stands
+for all `n_periods - 2` of its kind.
+"""
+
+import math
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["BlockStack", "Folding", "find_repetition"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStack:
+    """One stack of repeated blocks.
+
+    Attributes:
+        template: their path, for example `decoder_block_*`.
+        start: the number of the first block.
+        n_blocks: blocks of the real model.
+        lead: blocks before the first period.
+        period: blocks after which the kinds of block repeat.
+        traced: blocks of the folded model; equal to `n_blocks` where it is not folded.
+    """
+
+    template: str
+    start: int = 0
+    n_blocks: int
+    lead: int = 0
+    period: int = 1
+    traced: int
+
+    @property
+    def n_periods(self) -> int:
+        """Whole periods of the real model."""
+        return (self.n_blocks - self.lead) // self.period
+
+    @property
+    def remainder(self) -> int:
+        """Blocks behind the last whole period."""
+        return (self.n_blocks - self.lead) % self.period
+
+    @property
+    def traced_periods(self) -> int:
+        """Whole periods of the folded model."""
+        return (self.traced - self.lead) // self.period
+
+    def real_block(self, block: int) -> int:
+        """The real block, counted from 0, that a folded one, counted from 0, is the copy of."""
+        first = self.lead + (self.traced_periods - 1) * self.period
+        return block if block < first else block + self.n_blocks - self.traced
+
+    def multiplicity(self, block: int) -> int:
+        """How many real blocks a folded block, counted from 0, stands for."""
+        extra = self.n_periods - self.traced_periods
+        # The last of the first periods stands for those left out; with a single period, that one.
+        middle = self.lead + max(0, self.traced_periods - 2) * self.period
+        return 1 + extra if middle <= block < middle + self.period else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folding:
+    """The stacks of a model, folded or not.
+
+    >>> stack = BlockStack(template="decoder_block_*", n_blocks=28, traced=3)
+    >>> [Folding(blocks=(stack,)).multiplicity(f"decoder_block_{i}/attention") for i in range(3)]
+    [1, 26, 1]
+    """
+
+    blocks: tuple[BlockStack, ...] = ()
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether any block stands for more than itself."""
+        return any(stack.traced < stack.n_blocks for stack in self.blocks)
+
+    def multiplicity(self, path: str) -> int:
+        """How many layers of the real model a layer, variable or output of this model stands for.
+
+        Args:
+            path: a path of the folded model, or the beginning of one down to the block.
+        """
+        counts = (
+            stack.multiplicity(block)
+            for stack in self.blocks
+            if (block := _block_of(path, stack)) is not None
+        )
+        return math.prod(counts)
+
+
+def _block_of(path: str, stack: BlockStack) -> int | None:
+    base = stack.template.removesuffix("_*")
+    match = re.match(rf"{re.escape(base)}(?:_(\d+))?(?=/|$)", path)
+    return int(match[1] or 0) - stack.start if match else None
+
+
+def find_repetition(kinds: Sequence[Hashable], periods: int = 3) -> tuple[int, int]:
+    """The lead and the period of a sequence of kinds that leave least to trace.
+
+    Args:
+        kinds: the kind of each block.
+        periods: how many periods the folded model keeps.
+
+    Returns:
+        lead and period; (0, the whole length) where nothing repeats often enough to save a block.
+
+    >>> find_repetition("aaaaaaa"), find_repetition("llglglglgl"[1:]), find_repetition("abcd")
+    ((0, 1), (0, 2), (0, 4))
+    """
+    n = len(kinds)
+    best = (n, 0, n)
+    for lead in range(n // 2):
+        for period in range(1, (n - lead) // periods + 1):
+            if all(kinds[i] == kinds[i + period] for i in range(lead, n - period)):
+                traced = lead + periods * period + (n - lead) % period
+                best = min(best, (traced, lead, period))
+                break
+    return best[1:]

@@ -1,0 +1,82 @@
+"""Imports Keras and KerasHub for planning: on JAX, and without TensorFlow.
+
+KerasHub imports TensorFlow wherever it is installed, for preprocessors that planning never calls;
+that is two thirds of its import time. Keras fixes its backend at import, so the backend is chosen
+here, before the first import, or checked when the caller came first.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from autoshard.errors import BackendError
+
+__all__ = ["import_keras", "import_keras_hub"]
+
+_REFUSED = ("tensorflow", "tensorflow_text")
+
+
+class _RefuseTensorFlow:
+    """A meta path finder under which TensorFlow looks as if it were not installed."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name.partition(".")[0] in _REFUSED:
+            raise ModuleNotFoundError(f"autoshard plans without {name}", name=name)
+        return None
+
+
+@contextmanager
+def _without_tensorflow() -> Iterator[None]:
+    # What the caller has imported already costs nothing more, and must not vanish.
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    finder = _RefuseTensorFlow()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def import_keras() -> Any:
+    """Import Keras on the JAX backend.
+
+    Returns:
+        The `keras` module.
+
+    Raises:
+        BackendError: Keras is set to another backend, whose distribution does nothing.
+    """
+    if "keras" not in sys.modules:
+        os.environ.setdefault("KERAS_BACKEND", "jax")
+    with _without_tensorflow():
+        import keras
+    backend = keras.config.backend()
+    if backend != "jax":
+        raise BackendError(
+            f"Keras runs on the {backend} backend, which ignores layouts; set the environment "
+            "variable KERAS_BACKEND=jax before keras is imported"
+        )
+    return keras
+
+
+def import_keras_hub() -> Any:
+    """Import KerasHub, and Keras before it, as `import_keras` does.
+
+    Returns:
+        The `keras_hub` module.
+
+    Raises:
+        BackendError: Keras is set to another backend than JAX.
+    """
+    import_keras()
+    with _without_tensorflow():
+        import keras_hub
+    return keras_hub

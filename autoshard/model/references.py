@@ -1,0 +1,134 @@
+"""What a person calls a model -> the recipe to build it.
+
+Taken are: a preset of the catalogue; `package.module:callable`; a local preset directory, a
+`.keras` file or a `config.json`; a `kaggle://` or `hf://` handle; a Keras model; a callable.
+"""
+
+import importlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from autoshard.errors import ModelError, UsageError
+from autoshard.model import catalogue
+from autoshard.model.keras_import import import_keras, import_keras_hub
+from autoshard.model.recipe import Recipe, one_line
+
+__all__ = ["recipe_of"]
+
+
+def recipe_of(reference: str | Callable[[], Any], dtype: str, lora_rank: int | None) -> Recipe:
+    """Read a reference.
+
+    Args:
+        reference: a model's name or a callable that returns a Keras model.
+        dtype: Keras dtype policy to build it with.
+        lora_rank: rank of the low-rank factors, or None.
+
+    Raises:
+        UnknownNameError: no preset has that name, and it is no file, handle or callable.
+        UsageError: the callable cannot be imported.
+        ModelError: the file holds no model.
+    """
+    if not isinstance(reference, str):
+        name = getattr(reference, "__name__", type(reference).__name__)
+        return _from_callable(name, reference, dtype, lora_rank)
+    if "://" in reference:
+        return _from_preset(reference, dtype, lora_rank)
+    path = Path(reference)
+    if path.is_dir():
+        return _from_preset(reference, dtype, lora_rank)
+    if path.suffix in (".keras", ".json"):
+        return _from_file(path, dtype, lora_rank)
+    if ":" in reference:
+        return _from_callable(reference, _imported(reference), dtype, lora_rank)
+    preset = catalogue.get(reference)
+    backbone_class = getattr(import_keras_hub().models, preset.class_name, None)
+    if backbone_class is None:
+        raise ModelError(
+            f"preset '{reference}' needs keras_hub.models.{preset.class_name}, which the installed "
+            "KerasHub does not have; upgrade keras-hub"
+        )
+    # A quantized preset says of each layer what it is stored as, and keeps that.
+    config = {"dtype": dtype, **preset.config()}
+    return Recipe(
+        name=reference, make=backbone_class.from_config, config=config, lora_rank=lora_rank
+    )
+
+
+def _imported(reference: str) -> Callable[[], Any]:
+    module_name, _, attribute = reference.partition(":")
+    try:
+        made: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            made = getattr(made, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"cannot import '{reference}': {one_line(error)}") from error
+    if not callable(made):
+        raise UsageError(f"'{reference}' is no callable that returns a Keras model")
+    return made
+
+
+@contextmanager
+def _default_dtype(dtype: str) -> Iterator[None]:
+    keras = import_keras()
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _from_callable(
+    name: str, function: Callable[[], Any], dtype: str, lora_rank: int | None
+) -> Recipe:
+    keras = import_keras()
+
+    def make(config: dict[str, Any]) -> Any:
+        with _default_dtype(dtype):
+            model = function()
+        if not isinstance(model, keras.Model):
+            raise UsageError(f"'{name}' returned {type(model).__name__}, not a Keras model")
+        return model
+
+    return Recipe(name=name, make=make, config=None, lora_rank=lora_rank)
+
+
+def _from_preset(handle: str, dtype: str, lora_rank: int | None) -> Recipe:
+    """A handle or a preset directory: Keras' own loader reads its configuration alone."""
+    keras_hub = import_keras_hub()
+
+    def make(config: dict[str, Any]) -> Any:
+        return keras_hub.models.Backbone.from_preset(handle, load_weights=False, dtype=dtype)
+
+    return Recipe(name=handle, make=make, config=None, lora_rank=lora_rank)
+
+
+def _from_file(path: Path, dtype: str, lora_rank: int | None) -> Recipe:
+    keras = import_keras()
+    import_keras_hub()
+    try:
+        if path.suffix == ".keras":
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read("config.json").decode()
+        else:
+            text = path.read_text(encoding="utf-8")
+        config = json.loads(text)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ModelError(f"cannot read a model from '{path}': {one_line(error)}") from error
+    if not isinstance(config, dict) or "class_name" not in config:
+        raise ModelError(
+            f"'{path}' is not the configuration of a Keras model: it names no class; for a model "
+            "of another library give its directory"
+        )
+    if str(config.get("registered_name")).startswith("keras_hub>"):
+        config["config"]["dtype"] = dtype
+
+    def make(config: dict[str, Any]) -> Any:
+        return keras.saving.deserialize_keras_object(config)
+
+    return Recipe(name=str(path), make=make, config=config, lora_rank=lora_rank)

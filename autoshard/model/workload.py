@@ -1,0 +1,80 @@
+"""The workload: what the model is asked to do in one step."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args, Literal
+
+from autoshard.errors import UnknownNameError, UsageError
+
+__all__ = ["DTYPES", "KINDS", "OPTIMIZERS", "Kind", "Workload"]
+
+Kind = Literal["train", "lora", "prefill", "decode"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
+DTYPES = ("bfloat16", "float16", "float32", "mixed_bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One step: its kind and the sizes that decide its cost.
+
+    Attributes:
+        kind: `train` (loss, gradients, optimizer), `lora` (the same on low-rank factors with the
+            base frozen), `prefill` (forward with logits), `decode` (one token against a cache).
+        batch: sequences in the global batch, at least 1.
+        seq_len: tokens a sequence, at least 1; for `decode` the length of the cache.
+        dtype: Keras dtype policy of the model.
+        optimizer: Keras optimizer of `train` and `lora`, by name.
+        lora_rank: rank of the low-rank factors; `lora` needs one, `prefill` and `decode` may have
+            one, `train` has none.
+    """
+
+    kind: Kind = "train"
+    batch: int = 8
+    seq_len: int = 512
+    dtype: str = "bfloat16"
+    optimizer: str = "adam"
+    lora_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for what, name, known in (
+            ("workload", self.kind, KINDS),
+            ("dtype", self.dtype, DTYPES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+        ):
+            if name not in known:
+                raise UnknownNameError(what, name, known, f"(one of {', '.join(known)})")
+        if self.batch < 1 or self.seq_len < 1:
+            raise UsageError(
+                f"a batch of {self.batch} sequences of {self.seq_len} tokens is no work: "
+                "both must be at least 1"
+            )
+        if self.kind == "lora" and self.lora_rank is None:
+            raise UsageError("the lora workload needs a rank: give lora_rank, for example 4")
+        if self.kind == "train" and self.lora_rank is not None:
+            raise UsageError("training with lora_rank is the lora workload: ask for that")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UsageError(f"lora_rank must be at least 1, not {self.lora_rank}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the step has gradients and an optimizer."""
+        return self.kind in ("train", "lora")
+
+    def to_json(self) -> dict[str, Any]:
+        """The workload as JSON values, in the order of the fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Workload":
+        """Read what `to_json` wrote.
+
+        Raises:
+            UsageError: a value is missing, unknown or out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(data) != names:
+            wrong = ", ".join(sorted(names ^ set(data)))
+            raise UsageError(f"a workload has the entries {', '.join(sorted(names))}; see {wrong}")
+        return cls(**data)
