@@ -27,6 +27,7 @@ ROOMS = (
     "records",
     "sharding_plan",
     "report",
+    "planning",
     "pipeline",
     "cli",
     "__main__",
@@ -85,9 +86,10 @@ def own_imports(path: Path) -> Iterator[tuple[str, str]]:
             yield module, name
 
 
-def top_level(path: Path) -> tuple[set[str], list[str]]:
-    """The public names that a module defines, and what its `__all__` lists, if it has one."""
+def top_level(path: Path) -> tuple[set[str], set[str], list[str]]:
+    """The public definitions of a module, its type aliases (`Spec = ...`), and its `__all__`."""
     names: set[str] = set()
+    aliases: set[str] = set()
     listed: list[str] = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -95,11 +97,13 @@ def top_level(path: Path) -> tuple[set[str], list[str]]:
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             leaves = [leaf for target in targets for leaf in ast.walk(target)]
-            names |= {leaf.id for leaf in leaves if isinstance(leaf, ast.Name)}
-            if "__all__" in names and not listed and node.value is not None:
+            found = {leaf.id for leaf in leaves if isinstance(leaf, ast.Name)}
+            if "__all__" in found and node.value is not None:
                 listed = ast.literal_eval(node.value)
-            names.discard("__all__")
-    return {name for name in names if not name.startswith("_")}, listed
+            aliases |= {name for name in found if name[0].isupper() and not name.isupper()}
+            names |= found
+    public = {name for name in names if not name.startswith("_")}
+    return public - aliases, aliases, listed
 
 
 def test_every_module_belongs_to_a_room() -> None:
@@ -140,13 +144,25 @@ def test_a_library_is_imported_only_in_the_rooms_that_own_it(path: Path) -> None
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_all_lists_exactly_the_public_names(path: Path) -> None:
-    names, listed = top_level(path)
-    if path.name == "__init__.py":
-        # A room may pass on names of its own modules; the package passes on those of its rooms.
-        names |= {name for module, name in own_imports(path) if module != "autoshard"}
-        names |= {"__version__"} & set(listed)
-    assert sorted(listed) == sorted(names)
+def test_all_lists_the_public_names_and_nothing_private(path: Path) -> None:
+    names, aliases, listed = top_level(path)
+    room = room_of(module_name(path))
+    # A module may pass on names of its own room, and the package those of all its rooms.
+    passed_on = {name for module, name in own_imports(path) if room in ("", room_of(module))}
+    assert len(listed) == len(set(listed))
+    assert not names - set(listed)
+    assert not set(listed) - names - aliases - passed_on - {"__version__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_what_a_room_imports_of_another_is_listed_there(path: Path) -> None:
+    room = room_of(module_name(path))
+    unlisted = []
+    for module, name in own_imports(path):
+        home = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        if name and room_of(module) not in ("", room) and home.exists():
+            unlisted += [] if name in top_level(home)[2] else [f"{module}.{name}"]
+    assert not unlisted
 
 
 @pytest.mark.parametrize("name", autoshard.__all__)
