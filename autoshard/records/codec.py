@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import operator
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -79,7 +80,9 @@ def from_record(hint: Any, value: Any, where: str = "") -> Any:
             raise _wrong(where, value, "a list")
         item = get_args(hint)[0]
         return tuple(from_record(item, entry, f"{where}[{k}]") for k, entry in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) in (int, float):
+        if abs(value) > sys.float_info.max or value != value:
+            raise _wrong(where, value, "a finite number")
         return float(value)
     if type(value) is not hint:
         raise _wrong(where, value, _EXPECTED[hint])

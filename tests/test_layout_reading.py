@@ -1,0 +1,153 @@
+"""Maps that people wrote: Python source, plans, KerasHub's own."""
+
+from pathlib import Path
+
+import pytest
+
+from autoshard.errors import AutoshardError, LayoutError, PlanFileError, UsageError
+from autoshard.layout.reading import kerashub_rules, parse_layout, read_layout
+from autoshard.layout.rules import Rule
+from autoshard.mesh import Mesh
+
+ANNOUNCED = """
+import keras
+from missing_package import nothing
+
+print("never executed")
+batch_dim, model_dim = "batch", "model"
+device_mesh = keras.distribution.DeviceMesh((1, 8), [batch_dim, model_dim])
+layout_map = keras.distribution.LayoutMap(device_mesh)
+layout_map["token_embedding/embeddings"] = (model_dim, None)
+layout_map["decoder_block.*(query|key|value).*kernel"] = (
+    None, model_dim, None)
+layout_map[r"decoder_block_\\d+/ffw_linear/kernel"] = keras.distribution.TensorLayout(
+    [model_dim, None]
+)
+layout_map["decoder_block_\\d+/bias"] = TensorLayout(axes=("model",), device_mesh=device_mesh)
+sizes["not a map"] = (1, 2)
+"""
+
+
+def test_python_source_is_read_without_running_it() -> None:
+    assert parse_layout(ANNOUNCED) == (
+        Rule(pattern="token_embedding/embeddings", spec=("model", None)),
+        Rule(pattern="decoder_block.*(query|key|value).*kernel", spec=(None, "model", None)),
+        Rule(pattern=r"decoder_block_\d+/ffw_linear/kernel", spec=("model", None)),
+        Rule(pattern=r"decoder_block_\d+/bias", spec=("model",)),
+    )
+
+
+def test_a_map_of_another_name_is_found_by_its_construction() -> None:
+    source = 'lm = keras.distribution.LayoutMap(mesh)\nlm["a/kernel"] = ("model",)\n'
+    assert parse_layout(source) == (Rule(pattern="a/kernel", spec=("model",)),)
+    assert parse_layout('self.layout_map["a/kernel"] = (None,)') == (
+        Rule(pattern="a/kernel", spec=(None,)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            'layout_map["a"] = ["model", None]',
+            "the layout, line 1: cannot read ['model', None]: Keras takes a tuple and refuses a "
+            'list; write ("model", None)',
+        ),
+        (
+            'layout_map["a"] = ("model")',
+            "the layout, line 1: cannot read 'model': a layout is a tuple of axis names and None, "
+            'like ("model", None)',
+        ),
+        (
+            'layout_map["a"] = (("x", "y"), None)',
+            "the layout, line 1: cannot read ('x', 'y'): an axis has to be a string, or a name "
+            "that is one string here",
+        ),
+        (
+            'axis = "x"\naxis = "y"\nlayout_map["a"] = (axis,)',
+            "the layout, line 3: cannot read axis: an axis has to be a string, or a name that is "
+            "one string here",
+        ),
+        (
+            'layout_map[f"block_{k}"] = ("model",)',
+            "the layout, line 1: cannot read f'block_{k}': a pattern has to be a string, or a name "
+            "that is one string here",
+        ),
+        ("x = 1", "the layout holds no rule; expected lines like layout_map[...] = (...)"),
+        ("layout_map[", "the layout, line 1 is not Python source: '[' was never closed"),
+        (
+            'layout_map["a("] = ("model",)',
+            "rule 'a(' is not a regular expression: missing ), unterminated subpattern at position "
+            "1; escape the character with a backslash if it is part of the path",
+        ),
+    ],
+)
+def test_source_that_holds_no_readable_map_is_refused_with_its_line(
+    source: str, message: str
+) -> None:
+    with pytest.raises(LayoutError) as error:
+        parse_layout(source)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the layout is not JSON: Expecting property name enclosed in double quotes"),
+        ("{}", 'the layout is not a plan: "format" is not "autoshard-plan"'),
+        ('{"format": "autoshard-plan"}', "the layout is not a plan: layout_map is not a list"),
+    ],
+)
+def test_json_that_is_no_plan_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PlanFileError) as error:
+        parse_layout(text)
+    assert str(error.value).startswith(message)
+
+
+def test_a_plans_json_gives_its_rules() -> None:
+    text = '{"format": "autoshard-plan", "layout_map": [["a/kernel", ["model", null]]]}'
+    assert parse_layout(text) == (Rule(pattern="a/kernel", spec=("model", None)),)
+    with pytest.raises(LayoutError, match=r'\["a/kernel", "model"\] is not a rule; expected'):
+        parse_layout('{"format": "autoshard-plan", "layout_map": [["a/kernel", "model"]]}')
+
+
+def test_a_file_is_read_and_a_missing_one_named(tmp_path: Path) -> None:
+    path = tmp_path / "map.py"
+    path.write_text('layout_map["a/kernel"] = ("model",)\n')
+    assert (
+        read_layout(path) == read_layout(str(path)) == (Rule(pattern="a/kernel", spec=("model",)),)
+    )
+    with pytest.raises(UsageError) as error:
+        read_layout("missing.py")
+    assert str(error.value) == (
+        "there is no layout 'missing.py'; give a plan's JSON file, a Python file with "
+        "layout_map[...] = (...) lines, or the word kerashub"
+    )
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a = '\x00'"])
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "map.py"
+    path.write_bytes(content)
+    with pytest.raises(AutoshardError):
+        read_layout(path)
+    with pytest.raises(PlanFileError, match="Is a directory"):
+        read_layout(tmp_path)
+
+
+def test_kerashub_gives_the_map_that_a_backbone_ships() -> None:
+    from autoshard.model.keras_import import import_keras_hub
+
+    keras_hub = import_keras_hub()
+    rules = kerashub_rules(keras_hub.models.GemmaBackbone)
+    assert rules[0] == Rule(pattern="token_embedding/embeddings", spec=("model", "batch"))
+    assert len(rules) == 6
+    mesh = Mesh(shape=(2, 4), axis_names=("data", "tensor"))
+    assert kerashub_rules(keras_hub.models.GemmaBackbone, mesh)[0].spec == ("tensor", "data")
+    with pytest.raises(LayoutError, match="KerasHub ships no map for BertBackbone"):
+        kerashub_rules(keras_hub.models.BertBackbone)
+
+
+def test_kerashub_without_a_model_is_wrong_usage() -> None:
+    with pytest.raises(UsageError, match="give a KerasHub model with it"):
+        read_layout("kerashub")

@@ -1,0 +1,472 @@
+"""The plan as a value: its file, its Python source, the Keras objects it makes."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layout_tables import MESH, gemma_table, mixtral_table
+
+from autoshard.errors import BackendError, LayoutError, MeshError, PlanFileError
+from autoshard.layout.reading import parse_layout
+from autoshard.layout.rules import Rule
+from autoshard.mesh import Mesh
+from autoshard.model.workload import Workload
+from autoshard.records.parts import (
+    Alternative,
+    BytesPerDevice,
+    Collective,
+    Compiled,
+    PlannedModel,
+    Prediction,
+    Reason,
+    Versions,
+)
+from autoshard.sharding_plan import Plan, load
+
+RULES = (
+    Rule(pattern="token_embedding/embeddings", spec=("model", None)),
+    Rule(pattern=r"decoder_block_\d+/ffw_linear/kernel", spec=("model", None)),
+)
+PREDICTED = Prediction(
+    step_seconds=0.25,
+    compute_seconds=0.2,
+    collective_seconds=0.05,
+    collective_bytes=220_000_000,
+    peak_bytes_per_device=3_315_000_000,
+    bytes_per_device=BytesPerDevice(weights=2_134_420_224),
+)
+PLAN = Plan(
+    model=PlannedModel.of(gemma_table()),
+    mesh=MESH,
+    rules=RULES,
+    workload=Workload(),
+    target="tpu:v5e:2x4",
+    predicted=PREDICTED,
+    compiled=Compiled(
+        target="cpu:8",
+        blocks=2,
+        fits=None,
+        peak_bytes_per_device=None,
+        collectives=(
+            Collective(
+                kind="all-reduce",
+                axis="model",
+                n_bytes=44_040_192,
+                count=4,
+                layer="decoder_block_*",
+            ),
+        ),
+        step_seconds=None,
+    ),
+    reasons=(
+        Reason(
+            family="token_embedding/embeddings",
+            spec=("model", None),
+            next_best=(None, "model"),
+            cost_seconds=0.072,
+        ),
+    ),
+    alternatives=(Alternative(rules=RULES[:1], predicted=PREDICTED),),
+    versions=Versions(autoshard="0.1.0", keras="3.15.1"),
+)
+
+texts = st.text(max_size=12)
+seconds = st.floats(min_value=0, max_value=1e6)
+counts = st.integers(min_value=0, max_value=2**60)
+predictions = st.builds(
+    Prediction,
+    step_seconds=seconds,
+    compute_seconds=seconds,
+    collective_seconds=seconds,
+    collective_bytes=counts,
+    peak_bytes_per_device=counts,
+    bytes_per_device=st.builds(BytesPerDevice, weights=counts, kv_cache=counts),
+)
+specs = st.lists(st.sampled_from([None, "batch", "model"]), max_size=4).map(tuple)
+rules = st.lists(
+    st.builds(Rule, pattern=st.sampled_from([r"block_\d+/a", "(a|b)/c", '"', "a'b"]), spec=specs),
+    max_size=4,
+    unique_by=lambda rule: rule.pattern,
+).map(tuple)
+collectives = st.builds(
+    Collective, kind=texts, axis=st.none() | texts, n_bytes=counts, count=counts, layer=texts
+)
+compiled = st.builds(
+    Compiled,
+    target=texts,
+    blocks=st.none() | counts,
+    fits=st.none() | st.booleans(),
+    peak_bytes_per_device=st.none() | counts,
+    collectives=st.lists(collectives, max_size=2).map(tuple),
+    step_seconds=st.none() | seconds,
+)
+plans = st.builds(
+    Plan,
+    model=st.sampled_from([gemma_table(), mixtral_table()]).map(PlannedModel.of),
+    mesh=st.just(MESH),
+    rules=rules,
+    workload=st.sampled_from([Workload(), Workload(kind="lora", lora_rank=4)]),
+    target=texts,
+    predicted=predictions,
+    compiled=st.none() | compiled,
+    reasons=st.lists(
+        st.builds(
+            Reason,
+            family=texts,
+            spec=specs,
+            next_best=st.none() | specs,
+            cost_seconds=st.none() | seconds,
+        ),
+        max_size=2,
+    ).map(tuple),
+    alternatives=st.lists(
+        st.builds(Alternative, rules=rules, predicted=predictions, compiled=st.none() | compiled),
+        max_size=2,
+    ).map(tuple),
+    versions=st.builds(Versions, autoshard=texts, jax=texts),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(plans)
+def test_a_plan_survives_its_file_and_has_the_same_bytes_again(plan: Plan) -> None:
+    text = plan.to_json()
+    again = Plan.from_json(text)
+    assert again == plan
+    assert again.to_json() == text
+
+
+def test_numbers_keep_their_declared_type() -> None:
+    # A step of no time is 0.0 in the file, whether it was computed as 0 or as 0.0.
+    whole = replace(PLAN, predicted=replace(PREDICTED, step_seconds=0))
+    assert (
+        whole.to_json() == replace(PLAN, predicted=replace(PREDICTED, step_seconds=0.0)).to_json()
+    )
+    assert json.loads(whole.to_json())["predicted"]["step_seconds"] == 0.0
+
+
+def test_the_file_has_the_fields_of_the_format_in_order() -> None:
+    record = json.loads(PLAN.to_json())
+    assert list(record) == [
+        "format",
+        "version",
+        "model",
+        "mesh",
+        "batch_dim_name",
+        "layout_map",
+        "workload",
+        "target",
+        "predicted",
+        "compiled",
+        "reasons",
+        "alternatives",
+        "versions",
+    ]
+    assert list(record["model"])[:3] == ["name", "parameters", "fingerprint"]
+    assert record["mesh"] == {"shape": [1, 8], "axis_names": ["batch", "model"]}
+    assert record["batch_dim_name"] == "batch"
+    assert record["workload"] == {
+        "kind": "train",
+        "batch": 8,
+        "seq_len": 512,
+        "dtype": "bfloat16",
+        "optimizer": "adam",
+        "lora_rank": None,
+    }
+
+
+def test_rules_stand_one_on_a_line() -> None:
+    assert (
+        '  "layout_map": [\n'
+        '    ["token_embedding/embeddings", ["model", null]],\n'
+        '    ["decoder_block_\\\\d+/ffw_linear/kernel", ["model", null]]\n'
+        "  ],\n"
+    ) in PLAN.to_json()
+
+
+def test_a_saved_plan_loads(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    assert load(path) == PLAN
+    PLAN.save(str(path))
+    assert path.read_text() == PLAN.to_json()
+    assert os.listdir(tmp_path) == ["plan.json"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError) as error:
+        PLAN.save(tmp_path / "missing" / "plan.json")
+    assert str(error.value) == (
+        f"cannot write {tmp_path}/missing/plan.json: No such file or directory"
+    )
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(PlanFileError, match="Is a directory"):
+        PLAN.save(tmp_path / "plan.json")
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_a_number_that_json_lacks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    plan = replace(PLAN, predicted=replace(PREDICTED, step_seconds=float("inf")))
+    with pytest.raises(PlanFileError) as error:
+        plan.save(tmp_path / "plan.json")
+    assert str(error.value) == "predicted.step_seconds is inf; a plan holds finite numbers only"
+    assert os.listdir(tmp_path) == []
+
+
+def changed(*path: str | int, to: Any = ...) -> str:
+    """The text of the plan's file with one field changed, or taken out."""
+    record = json.loads(PLAN.to_json())
+    inner: Any = record
+    for key in path[:-1]:
+        inner = inner[key]
+    if to is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = to
+    return json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "plan.json is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("[" * 100_000, "plan.json is not JSON: maximum recursion depth exceeded"),
+        ("[]", "field 'format' is not \"autoshard-plan\""),
+        (changed("format", to="other"), "field 'format' is not \"autoshard-plan\""),
+        (changed("version", to=2), "field 'version' is 2; this autoshard reads version 1"),
+        (changed("version"), "field 'version' is null; this autoshard reads version 1"),
+        (changed("target"), "field 'target' is missing"),
+        (changed("target", to=8), "field 'target' is 8; expected a string"),
+        (
+            changed("predicted", "step_seconds", to="0.1"),
+            "field 'predicted.step_seconds' is \"0.1\"; expected a number",
+        ),
+        (
+            changed("predicted", "collective_bytes", to=1.5),
+            "field 'predicted.collective_bytes' is 1.5; expected a whole number",
+        ),
+        (
+            changed("predicted", "bytes_per_device", to=None),
+            "field 'predicted.bytes_per_device' is null; expected an object with weights, "
+            "gradients, optimizer, activations, kv_cache",
+        ),
+        (
+            changed("predicted", "seconds", to=1),
+            "unknown field 'predicted.seconds'; expected step_seconds, compute_seconds, "
+            "collective_seconds, collective_bytes, peak_bytes_per_device, bytes_per_device",
+        ),
+        (
+            changed("compiled", "collectives", 0, "count", to=True),
+            "field 'compiled.collectives[0].count' is true; expected a whole number",
+        ),
+        (changed("reasons", to={}), "field 'reasons' is {}; expected a list"),
+        (
+            changed("layout_map", 0, to=["a"]),
+            "field 'layout_map[0]': [\"a\"] is not a rule; expected [pattern, [axis or null, ...]]",
+        ),
+        (
+            changed("layout_map", 0, to=["a(", []]),
+            "field 'layout_map[0]': rule 'a(' is not a regular expression: missing ), unterminated "
+            "subpattern at position 1; escape the character with a backslash if it is part of the "
+            "path",
+        ),
+        (
+            changed("layout_map", 0, to=["a", ["data"]]),
+            "rule 'a' names axis 'data', which mesh 1x8 does not have; its axes are batch, model",
+        ),
+        (
+            changed("mesh", "shape", to=[0, 8]),
+            "field 'mesh': mesh '0x8' is not a grid of devices: every axis needs at least one",
+        ),
+        (
+            changed("workload", "batch", to=0),
+            "field 'workload': a batch of 0 sequences of 512 tokens is no work: both must be at "
+            "least 1",
+        ),
+        (changed("workload", "kind", to=1), "field 'workload.kind' is 1; expected a string"),
+        (
+            changed("batch_dim_name", to="model"),
+            'field \'batch_dim_name\' is "model"; expected the first axis of the mesh, "batch"',
+        ),
+        (
+            PLAN.to_json().replace("0.25", "NaN", 1),
+            "field 'predicted.step_seconds' is NaN; expected a finite number",
+        ),
+    ],
+)
+def test_a_foreign_or_broken_file_is_refused_with_its_first_wrong_field(
+    text: str, message: str
+) -> None:
+    with pytest.raises(PlanFileError) as error:
+        Plan.from_json(text, "plan.json")
+    said = str(error.value).removeprefix("plan.json is not a plan that can be used: ")
+    assert said.startswith(message)
+    assert "\n" not in said
+
+
+def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(PlanFileError) as error:
+        load(path)
+    assert str(error.value) == f"cannot read {path}: No such file or directory"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(PlanFileError, match="is not JSON: it is not UTF-8 text"):
+        load(path)
+
+
+def test_a_rule_that_stands_twice_makes_no_plan() -> None:
+    with pytest.raises(LayoutError, match="'token_embedding/embeddings' stands twice"):
+        replace(PLAN, rules=(RULES[0], RULES[0]))
+
+
+def test_the_python_source_reads_as_written_by_hand() -> None:
+    assert (
+        PLAN.to_python()
+        == """\
+import keras
+
+# "gemma" on 8 devices
+device_mesh = keras.distribution.DeviceMesh(
+    shape=(1, 8),
+    axis_names=("batch", "model"),
+    devices=keras.distribution.list_devices(),
+)
+layout_map = keras.distribution.LayoutMap(device_mesh)
+layout_map["token_embedding/embeddings"] = ("model", None)
+layout_map[r"decoder_block_\\d+/ffw_linear/kernel"] = ("model", None)
+distribution = keras.distribution.ModelParallel(
+    layout_map=layout_map, batch_dim_name="batch"
+)
+keras.distribution.set_distribution(distribution)
+"""
+    )
+    assert parse_layout(PLAN.to_python()) == RULES
+
+
+def test_a_name_with_a_line_break_stays_in_its_comment() -> None:
+    model = replace(PLAN.model, name="x\nimport os")
+    assert '\n# "x\\nimport os" on 8 devices\n' in replace(PLAN, model=model).to_python()
+
+
+def test_the_plan_of_a_model_is_refused_for_another_with_the_first_difference() -> None:
+    def said(table: Any) -> str:
+        with pytest.raises(PlanFileError) as error:
+            PLAN.check_model(table)
+        return str(error.value).removeprefix(
+            f"the plan was made for gemma, and {table.name} differs from it: "
+        )
+
+    PLAN.check_model(gemma_table())
+    assert said(gemma_table(dtype="float32")) == (
+        "'token_embedding/embeddings' is (256000, 3072) float32 and the plan has (256000, 3072) "
+        "bfloat16; plan for this model"
+    )
+    assert said(gemma_table(n_blocks=3)) == (
+        "there are 3 variables 'decoder_block_*/pre_attention_norm/scale', the last "
+        "'decoder_block_2/pre_attention_norm/scale', and the plan has 2; plan for this model"
+    )
+    assert said(gemma_table(lora=True)) == (
+        "'decoder_block_0/attention/query/lora_kernel_a' (16, 3072, 4) float32 is not among the "
+        "plan's variables; plan for this model"
+    )
+    with pytest.raises(
+        PlanFileError, match=r"it has no variable 'decoder_block_\*/.*lora_kernel_a'"
+    ):
+        replace(PLAN, model=PlannedModel.of(gemma_table(lora=True))).check_model(gemma_table())
+
+
+def test_partition_specs_name_every_variable() -> None:
+    from jax.sharding import PartitionSpec
+
+    found = PLAN.partition_specs(gemma_table())
+    assert len(found) == len(gemma_table().variables)
+    assert found["token_embedding/embeddings"] == PartitionSpec("model", None)
+    assert found["decoder_block_1/ffw_linear/kernel"] == PartitionSpec("model", None)
+    assert found["final_normalization/scale"] == PartitionSpec()
+
+
+def test_a_mesh_of_another_size_than_the_devices_is_refused_with_both_numbers() -> None:
+    with pytest.raises(MeshError) as error:
+        PLAN.distribution(devices=["cpu:0", "cpu:1"])
+    assert str(error.value) == (
+        "the plan is for mesh 1x8, 8 devices, and there were given 2; pass devices=[...] with 8, "
+        "or plan for 2"
+    )
+
+
+def test_a_device_mesh_of_another_shape_is_refused() -> None:
+    import keras
+
+    plan = replace(PLAN, mesh=Mesh(shape=(1, 1), axis_names=("batch", "model")))
+    device = keras.distribution.list_devices()[:1]
+    other = keras.distribution.DeviceMesh((1, 1), ("data", "model"), device)
+    with pytest.raises(MeshError) as error:
+        plan.layout_map(other)
+    assert str(error.value) == (
+        "the device mesh is 1x1 (data, model) and the plan is for 1x1 (batch, model); make that "
+        "mesh, or plan for this one"
+    )
+    assert list(plan.layout_map(plan.device_mesh(device))) == [rule.pattern for rule in RULES]
+    assert plan.distribution(device).batch_dim_name == "batch"
+
+
+def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import keras
+
+    monkeypatch.setattr(keras.config, "backend", lambda: "tensorflow")
+    with pytest.raises(BackendError, match="KERAS_BACKEND=jax"):
+        PLAN.distribution()
+
+
+# A dense layer of 16 x 32 on a 2x4 mesh: columns over model leave 16 x 8 on each of the 8 devices.
+PASTED = """
+import keras
+model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, name="ffw")])
+kernel = model.layers[0].kernel.value
+assert tuple(kernel.sharding.spec) == (None, "model"), kernel.sharding
+assert kernel.addressable_shards[0].data.shape == (16, 8)
+assert len(kernel.addressable_shards) == 8
+assert keras.distribution.distribution().batch_dim_name == "batch"
+"""
+
+
+def test_the_source_shards_a_model_as_it_is_pasted_and_the_objects_do_the_same() -> None:
+    plan = replace(
+        PLAN,
+        mesh=Mesh(shape=(2, 4), axis_names=("batch", "model")),
+        rules=(Rule(pattern=".*ffw/kernel", spec=(None, "model")),),
+    )
+    objects = (
+        "import keras, sys\nfrom autoshard.sharding_plan import Plan\n"
+        "plan = Plan.from_json(sys.argv[1])\n"
+        "keras.distribution.set_distribution(plan.distribution())\n"
+    )
+    environment = os.environ | {
+        "KERAS_BACKEND": "jax",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    for source in (plan.to_python(), objects):
+        done = subprocess.run(
+            [sys.executable, "-c", source + PASTED, plan.to_json()],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
