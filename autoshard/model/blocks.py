@@ -64,19 +64,17 @@ def _is_closed(block: Any) -> bool:
 def _kinds(blocks: tuple[Any, ...]) -> tuple[Hashable, ...]:
     facts = [dict(_facts(block, "")) for block in blocks]
     indices = {
-        key
-        for key in facts[0]
-        if all(
-            isinstance(fact.get(key), int)
-            and not isinstance(fact[key], bool)
-            and fact[key] == facts[0][key] + i
-            for i, fact in enumerate(facts)
-        )
+        key for key in facts[0] if len(facts) > 1 and _counts_up([f.get(key) for f in facts])
     }
     return tuple(
-        tuple((key, value) for key, value in fact.items() if key not in indices or len(facts) == 1)
-        for fact in facts
+        tuple((key, value) for key, value in fact.items() if key not in indices) for fact in facts
     )
+
+
+def _counts_up(values: list[Any]) -> bool:
+    if any(type(value) is not int for value in values):
+        return False
+    return values == list(range(values[0], values[0] + len(values)))
 
 
 def _facts(layer: Any, prefix: str) -> Iterator[tuple[str, Hashable]]:

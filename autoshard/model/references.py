@@ -69,7 +69,8 @@ def _imported(reference: str) -> Callable[[], Any]:
         raise UsageError(f"cannot import '{reference}': {one_line(error)}") from error
     if not callable(made):
         raise UsageError(f"'{reference}' is no callable that returns a Keras model")
-    return made
+    function: Callable[[], Any] = made
+    return function
 
 
 @contextmanager
