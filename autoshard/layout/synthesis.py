@@ -66,7 +66,7 @@ def synthesise(
     """
     expected = _expected_specs(table, assignment)
     expected_outputs = _expected_output_specs(table, outputs or {})
-    others = (*table.state_paths, *_lora_paths(table, expected))
+    others = (*table.state_paths, *_later_paths(table, expected))
     universe = tuple(dict.fromkeys((*expected, *expected_outputs, *others)))
     drafts = _variable_drafts(table, assignment), _output_drafts(table, expected_outputs)
     rules = tuple(
@@ -142,13 +142,18 @@ def _expected_output_specs(
     return {path: spec if _shards(spec) else None for path, spec in specs.items()}
 
 
-def _lora_paths(table: ModelTable, expected: Mapping[str, Spec | None]) -> Iterator[str]:
-    """Paths that `enable_lora` adds beside sharded weights; the rules for those must miss them."""
+def _later_paths(table: ModelTable, expected: Mapping[str, Spec | None]) -> Iterator[str]:
+    """Paths that a sharded weight's rule must miss although they come later.
+
+    `enable_lora` adds its factors beside the weight; Adafactor's factors are looked up in the map
+    by a path of their own, while the slots of other optimizers follow their weight.
+    """
     for variable in table.variables:
         if expected[variable.path] is not None:
             head, _, name = variable.path.rpartition("/")
             for factor in (f"lora_{name}_a", f"lora_{name}_b"):
                 yield f"{head}/{factor}" if head else factor
+            yield f"adafactor/{name}"
 
 
 def _variable_drafts(table: ModelTable, assignment: Mapping[str, Spec]) -> list[_Draft]:

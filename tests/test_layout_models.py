@@ -1,0 +1,139 @@
+"""Rules on the variable tables of real KerasHub models, held against Keras' own LayoutMap."""
+
+from functools import cache
+
+import keras
+import pytest
+from layout_tables import MESH
+
+from autoshard.layout.reading import kerashub_rules
+from autoshard.layout.references import ANNOUNCEMENT_MAP
+from autoshard.layout.resolve import resolve
+from autoshard.layout.rules import LayoutRules, Rule, match
+from autoshard.layout.synthesis import synthesise, tied_families
+from autoshard.mesh import Spec, divides
+from autoshard.model.build import AbstractModel, build
+from autoshard.model.keras_import import import_keras_hub
+from autoshard.model.variables import Family
+from autoshard.sharding_plan import Plan
+
+PRESETS = (
+    "gemma_7b_en",
+    "gemma_2b_en",
+    "llama3_8b_en",
+    "mixtral_8_7b_en",
+    "smollm3_3b_en",
+    "gpt2_base_en",
+    "bert_tiny_en_uncased",
+    "t5_small_multi",
+)
+
+
+@cache
+def model(preset: str, lora_rank: int | None = None) -> AbstractModel:
+    return build(preset, dtype="bfloat16", lora_rank=lora_rank)
+
+
+def spec_of(family: Family) -> Spec:
+    """The widest dimension that divides by 8, unless the array is a vector."""
+    rank = len(family.shape)
+    specs = [tuple("model" if d == k else None for d in range(rank)) for k in range(rank)]
+    legal = [k for k in range(rank) if rank > 1 and divides(family.shape, specs[k], MESH)]
+    return specs[max(legal, key=lambda k: family.shape[k])] if legal else (None,) * rank
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_keras_finds_for_every_path_what_was_chosen(preset: str, lora_rank: int | None) -> None:
+    table = model(preset, lora_rank).table()
+    tied = {name for group in tied_families(table) for name in group}
+    families = [family for family in table.families() if family.name not in tied]
+    chosen = {family.name: spec_of(family) for family in families}
+    rules = synthesise(table, chosen)
+    assert len(rules) <= (10 if lora_rank is None else 16)
+
+    layout_map = keras.distribution.LayoutMap(None)
+    for rule in rules:
+        layout_map[rule.pattern] = rule.spec
+    for variable in table.variables:
+        layout = layout_map[variable.path]
+        spec = chosen.get(variable.family, ())
+        expected = spec if any(spec) else None
+        assert (layout and layout.axes) == expected, variable.path
+    for path in (*table.output_paths, *table.state_paths):
+        assert layout_map[path] is None, path
+        assert match(rules, path, "search") is None, path
+
+
+def test_a_second_mixtral_in_the_process_gets_the_same_layout() -> None:
+    # Keras numbers the blocks of experts over the whole process, as a user's own models show.
+    first, second = (
+        build(
+            import_keras_hub().models.MixtralBackbone(
+                vocabulary_size=64,
+                num_layers=2,
+                num_query_heads=8,
+                num_key_value_heads=8,
+                hidden_dim=64,
+                intermediate_dim=128,
+                num_experts=8,
+            )
+        ).table()
+        for _ in range(2)
+    )
+    assert {v.path for v in first.variables} != {v.path for v in second.variables}
+    rules = synthesise(first, {family.name: spec_of(family) for family in first.families()})
+    assert len(resolve(rules, first, MESH).assignment) == len(first.families())
+    assert resolve(rules, first, MESH).assignment == resolve(rules, second, MESH).assignment
+
+
+@pytest.mark.parametrize("rules", [ANNOUNCEMENT_MAP, None], ids=["announcement", "kerashub"])
+def test_the_published_maps_for_gemma_7b_are_without_fault(rules: LayoutRules | None) -> None:
+    gemma = model("gemma_7b_en")
+    rules = rules or kerashub_rules(gemma.backbone, MESH)
+    assert resolve(rules, gemma.table(), MESH).findings == ()
+
+
+def test_kerashubs_map_splits_the_one_key_value_head_of_gemma_2b() -> None:
+    gemma = model("gemma_2b_en")
+    findings = resolve(kerashub_rules(gemma.backbone, MESH), gemma.table(), MESH).findings
+    assert [finding.kind for finding in findings] == ["indivisible"] * 2
+    assert findings[0].message == (
+        "rule 'decoder_block.*attention.*(query|key|value).kernel' splits dimension 0 of "
+        "'decoder_block_*/attention/key/kernel', of shape (1, 2048, 256), over axis 'model': 1 is "
+        "not a multiple of 8; put None there or another axis"
+    )
+
+
+def test_gemmas_map_pasted_on_llama_takes_nothing_but_the_embedding() -> None:
+    findings = resolve(ANNOUNCEMENT_MAP, model("llama3_8b_en").table(), MESH).findings
+    assert [finding.kind for finding in findings] == ["takes-nothing"] * 4
+
+
+def test_partition_specs_come_from_the_name_alone_or_from_a_model(gemma_plan: Plan) -> None:
+    by_name = gemma_plan.partition_specs()
+    assert tuple(by_name["decoder_block_27/ffw_linear/kernel"]) == ("model", None)
+    assert tuple(by_name["decoder_block_27/ffw_gating/kernel"]) == ()
+    assert by_name == gemma_plan.partition_specs(model("gemma_7b_en").model)
+
+
+@pytest.fixture
+def gemma_plan() -> Plan:
+    from autoshard.model.workload import Workload
+    from autoshard.records.parts import BytesPerDevice, PlannedModel, Prediction
+
+    return Plan(
+        model=PlannedModel.of(model("gemma_7b_en").table()),
+        mesh=MESH,
+        rules=(Rule(pattern=r"decoder_block_\d+/ffw_linear/kernel", spec=("model", None)),),
+        workload=Workload(),
+        target="tpu:v5e:2x4",
+        predicted=Prediction(
+            step_seconds=1,
+            compute_seconds=1,
+            collective_seconds=0,
+            collective_bytes=0,
+            peak_bytes_per_device=0,
+            bytes_per_device=BytesPerDevice(),
+        ),
+    )
