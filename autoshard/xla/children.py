@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from autoshard import errors
 from autoshard.errors import AutoshardError, ChildError, ChildTimeoutError, XlaError
@@ -86,8 +86,8 @@ class Child:
         self._memory_limit_bytes = memory_limit_bytes
         self._on_stage = on_stage
         self._process: subprocess.Popen[bytes] | None = None
-        self._replies: BinaryIO | None = None
-        self._log: BinaryIO | None = None
+        self._replies: IO[bytes] | None = None
+        self._log: IO[bytes] | None = None
         self._stage = "start"
 
     def __enter__(self) -> "Child":

@@ -76,32 +76,34 @@ class Collective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where a collective stands in the text, before it becomes values.
+    """One array that a collective moves, with its place in the text.
 
     Attributes:
         kind: as `Collective.kind`.
         computation: the computation that holds `instruction`.
         instruction: the collective's own line.
-        op_name: its name stack, or that of the fusion around it.
+        index: which of the operation's arrays this is.
+        shape: the whole array, as `Collective.n_bytes` counts it.
+        op_name: its name stack.
         times: how often it runs in one step.
         overlapped: whether it runs beside the computation.
-        shapes: the arrays it moves, each whole.
     """
 
     kind: str
     computation: Computation
     instruction: Instruction
+    index: int
+    shape: Shape
     op_name: str
     times: int
     overlapped: bool
-    shapes: tuple[Shape, ...]
 
 
 def read_collectives(
     module: HloModule,
     mesh: Mesh,
     layers: Collection[str] = (),
-    normalise: Callable[[Site], Site] = lambda site: site,
+    normalise: Callable[[Site], Site] | None = None,
 ) -> tuple[Collective, ...]:
     """Read every collective of a program that `mesh.n_devices` devices run together.
 
@@ -109,34 +111,33 @@ def read_collectives(
         module: the partitioned, optimised program.
         mesh: the mesh whose row-major positions are the program's partitions.
         layers: paths of the model's layers, to attribute collectives to.
-        normalise: what another target would do in a site's place.
+        normalise: turns a site into what the target would do in its place.
 
     Returns:
         The collectives, equal ones merged, in the order in which they first run.
     """
     differentiated = any("transpose(" in i.op_name for c in module for i in c.instructions)
     found: list[Collective] = []
-    for site in map(normalise, collective_sites(module, mesh.n_devices)):
+    for raw in collective_sites(module, mesh.n_devices):
+        site = normalise(raw) if normalise else raw
         groups = _groups(site, mesh)
         if max(map(len, groups), default=1) == 1:
             continue
         axes = axes_of(groups, mesh)
-        for index, shape in enumerate(site.shapes):
-            op_name = _element_name(site, index) or site.op_name
-            found.append(
-                Collective(
-                    kind=site.kind,
-                    n_bytes=shape.n_bytes,
-                    dtype=shape.dtype,
-                    group_size=_group_size(site, groups, axes, mesh),
-                    axis=",".join(axes),
-                    layer=layer_of(op_name, layers) or layer_of(site.op_name, layers),
-                    phase=phase_of(site.op_name, differentiated=differentiated),
-                    overlapped=site.overlapped,
-                    count=site.times,
-                    launches=site.times if index == 0 else 0,
-                )
+        found.append(
+            Collective(
+                kind=site.kind,
+                n_bytes=site.shape.n_bytes,
+                dtype=site.shape.dtype,
+                group_size=_group_size(site, groups, axes, mesh),
+                axis=",".join(axes),
+                layer=layer_of(site.op_name, layers),
+                phase=phase_of(site.op_name, differentiated=differentiated),
+                overlapped=site.overlapped,
+                count=site.times,
+                launches=site.times if site.index == 0 else 0,
             )
+        )
     return merge_collectives(found)
 
 
@@ -171,7 +172,7 @@ def estimated_cycles(module: HloModule) -> int | None:
 
 
 def collective_sites(module: HloModule, n_devices: int) -> Iterator[Site]:
-    """Find the collectives of a program in the order of its schedule."""
+    """Find the arrays that a program's collectives move, in the order of its schedule."""
     seen: set[tuple[str, int]] = set()
     for name, times in execution_counts(module).items():
         computation = module.computations[name]
@@ -182,15 +183,16 @@ def collective_sites(module: HloModule, n_devices: int) -> Iterator[Site]:
             for i in caller.instructions
         )
         for instruction in computation.instructions:
-            if site := _site(computation, instruction, instruction.op_name, times, n_devices):
+            for site in _sites(computation, instruction, instruction.op_name, times, n_devices):
                 yield replace(site, overlapped=site.overlapped or asynchronous)
-            elif instruction.opcode == "fusion":
+            if instruction.opcode == "fusion":
+                new: set[tuple[str, int]] = set()
                 for site in _fused(module, instruction, times, n_devices):
-                    channel = site.instruction.channel
-                    if channel is None or (site.kind, channel) not in seen:
+                    channel = (site.kind, site.instruction.channel or 0)
+                    if not site.instruction.channel or channel not in seen:
                         yield site
-                    if channel is not None:
-                        seen.add((site.kind, channel))
+                    new.add(channel)
+                seen |= new
 
 
 def _fused(module: HloModule, fusion: Instruction, times: int, n_devices: int) -> Iterator[Site]:
@@ -198,31 +200,35 @@ def _fused(module: HloModule, fusion: Instruction, times: int, n_devices: int) -
         computation = module.computations[name]
         for inner in computation.instructions:
             op_name = inner.op_name or fusion.op_name
-            if site := _site(computation, inner, op_name, times, n_devices):
+            for site in _sites(computation, inner, op_name, times, n_devices):
                 if "all-reduce-scatter" in name and site.kind == "all-reduce":
                     yield replace(site, kind="reduce-scatter", overlapped=False)
                 else:
                     yield replace(site, overlapped=True)
-            elif inner.opcode == "fusion":
+            if inner.opcode == "fusion":
                 yield from _fused(module, inner, times, n_devices)
 
 
-def _site(
+def _sites(
     computation: Computation, instruction: Instruction, op_name: str, times: int, n_devices: int
-) -> Site | None:
+) -> Iterator[Site]:
     kind = instruction.opcode.removesuffix("-start")
     if kind not in _KINDS:
-        return None
+        return
     started = instruction.opcode.endswith("-start")
-    return Site(
-        kind=kind,
-        computation=computation,
-        instruction=instruction,
-        op_name=op_name,
-        times=times,
-        overlapped=started and '"is_sync":true' not in instruction.attributes,
-        shapes=_moved(kind, started, instruction, n_devices),
-    )
+    shapes = _moved(kind, started, instruction, n_devices)
+    for index, shape in enumerate(shapes):
+        yield Site(
+            kind=kind,
+            computation=computation,
+            instruction=instruction,
+            index=index,
+            shape=shape,
+            op_name=(_element_name(computation, instruction, index) if len(shapes) > 1 else "")
+            or op_name,
+            times=times,
+            overlapped=started and '"is_sync":true' not in instruction.attributes,
+        )
 
 
 def _moved(kind: str, started: bool, instruction: Instruction, n_devices: int) -> tuple[Shape, ...]:
@@ -256,15 +262,13 @@ def _group_size(site: Site, groups: Groups, axes: tuple[str, ...], mesh: Mesh) -
     return size
 
 
-def _element_name(site: Site, index: int) -> str:
+def _element_name(computation: Computation, instruction: Instruction, index: int) -> str:
     """The name stack of the array that a combined operation moves as its `index`-th."""
-    operands = site.instruction.operands
-    if len(site.shapes) < 2 or index >= len(operands):
-        return ""
-    name: str | None = operands[index]
+    name: str | None = instruction.operands[index]
+    # Between the array and its maker stand at most a few changes of layout.
     for _ in range(8):
-        instruction = site.computation.by_name.get(name or "")
-        if instruction is None or instruction.op_name:
-            return instruction.op_name if instruction else ""
-        name = instruction.operands[0] if len(instruction.operands) == 1 else None
+        maker = computation.by_name.get(name or "")
+        if maker is None or maker.op_name:
+            return maker.op_name if maker else ""
+        name = maker.operands[0] if len(maker.operands) == 1 else None
     return ""

@@ -100,7 +100,8 @@ def template(layer: str, blocks: Collection[str]) -> str:
     'decoder_block_*/ffw_gating_2'
     """
     for block in blocks:
-        pattern = re.escape(block).replace(r"\*", r"\d+")
-        if match := re.match(rf"{pattern}(?=/|$)", layer):
+        # Keras leaves the number of the first layer of a name out.
+        base = re.escape(block.removesuffix("_*"))
+        if match := re.match(rf"{base}(?:_\d+)?(?=/|$)", layer):
             return block + layer[match.end() :]
     return layer

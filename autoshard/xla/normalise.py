@@ -56,28 +56,40 @@ def cpu_normaliser(module: HloModule, n_devices: int) -> Callable[[Site], Site]:
     program = _Program(module=module, callers=callers)
 
     def normalise(site: Site) -> Site:
-        dtypes = [_logical_dtype(program, site, index) for index in range(len(site.shapes))]
-        shapes = tuple(
-            replace(shape, dtype=dtype) for shape, dtype in zip(site.shapes, dtypes, strict=True)
-        )
-        if site.kind == "all-reduce" and len(shapes) == 1:
+        site = replace(site, shape=replace(site.shape, dtype=_logical_dtype(program, site)))
+        if site.kind == "all-reduce":
             group_size = max(map(len, parse_groups(site.instruction.attributes, n_devices)))
-            share = shapes[0].n_elements // group_size
-            if _only_sliced(program, site.computation, site.instruction.name, share, _DEPTH):
-                return replace(site, kind="reduce-scatter", shapes=shapes)
-        return replace(site, shapes=shapes)
+            share = site.shape.n_elements // group_size
+            if group_size > 1 and _becomes_slices(program, site, share):
+                return replace(site, kind="reduce-scatter")
+        return site
 
     return normalise
 
 
-def _logical_dtype(program: _Program, site: Site, index: int) -> str:
+def _becomes_slices(program: _Program, site: Site, share: int) -> bool:
+    """Whether all that reads the array takes one device's share of it."""
+    computation, name = site.computation, site.instruction.name
+    if len(site.instruction.shapes) == 1:
+        return _only_sliced(program, computation, name, share, _DEPTH)
+    parts = [
+        user.name
+        for user in computation.users.get(name, ())
+        if user.attribute("index") == str(site.index)
+    ]
+    return bool(parts) and all(
+        _only_sliced(program, computation, part, share, _DEPTH) for part in parts
+    )
+
+
+def _logical_dtype(program: _Program, site: Site) -> str:
     """The element type that the program itself gives the array."""
-    dtype = site.shapes[index].dtype
+    dtype, instruction = site.shape.dtype, site.instruction
     if dtype != "f32":
         return dtype
-    if "promoted" in (site.instruction.attribute("to_apply") or ""):
+    if "promoted" in (instruction.attribute("to_apply") or ""):
         return "bf16"
-    operand = site.instruction.operands[min(index, len(site.instruction.operands) - 1)]
+    operand = instruction.operands[min(site.index, len(instruction.operands) - 1)]
     found = _source_dtype(program, site.computation, operand, _DEPTH)
     return found if found and itemsize(found) < itemsize(dtype) else dtype
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 __all__ = ["Function", "main", "read_frame", "write_frame"]
 
@@ -26,7 +26,7 @@ _LENGTH = struct.Struct("<Q")
 Function = Callable[[Any, Callable[[str], None]], Any]
 
 
-def read_frame(stream: BinaryIO) -> Any:
+def read_frame(stream: IO[bytes]) -> Any:
     """Read one frame.
 
     Raises:
@@ -35,7 +35,7 @@ def read_frame(stream: BinaryIO) -> Any:
     return pickle.loads(_read(stream, _LENGTH.unpack(_read(stream, _LENGTH.size))[0]))
 
 
-def _read(stream: BinaryIO, size: int) -> bytes:
+def _read(stream: IO[bytes], size: int) -> bytes:
     # A read of an unbuffered pipe may return less than was asked for.
     parts = bytearray()
     while len(parts) < size:
@@ -46,7 +46,7 @@ def _read(stream: BinaryIO, size: int) -> bytes:
     return bytes(parts)
 
 
-def write_frame(stream: BinaryIO, value: Any) -> None:
+def write_frame(stream: IO[bytes], value: Any) -> None:
     """Write one frame and flush it."""
     body = pickle.dumps(value)
     stream.write(_LENGTH.pack(len(body)) + body)

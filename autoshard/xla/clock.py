@@ -1,0 +1,95 @@
+"""The time of a compiled step on its chip.
+
+    compute     the TPU compiler's estimated cycles / the chip's clock
+    collectives ring formulas (`autoshard.hardware.collectives`) over a plain ring of the group:
+                2 x the one-way link bandwidth, 1 us a device of the group on TPUs
+    time      = compute + blocking + max(0, overlapped - compute)
+
+Overlap is taken as perfect: what runs beside the computation costs only what it exceeds it by. An
+operation that moves several arrays pays its latency once.
+
+The plain ring makes verdicts on one chip comparable whatever the mesh; `links` times the same
+program on the links that the mesh really has.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autoshard.errors import XlaError
+from autoshard.hardware.chips import Chip
+from autoshard.hardware.collectives import seconds, wire_bytes
+from autoshard.hardware.links import AxisLink, group_link, ring_link
+from autoshard.hardware.targets import Target, parse_target
+from autoshard.mesh import Mesh
+from autoshard.xla.collectives import Collective
+from autoshard.xla.compiled import CompiledStep
+
+__all__ = ["StepTime", "collective_bytes", "collective_seconds", "step_time"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of one step, by what takes them.
+
+    Attributes:
+        compute_seconds: computation, by the compiler's cycles.
+        blocking_seconds: collectives that nothing runs beside.
+        overlapped_seconds: collectives that run beside the computation.
+    """
+
+    compute_seconds: float
+    blocking_seconds: float
+    overlapped_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        """Compute, blocking, and what the overlapped exceed compute by."""
+        exposed = max(0.0, self.overlapped_seconds - self.compute_seconds)
+        return self.compute_seconds + self.blocking_seconds + exposed
+
+
+def step_time(step: CompiledStep, mesh: Mesh | None = None) -> StepTime:
+    """Time a program of the TPU compiler.
+
+    Args:
+        step: the program.
+        mesh: given to time collectives on the links that this mesh's axes have, instead of on a
+            plain ring.
+
+    Raises:
+        XlaError: the compiler gave no cycles, as for `cpu`.
+    """
+    target = parse_target(step.target)
+    clock = target.chip.clock_hz
+    if step.estimated_cycles is None or clock is None:
+        raise XlaError(f"the compiler for '{step.target}' estimates no time")
+    link = _links(target, mesh) if mesh else _rings(target.chip)
+    by_overlap = {True: 0.0, False: 0.0}
+    for collective in step.collectives:
+        by_overlap[collective.overlapped] += collective_seconds(collective, link(collective))
+    return StepTime(
+        compute_seconds=step.estimated_cycles / clock,
+        blocking_seconds=by_overlap[False],
+        overlapped_seconds=by_overlap[True],
+    )
+
+
+def collective_seconds(collective: Collective, link: AxisLink) -> float:
+    """Seconds of all executions of a collective over a link."""
+    once = seconds(collective.kind, collective.n_bytes, link)
+    # The formula is affine in the bytes: at zero bytes the latency is left.
+    latency = seconds(collective.kind, 0, link)
+    return collective.count * (once - latency) + collective.launches * latency
+
+
+def collective_bytes(step: CompiledStep) -> float:
+    """Wire bytes through one device in one step, by the ring formulas."""
+    return sum(c.count * wire_bytes(c.kind, c.n_bytes, c.group_size) for c in step.collectives)
+
+
+def _rings(chip: Chip) -> Callable[[Collective], AxisLink]:
+    return lambda collective: ring_link(chip, collective.group_size, collective.axis)
+
+
+def _links(target: Target, mesh: Mesh) -> Callable[[Collective], AxisLink]:
+    return lambda collective: group_link(collective.axis.split(","), mesh, target)

@@ -1,0 +1,178 @@
+"""Compile a step ahead of time, and read what the compiler made of it.
+
+`compile_in` and `compile_deep` run in the parent and have a child do the work, where
+`compile_step` runs. `compile_lowered` is the part that knows nothing of models.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from autoshard.errors import OutOfMemoryError, XlaError
+from autoshard.hardware.targets import Target, parse_target
+from autoshard.mesh import Mesh
+from autoshard.model.build import AbstractModel, build
+from autoshard.model.folding import BlockStack
+from autoshard.model.step import Step, make_step
+from autoshard.xla.children import Child
+from autoshard.xla.collectives import estimated_cycles, read_collectives
+from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.extrapolate import extrapolate
+from autoshard.xla.hlo import parse_hlo
+from autoshard.xla.lowering import lower
+from autoshard.xla.names import layer_prefixes
+from autoshard.xla.normalise import COMPILER_OPTIONS, cpu_normaliser
+
+__all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step"]
+
+# Models that a child keeps, for the next layout of the same step.
+_KEPT_MODELS = 4
+_models: dict[tuple[object, ...], tuple[AbstractModel, Step]] = {}
+
+
+def compile_in(child: Child, request: CompileRequest, *, timeout_seconds: float) -> CompiledStep:
+    """Compile a step in a child.
+
+    Args:
+        child: made with `child_environment` of the request's target.
+        request: what to compile.
+        timeout_seconds: the limit, the child's start included.
+
+    Raises:
+        OutOfMemoryError: the target's compiler says that the program does not fit its memory.
+        LayoutError: Keras refuses the layout.
+        XlaError: it failed otherwise, or the child died or ran out of time.
+    """
+    step: CompiledStep = child.call(
+        "autoshard.xla.compile:compile_step", request, timeout_seconds=timeout_seconds
+    )
+    return step
+
+
+def compile_deep(
+    child: Child,
+    request: CompileRequest,
+    *,
+    periods: int = 2,
+    timeout_seconds: float,
+) -> CompiledStep:
+    """The whole model's program, from copies with `periods` and twice as many periods of blocks.
+
+    A model that is no deeper is compiled as it is.
+
+    Args:
+        child: as for `compile_in`.
+        request: what to compile; its `repeats` is not used.
+        periods: periods of blocks in the shallower copy.
+        timeout_seconds: the limit of each compilation.
+
+    Raises:
+        OutOfMemoryError: not even a copy fits.
+        LayoutError: Keras refuses the layout.
+        XlaError: as for `compile_in`.
+    """
+    small = compile_in(child, request.with_repeats(periods), timeout_seconds=timeout_seconds)
+    if small.is_whole:
+        return small
+    large = compile_in(child, request.with_repeats(2 * periods), timeout_seconds=timeout_seconds)
+    return large if large.is_whole else extrapolate(small, large)
+
+
+def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> CompiledStep:
+    """Build, lower and compile a step in this process.
+
+    Args:
+        request: what to compile.
+        progress: is told the stages `build`, `lower` and `compile`.
+
+    Raises:
+        OutOfMemoryError: the program does not fit the target.
+        AutoshardError: the model, the layout or the mesh is wrong.
+        XlaError: the compiler refused the program.
+    """
+    target = parse_target(request.target)
+    progress("build")
+    model, step = _model(request)
+    progress("lower")
+    lowered = lower(step, request.rules, request.mesh, target)
+    progress("compile")
+    return compile_lowered(lowered, request.mesh, target, step, model.folding.blocks)
+
+
+def compile_lowered(
+    lowered: Any, mesh: Mesh, target: Target, step: Step, blocks: tuple[BlockStack, ...] = ()
+) -> CompiledStep:
+    """Run the target's compiler on a lowered step, and read its program.
+
+    Args:
+        lowered: what `autoshard.xla.lowering.lower` returned.
+        mesh: the mesh it was lowered for.
+        target: the target it was lowered for.
+        step: what was lowered.
+        blocks: the stacks of repeated blocks of its model.
+
+    Raises:
+        OutOfMemoryError: the program does not fit the target.
+        XlaError: the compiler refused the program.
+    """
+    on_cpu = target.chip.kind == "cpu"
+    try:
+        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS if on_cpu else None)
+    except Exception as error:
+        raise _refused(error, target) from error
+    module = parse_hlo(compiled.as_text())
+    weights = [argument.path for argument in step.arguments if argument.role == "weight"]
+    memory = compiled.memory_analysis()
+    return CompiledStep(
+        target=str(target),
+        blocks=blocks,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        collectives=read_collectives(
+            module,
+            mesh,
+            layer_prefixes(weights),
+            cpu_normaliser(module, mesh.n_devices) if on_cpu else None,
+        ),
+        estimated_cycles=estimated_cycles(module),
+        flops=_flops(compiled),
+    )
+
+
+def _model(request: CompileRequest) -> tuple[AbstractModel, Step]:
+    workload = request.workload
+    key = (request.model, workload, request.repeats)
+    if key not in _models:
+        model = build(
+            request.model,
+            dtype=workload.dtype,
+            lora_rank=workload.lora_rank,
+            repeats=request.repeats,
+        )
+        while len(_models) >= _KEPT_MODELS:
+            del _models[next(iter(_models))]
+            gc.collect()
+        _models[key] = (model, make_step(model, workload))
+    return _models[key]
+
+
+def _refused(error: Exception, target: Target) -> XlaError:
+    """The compiler's refusal as one line."""
+    reason = str(error).strip().partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" in reason:
+        what = reason.partition("RESOURCE_EXHAUSTED:")[2].strip() or reason
+        return OutOfMemoryError(f"the step does not fit {target}: {what}")
+    return XlaError(f"the compiler for {target} refused the step: {reason}")
+
+
+def _flops(compiled: Any) -> int | None:
+    try:
+        analysis = compiled.cost_analysis()
+    except Exception:
+        # Not every compiler has one, and some that do not abort say so in their own words.
+        return None
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    flops = (analysis or {}).get("flops")
+    return round(flops) if flops and flops > 0 else None

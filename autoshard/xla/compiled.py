@@ -1,0 +1,124 @@
+"""What is asked of a compiler, and what it answers, as values."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoshard.errors import UsageError
+from autoshard.layout.rules import LayoutRules, Rule
+from autoshard.mesh import Mesh
+from autoshard.model.folding import BlockStack
+from autoshard.model.workload import Workload
+from autoshard.xla.collectives import Collective
+
+__all__ = ["CompileRequest", "CompiledStep"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileRequest:
+    """A step to compile.
+
+    Attributes:
+        model: the model's name, as `autoshard.model.build` takes it.
+        workload: what the model does in the step.
+        mesh: the grid of devices, the data axis first.
+        rules: the layout map.
+        target: the machine, such as `cpu:8` or `tpu:v5e:2x4`.
+        repeats: how many periods of each stack of repeated blocks; None for the whole model.
+    """
+
+    model: str
+    workload: Workload
+    mesh: Mesh
+    rules: LayoutRules
+    target: str
+    repeats: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.repeats is not None and self.repeats < 1:
+            raise UsageError(f"cannot compile {self.repeats} blocks; at least 1")
+
+    def with_repeats(self, repeats: int | None) -> "CompileRequest":
+        """The same request for a copy of that many periods."""
+        return dataclasses.replace(self, repeats=repeats)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "model": self.model,
+            "workload": self.workload.to_json(),
+            "mesh": {"shape": list(self.mesh.shape), "axis_names": list(self.mesh.axis_names)},
+            "rules": [rule.to_json() for rule in self.rules],
+            "target": self.target,
+            "repeats": self.repeats,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CompileRequest":
+        """The inverse of `to_json`."""
+        mesh = data["mesh"]
+        return cls(
+            model=data["model"],
+            workload=Workload.from_json(data["workload"]),
+            mesh=Mesh(shape=tuple(mesh["shape"]), axis_names=tuple(mesh["axis_names"])),
+            rules=tuple(Rule.from_json(rule) for rule in data["rules"]),
+            target=data["target"],
+            repeats=data["repeats"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledStep:
+    """The compiler's answer: one step's program for one device.
+
+    Attributes:
+        target: the machine that it was compiled for.
+        blocks: the stacks of repeated blocks; `traced` of their `n_blocks` are in the program.
+        argument_bytes: weights, optimizer state and data of a device.
+        output_bytes: results of a device.
+        temporary_bytes: what the program needs between; says nothing on `cpu`, where bfloat16 is
+            computed in float32 and nothing is rematerialised.
+        alias_bytes: results that take the place of donated arguments.
+        collectives: every movement between devices in one step.
+        estimated_cycles: the TPU compiler's estimate of a device's cycles of computation.
+        flops: floating point operations of a device as XLA counts them, where it does; those of
+            loops are counted once.
+    """
+
+    target: str
+    blocks: tuple[BlockStack, ...]
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    alias_bytes: int
+    collectives: tuple[Collective, ...]
+    estimated_cycles: int | None = None
+    flops: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the program of the whole model, compiled or extrapolated."""
+        return all(stack.traced == stack.n_blocks for stack in self.blocks)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes of a device: argument + temporary + output - alias."""
+        return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.alias_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {
+            "blocks": [dataclasses.asdict(stack) for stack in self.blocks],
+            "collectives": [c.to_json() for c in self.collectives],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CompiledStep":
+        """The inverse of `to_json`."""
+        read = {
+            "blocks": tuple(BlockStack(**stack) for stack in data["blocks"]),
+            "collectives": tuple(Collective.from_json(c) for c in data["collectives"]),
+        }
+        return cls(**{**data, **read})
