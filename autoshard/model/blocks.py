@@ -5,6 +5,7 @@ a block with a sliding window differs from one without. A number that grows by o
 block is the block's index and says nothing.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import Any
 from autoshard.model.paths import PathNames, number_of
 from autoshard.model.recipe import AbstractModel, layers_by_path
 
-__all__ = ["Stack", "find_stacks"]
+__all__ = ["Stack", "blocks_like", "find_stacks"]
 
-_NAMES = ("name", "path", "seed", "creation")
+# Attributes of Keras' own book-keeping: they tell every two layers apart, and compute nothing.
+_BOOKKEEPING = ("name", "path", "seed", "nodes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +29,14 @@ class Stack:
         start: the number of the first.
         layers: the blocks, in order.
         kinds: what tells blocks apart, one a block.
+        indices: settings that only count the blocks, left out of the kinds.
     """
 
     template: str
     start: int
     layers: tuple[Any, ...]
     kinds: tuple[Hashable, ...]
+    indices: frozenset[str]
 
 
 def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
@@ -46,29 +50,36 @@ def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
             members[template][number_of(path)] = layer
     stacks = []
     for template, blocks in members.items():
-        numbers = sorted(blocks)
-        layers_in_order = tuple(blocks[number] for number in numbers)
-        contiguous = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        if contiguous and all(map(_is_closed, layers_in_order)):
-            kinds = _kinds(layers_in_order)
+        start = min(blocks)
+        in_order = tuple(blocks[number] for number in sorted(blocks))
+        if max(blocks) - start + 1 == len(blocks) and all(map(_is_closed, in_order)):
+            facts = [dict(_facts(block, "")) for block in in_order]
+            indices = frozenset(k for k in facts[0] if _counts_up([f.get(k) for f in facts]))
+            kinds = tuple(_kind(fact, indices) for fact in facts)
             stacks.append(
-                Stack(template=template, start=numbers[0], layers=layers_in_order, kinds=kinds)
+                Stack(template=template, start=start, layers=in_order, kinds=kinds, indices=indices)
             )
     return tuple(stacks)
 
 
+def blocks_like(stack: Stack, model: AbstractModel) -> tuple[tuple[Any, ...], tuple[Hashable, ...]]:
+    """The blocks that another model has in this stack's place, perhaps a single one, and kinds."""
+    base = re.escape(stack.template.removesuffix("_*"))
+    blocks = {
+        number_of(path): layer
+        for path, layer in layers_by_path(model.model).items()
+        if re.fullmatch(rf"{base}(_\d+)?", path)
+    }
+    in_order = tuple(blocks[number] for number in sorted(blocks))
+    return in_order, tuple(_kind(dict(_facts(block, "")), stack.indices) for block in in_order)
+
+
+def _kind(facts: dict[str, Hashable], indices: frozenset[str]) -> Hashable:
+    return tuple(item for item in facts.items() if item[0] not in indices)
+
+
 def _is_closed(block: Any) -> bool:
     return all(weight.path.startswith(f"{block.path}/") for weight in block.weights)
-
-
-def _kinds(blocks: tuple[Any, ...]) -> tuple[Hashable, ...]:
-    facts = [dict(_facts(block, "")) for block in blocks]
-    indices = {
-        key for key in facts[0] if len(facts) > 1 and _counts_up([f.get(key) for f in facts])
-    }
-    return tuple(
-        tuple((key, value) for key, value in fact.items() if key not in indices) for fact in facts
-    )
 
 
 def _counts_up(values: list[Any]) -> bool:
@@ -83,7 +94,7 @@ def _facts(layer: Any, prefix: str) -> Iterator[tuple[str, Hashable]]:
     for weight in layer._trainable_variables + layer._non_trainable_variables:
         yield f"{prefix}{weight.name}", (tuple(weight.shape), str(weight.dtype), weight.trainable)
     for key, value in sorted(vars(layer).items()):
-        if not any(part in key for part in _NAMES):
+        if not any(part in key for part in _BOOKKEEPING):
             plain, is_plain = _plain(value)
             if is_plain:
                 yield f"{prefix}{key}", plain

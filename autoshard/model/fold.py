@@ -8,12 +8,12 @@ rebuilt model has exactly the variables of the blocks it keeps, and blocks of th
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from autoshard.errors import ModelError
-from autoshard.model.blocks import Stack, find_stacks
+from autoshard.model.blocks import Stack, blocks_like, find_stacks
 from autoshard.model.folding import BlockStack, Folding, find_repetition
 from autoshard.model.recipe import AbstractModel, build_recipe
 
@@ -58,8 +58,10 @@ def _wanted(stacks: Sequence[Stack], periods: int) -> dict[str, BlockStack]:
     wanted = {}
     for stack in stacks:
         n_blocks = len(stack.kinds)
-        alike = [s.kinds for s in stacks if len(s.kinds) == n_blocks]
-        lead, period = find_repetition(list(zip(*alike, strict=True)), periods)
+        alike = zip(*(s.kinds for s in stacks if len(s.kinds) == n_blocks), strict=True)
+        numbers: dict[Hashable, int] = {}
+        kinds = [numbers.setdefault(kind, len(numbers)) for kind in alike]
+        lead, period = find_repetition(kinds)
         traced = min(n_blocks, lead + periods * period + (n_blocks - lead) % period)
         wanted[stack.template] = BlockStack(
             template=stack.template,
@@ -74,20 +76,19 @@ def _wanted(stacks: Sequence[Stack], periods: int) -> dict[str, BlockStack]:
 
 def _changes(config: Mapping[str, Any], stack: BlockStack) -> Iterator[dict[str, Any]]:
     """Configurations in which one number, with or without lists of that length, is smaller."""
-    depths = [
-        keys for keys, value in _walk(config) if value is not True and value == stack.n_blocks
-    ]
-    lists = [
+    found = list(_walk(config))
+    depths = [keys for keys, value in found if type(value) is int and value == stack.n_blocks]
+    # Only the order of trying: most depths are called so.
+    depths.sort(key=lambda keys: "layer" not in str(keys[-1]))
+    lists = tuple(
         keys
-        for keys, value in _walk(config)
+        for keys, value in found
         if isinstance(value, (list, tuple)) and len(value) == stack.n_blocks
-    ]
-    alone = [[keys] for keys in lists] if len(lists) > 1 else []
+    )
     for depth in depths:
-        beside = [keys for keys in lists if keys[:-1] == depth[:-1]]
-        for with_lists in ([], beside, lists, *alone):
-            if with_lists or with_lists is not beside:
-                yield _shortened(config, depth, with_lists, stack)
+        beside = tuple(keys for keys in lists if keys[:-1] == depth[:-1])
+        for together in dict.fromkeys(((), beside, lists, *((keys,) for keys in lists))):
+            yield _shortened(config, depth, together, stack)
 
 
 def _walk(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
@@ -138,16 +139,14 @@ def _attempt(
     rest = _rows(model.model.weights)
     expected: Rows = Counter()
     stacks = {}
-    now = {stack.template: stack for stack in find_stacks(folded)}
     for stack in whole:
-        blocks = now.get(stack.template)
-        target = wanted[stack.template]
-        n_now = len(blocks.kinds) if blocks else 0
-        if blocks is None or n_now not in (target.traced, target.n_blocks):
+        blocks, kinds = blocks_like(stack, folded)
+        target, n_now = wanted[stack.template], len(blocks)
+        if n_now not in (target.traced, target.n_blocks):
             return None
         stacks[stack.template] = target = replace(target, traced=n_now)
         real = [target.real_block(block) for block in range(n_now)]
-        if blocks.kinds != tuple(stack.kinds[block] for block in real):
+        if kinds != tuple(stack.kinds[block] for block in real):
             return None
         for layer in stack.layers:
             rest.subtract(_rows(layer.weights))

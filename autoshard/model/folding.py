@@ -103,12 +103,11 @@ def _block_of(path: str, stack: BlockStack) -> int | None:
     return int(match[1] or 0) - stack.start if match else None
 
 
-def find_repetition(kinds: Sequence[Hashable], periods: int = 3) -> tuple[int, int]:
-    """The lead and the period of a sequence of kinds that leave least to trace.
+def find_repetition(kinds: Sequence[Hashable]) -> tuple[int, int]:
+    """The lead and the period of a sequence of kinds that leave least when three periods are kept.
 
     Args:
         kinds: the kind of each block.
-        periods: how many periods the folded model keeps.
 
     Returns:
         lead and period; (0, the whole length) where nothing repeats often enough to save a block.
@@ -119,9 +118,9 @@ def find_repetition(kinds: Sequence[Hashable], periods: int = 3) -> tuple[int, i
     n = len(kinds)
     best = (n, 0, n)
     for lead in range(n // 2):
-        for period in range(1, (n - lead) // periods + 1):
+        for period in range(1, (n - lead) // 3 + 1):
             if all(kinds[i] == kinds[i + period] for i in range(lead, n - period)):
-                traced = lead + periods * period + (n - lead) % period
+                traced = lead + 3 * period + (n - lead) % period
                 best = min(best, (traced, lead, period))
                 break
     return best[1:]

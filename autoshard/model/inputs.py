@@ -28,8 +28,9 @@ class Input:
 def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any]:
     """The inputs of a functional Keras model for a workload.
 
-    A dimension that the model leaves open is the batch where it comes first, one image, audio
-    clip or the like for data of rank 4 and more, and the sequence otherwise.
+    A dimension that the model leaves open is the batch where it comes first, the number of images
+    (one) for data of rank 4 and more, the tokens that one image becomes for their indices, and the
+    sequence otherwise.
 
     Args:
         model: a functional Keras model.
@@ -51,7 +52,7 @@ def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any
     inputs = tuple(
         Input(
             name=tensor.name,
-            shape=_shape(tuple(tensor.shape), workload),
+            shape=_shape(model, tensor.name, tuple(tensor.shape), workload),
             dtype=str(tensor.dtype),
         )
         for tensor in keras.tree.flatten(structure)
@@ -59,6 +60,11 @@ def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any
     return inputs, structure
 
 
-def _shape(shape: tuple[int | None, ...], workload: Workload) -> tuple[int, ...]:
-    free = 1 if len(shape) > 3 else workload.seq_len
-    return (workload.batch, *(size or free for size in shape[1:]))
+def _shape(
+    model: Any, name: str, shape: tuple[int | None, ...], workload: Workload
+) -> tuple[int, ...]:
+    backbone = getattr(model, "backbone", model)
+    open_size = 1 if len(shape) > 3 else workload.seq_len
+    if name == "vision_indices":
+        open_size = getattr(backbone, "num_vision_tokens_per_image", open_size)
+    return (workload.batch, *(size or open_size for size in shape[1:]))

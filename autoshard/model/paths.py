@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["PathNames", "number_of"]
+__all__ = ["PathNames", "number_of", "ranked"]
 
 _NUMBERED = re.compile(r"(.+?)_(\d+)")
 
@@ -93,6 +93,28 @@ def _name(segment: str, node: _Node, in_block: bool) -> str:
     if base in node.deep and len(set(used)) > 1:
         return f"{base}_*"
     return segment
+
+
+def ranked(paths: Iterable[str]) -> tuple[str, ...]:
+    """Paths in which each number is replaced by its rank among its siblings, in the order given.
+
+    So two models of a kind agree, whatever Keras had counted before each.
+
+    >>> ranked(["norm_4/scale", "norm_5/scale"]) == ranked(["norm/scale", "norm_1/scale"])
+    True
+    """
+    ranks: dict[tuple[str, str], dict[int | None, int]] = {}
+    result = []
+    for path in paths:
+        *layers, variable = path.split("/")
+        parent, parts = "", []
+        for segment in layers:
+            base, number = _split(segment)
+            siblings = ranks.setdefault((parent, base), {})
+            parts.append(f"{base}_{siblings.setdefault(number, len(siblings))}")
+            parent = f"{parent}/{segment}"
+        result.append("/".join([*parts, variable]))
+    return tuple(result)
 
 
 def number_of(path: str) -> int:

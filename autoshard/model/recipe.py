@@ -4,6 +4,7 @@ Gemma 7B takes under a second and no weight memory.
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -164,8 +165,12 @@ def _enable_lora(backbone: Any, rank: int) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The kind of an error and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """The kind of an error and the line of its text that says what went wrong."""
+    text = str(error)
+    # Keras puts the reason, in bold, behind a line that names the layer.
+    inner = re.search(r"\x1b\[1m(.+?)\x1b\[0m", text, re.DOTALL)
+    line = (inner[1] if inner else text).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}"
 
 
 def with_task(backbone: Any, task_class: Any) -> Any:

@@ -51,4 +51,6 @@ def trace(step: Step) -> Any:
             raise
         except Exception as error:
             fed = ", ".join(f"{a.path}{list(a.shape)}" for a in step.arguments if a.role == "data")
-            raise ModelError(f"{step.task} cannot be traced on {fed}: {one_line(error)}") from error
+            raise ModelError(
+                f"{step.task} cannot be traced: {one_line(error)} (fed {fed})"
+            ) from error

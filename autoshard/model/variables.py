@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from autoshard.model.paths import PathNames
+from autoshard.model.paths import PathNames, ranked
 
 __all__ = ["Family", "ModelTable", "Variable", "dtype_bytes", "make_table"]
 
@@ -141,9 +141,10 @@ class ModelTable:
         Numbers that Keras gives over the whole process are left out, so that a second model of the
         kind in one process has the same fingerprint; the frozen and the LoRA table differ.
         """
+        paths = ranked(self.templates[variable.path] for variable in self.variables)
         rows = [
-            [self.templates[variable.path], list(variable.shape), variable.dtype]
-            for variable in self.variables
+            [path, list(variable.shape), variable.dtype]
+            for path, variable in zip(paths, self.variables, strict=True)
         ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
