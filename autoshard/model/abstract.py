@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from autoshard.model.keras_import import import_keras
+from autoshard.model.keras_import import import_keras, without_tensorflow
 
 __all__ = ["OutputRecorder", "abstract_scope", "recording_scope"]
 
@@ -55,8 +55,10 @@ def recording_scope() -> Iterator[OutputRecorder]:
     """
     import_keras()
     recorder = OutputRecorder()
-    with _global_attributes(
-        **{_DISTRIBUTION: recorder, _NAME_COUNTERS: collections.defaultdict(int)}
+    counters: dict[str, int] = collections.defaultdict(int)
+    with (
+        without_tensorflow(),
+        _global_attributes(**{_DISTRIBUTION: recorder, _NAME_COUNTERS: counters}),
     ):
         yield recorder
 

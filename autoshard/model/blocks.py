@@ -9,15 +9,14 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from autoshard.model.keras_import import import_keras
 from autoshard.model.paths import PathNames, number_of
 from autoshard.model.recipe import AbstractModel, layers_by_path
 
 __all__ = ["Stack", "blocks_like", "find_stacks"]
-
-# Attributes of Keras' own book-keeping: they tell every two layers apart, and compute nothing.
-_BOOKKEEPING = ("name", "path", "seed", "nodes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +93,19 @@ def _facts(layer: Any, prefix: str) -> Iterator[tuple[str, Hashable]]:
     for weight in layer._trainable_variables + layer._non_trainable_variables:
         yield f"{prefix}{weight.name}", (tuple(weight.shape), str(weight.dtype), weight.trainable)
     for key, value in sorted(vars(layer).items()):
-        if not any(part in key for part in _BOOKKEEPING):
+        if key not in _bookkeeping() and "seed" not in key:
             plain, is_plain = _plain(value)
             if is_plain:
                 yield f"{prefix}{key}", plain
     for position, inner in enumerate(layer._flatten_layers(recursive=False, include_self=False)):
         yield from _facts(inner, f"{prefix}{position}/")
+
+
+@cache
+def _bookkeeping() -> frozenset[str]:
+    """What every layer has: names, paths and nodes, which differ and compute nothing."""
+    keras = import_keras()
+    return frozenset(vars(keras.layers.Layer(name="any")))
 
 
 def _plain(value: Any) -> tuple[Hashable, bool]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from autoshard.errors import ModelError, UsageError
 from autoshard.model.fold import fold
-from autoshard.model.keras_import import import_keras, import_keras_hub
+from autoshard.model.keras_import import import_keras, import_keras_hub, without_tensorflow
 from autoshard.model.recipe import AbstractModel, Recipe, build_recipe, is_task, wrap
 from autoshard.model.references import recipe_of
 
@@ -77,10 +77,12 @@ def _rebuildable(model: AbstractModel) -> AbstractModel:
 def _recipe_from(model: AbstractModel, lora_rank: int | None) -> Recipe | None:
     if not isinstance(model.backbone, import_keras_hub().models.Backbone):
         return None
+    with without_tensorflow():
+        config = model.backbone.get_config()
     return Recipe(
         name=model.name,
         make=type(model.backbone).from_config,
-        config=model.backbone.get_config(),
+        config=config,
         task_class=type(model.model) if model.model is not model.backbone else None,
         lora_rank=lora_rank,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from autoshard.errors import BackendError
 
-__all__ = ["import_keras", "import_keras_hub"]
+__all__ = ["import_keras", "import_keras_hub", "without_tensorflow"]
 
 _REFUSED = ("tensorflow", "tensorflow_text")
 
@@ -32,7 +32,11 @@ class _RefuseTensorFlow:
 
 
 @contextmanager
-def _without_tensorflow() -> Iterator[None]:
+def without_tensorflow() -> Iterator[None]:
+    """Let TensorFlow look as if it were not installed, unless the caller has imported it.
+
+    Also while models are built: Keras' serialization looks for it.
+    """
     # What the caller has imported already costs nothing more, and must not vanish.
     if "tensorflow" in sys.modules:
         yield
@@ -43,6 +47,18 @@ def _without_tensorflow() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+        _forget_what_was_refused()
+
+
+def _forget_what_was_refused() -> None:
+    """Keras remembers that a module is missing: let it look again when the caller needs it."""
+    if "keras.src.utils.module_utils" not in sys.modules:
+        return
+    from keras.src.utils import module_utils
+
+    for module in vars(module_utils).values():
+        if getattr(module, "_available", None) is False:
+            module._available = None
 
 
 def import_keras() -> Any:
@@ -56,7 +72,7 @@ def import_keras() -> Any:
     """
     if "keras" not in sys.modules:
         os.environ.setdefault("KERAS_BACKEND", "jax")
-    with _without_tensorflow():
+    with without_tensorflow():
         import keras
     backend = keras.config.backend()
     if backend != "jax":
@@ -77,6 +93,6 @@ def import_keras_hub() -> Any:
         BackendError: Keras is set to another backend than JAX.
     """
     import_keras()
-    with _without_tensorflow():
+    with without_tensorflow():
         import keras_hub
     return keras_hub

@@ -1,0 +1,193 @@
+"""Building models without values, from each kind of reference."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoshard.errors import ModelError, UsageError
+from autoshard.model.build import build, fold
+from autoshard.model.keras_import import import_keras, import_keras_hub
+from autoshard.model.step import make_step, trace
+from autoshard.model.workload import Workload
+
+SMALL: dict[str, Any] = {
+    "vocabulary_size": 32,
+    "num_layers": 5,
+    "num_query_heads": 2,
+    "num_key_value_heads": 1,
+    "hidden_dim": 8,
+    "intermediate_dim": 16,
+    "head_dim": 4,
+}
+
+
+def small_gemma() -> Any:
+    return import_keras_hub().models.GemmaCausalLM(
+        backbone=import_keras_hub().models.GemmaBackbone(**SMALL), preprocessor=None
+    )
+
+
+def plain_network() -> Any:
+    keras = import_keras()
+    inputs = keras.Input((4,), name="features")
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(inputs), name="plain")
+
+
+def no_model() -> int:
+    return 3
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_gemma_7b_has_eleven_families_and_no_values() -> None:
+    model = build("gemma_7b_en", dtype="bfloat16")
+    table = model.table()
+    assert table.n_parameters == 8_537_680_896
+    assert table.n_bytes == 2 * table.n_parameters
+    # Embedding and final norm, and nine variables of each of the 28 blocks.
+    families = table.families()
+    assert sorted(len(family.paths) for family in families) == [1, 1, *[28] * 9]
+    assert all(variable._value is None for variable in model.model.variables)
+    assert model.task == "GemmaCausalLM"
+
+
+def test_low_rank_factors_leave_little_to_train() -> None:
+    table = build("gemma_2b_en", lora_rank=4).table()
+    # 18 blocks; query: A (8, 2048, 4), B (4, 256); value: A (1, 2048, 4), B (4, 256).
+    assert table.n_trainable == 18 * (8 * 2048 * 4 + 4 * 256 + 2048 * 4 + 4 * 256) == 1_363_968
+    assert table.n_parameters == 2_506_172_416 + 1_363_968
+
+
+def test_a_second_mixtral_in_the_process_has_the_paths_of_the_first() -> None:
+    first, second = build("mixtral_8_7b_en").table(), build("mixtral_8_7b_en").table()
+    assert [v.path for v in first.variables] == [v.path for v in second.variables]
+    # 32 blocks of 10 variables, embedding, its reverse and the last norm.
+    assert len(first.variables) == 323
+    assert len(first.families()) == 13
+    assert any("moe_block_31/" in v.path for v in first.variables)
+
+
+def test_building_leaves_keras_counters_as_they_were() -> None:
+    keras = import_keras()
+    keras.layers.Dense(1)
+    before = keras.layers.Dense(1).name
+    build("mixtral_8_7b_en", repeats=1)
+    after = keras.layers.Dense(1).name
+    assert int(after.removeprefix("dense_")) == int(before.removeprefix("dense_")) + 1
+
+
+def test_outputs_that_keras_asks_the_map_for_are_in_the_table() -> None:
+    """Compared with what Keras asks during a real trace."""
+    from autoshard.model.abstract import recording_scope
+
+    model = fold(build("gemma_2b_en"))
+    with recording_scope() as recorder:
+        step = make_step(model, Workload(kind="prefill", batch=1, seq_len=4))
+        import jax
+
+        jax.eval_shape(
+            step.function,
+            *(jax.ShapeDtypeStruct(a.shape, jax.numpy.dtype(a.dtype)) for a in step.arguments),
+        )
+    asked = set(recorder.paths)
+    assert "decoder_block_0/attention/query/output" in asked
+    assert asked <= set(model.table().output_paths)
+
+
+def test_a_callable_by_name_is_built_without_values() -> None:
+    model = build(f"{__name__}:small_gemma", dtype="bfloat16")
+    assert model.task == "GemmaCausalLM"
+    assert {v.dtype for v in model.table().variables} == {"bfloat16"}
+    assert all(v._value is None for v in model.backbone.weights)
+    folded = fold(model)
+    assert folded.folding.blocks[0].traced == 3
+
+
+def test_a_model_with_values_keeps_them() -> None:
+    given = small_gemma()
+    model = build(given)
+    assert model.model is given
+    assert model.table().n_parameters == given.count_params()
+    assert fold(model).folding.blocks[0].n_blocks == 5
+    assert all(v._value is not None for v in given.weights)
+
+
+def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
+    model = build(plain_network)
+    assert model.task == "Functional"
+    assert fold(model).folding.is_folded is False
+    step = make_step(model, Workload(kind="train", batch=2, optimizer="sgd"))
+    assert step.loss == "mean square of the outputs"
+    trace(step)
+    with pytest.raises(UsageError, match="KerasHub backbone"):
+        build(plain_network, lora_rank=2)
+
+
+# Keras' saving reads a variable in a way that numpy 2 warns about.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_files_are_read(tmp_path: Path) -> None:
+    keras = import_keras()
+    backbone = small_gemma().backbone
+    expected = build(backbone).table().fingerprint
+    backbone.save(tmp_path / "model.keras")
+    config = keras.saving.serialize_keras_object(backbone)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert build(str(tmp_path / "model.keras"), dtype="float32").table().fingerprint == expected
+    read = build(str(tmp_path / "config.json"), dtype="float32")
+    assert read.table().fingerprint == expected
+    assert fold(read).folding.is_folded
+    assert build(str(tmp_path), dtype="float32").table().fingerprint == expected
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "text"),
+    [
+        ("no_such_package:model", UsageError, "cannot import 'no_such_package:model'"),
+        (f"{__name__}:nothing", UsageError, "cannot import"),
+        (f"{__name__}:no_model", UsageError, "returned int, not a Keras model"),
+        ("missing.keras", ModelError, "cannot read a model from 'missing.keras'"),
+    ],
+)
+def test_references_that_lead_nowhere(reference: str, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        build(reference)
+
+
+def test_planning_loads_no_tensorflow_and_leaves_imports_alone() -> None:
+    code = """
+import sys
+before = list(sys.meta_path)
+from autoshard.model.keras_import import import_keras_hub
+import_keras_hub()
+import keras
+from autoshard.model.build import build
+build("gemma_2b_en", repeats=1)
+print(keras.config.backend(), "tensorflow" in sys.modules, sys.meta_path[:1] == before[:1])
+print(keras.src.utils.module_utils.tensorflow._available)
+"""
+    assert run_python(code).split() == ["jax", "False", "True", "None"]
+
+
+def test_another_backend_is_refused_with_the_way_out() -> None:
+    code = """
+import os
+os.environ["KERAS_BACKEND"] = "numpy"
+from autoshard.errors import BackendError
+from autoshard.model.keras_import import import_keras
+try:
+    import_keras()
+except BackendError as error:
+    print(error)
+"""
+    assert run_python(code).strip() == (
+        "Keras runs on the numpy backend, which ignores layouts; set the environment variable "
+        "KERAS_BACKEND=jax before keras is imported"
+    )

@@ -1,0 +1,38 @@
+"""Which numbers of a path count blocks, and which Keras hands out."""
+
+from autoshard.model.paths import PathNames, ranked
+
+
+def test_a_number_that_counts_blocks_becomes_a_star() -> None:
+    paths = [f"decoder_block_{i}/attention/query/kernel" for i in range(3)]
+    assert set(PathNames.of(paths).templates.values()) == {"decoder_block_*/attention/query/kernel"}
+
+
+def test_a_process_wide_counter_inside_a_block_is_left_out() -> None:
+    # The first layer of a counter has no number.
+    paths = ["block_0/moe/gate/kernel", "block_1/moe_1/gate/kernel", "block_2/moe_2/gate/kernel"]
+    assert set(PathNames.of(paths).templates.values()) == {"block_*/moe/gate/kernel"}
+
+
+def test_numbers_that_tell_two_layers_of_every_block_apart_stay() -> None:
+    paths = [f"block_{i}/mlp/dense_{j}/kernel" for i in range(2) for j in (1, 2)]
+    assert set(PathNames.of(paths).templates.values()) == {
+        "block_*/mlp/dense_1/kernel",
+        "block_*/mlp/dense_2/kernel",
+    }
+
+
+def test_plain_layers_at_the_root_are_not_blocks() -> None:
+    paths = ["dense/kernel", "dense_1/kernel", "dense_2/kernel"]
+    assert list(PathNames.of(paths).templates.values()) == paths
+
+
+def test_the_output_of_a_block_has_the_template_of_the_block() -> None:
+    paths = ["block_0/norm/scale", "block_1/norm/scale", "block_0/output", "block_1/output"]
+    assert PathNames.of(paths).templates["block_1/output"] == "block_*/output"
+
+
+def test_ranks_forget_where_a_counter_stood() -> None:
+    first = ["block_0/moe/kernel", "block_1/moe_1/kernel", "norm/scale"]
+    second = ["block_0/moe_32/kernel", "block_1/moe_33/kernel", "norm_7/scale"]
+    assert ranked(first) == ranked(second)

@@ -1,0 +1,105 @@
+"""The step: arguments and results line up with what is traced."""
+
+from typing import Any
+
+import pytest
+
+from autoshard.errors import ModelError
+from autoshard.model.build import build, fold
+from autoshard.model.step import Step, make_step, trace
+from autoshard.model.workload import OPTIMIZERS, Workload
+
+
+def assert_aligned(step: Step, jaxpr: Any) -> None:
+    assert [(a.shape, a.dtype) for a in step.arguments] == [
+        (aval.shape, str(aval.dtype)) for aval in jaxpr.in_avals
+    ]
+    assert len(step.results) == len(jaxpr.out_avals)
+    for result, aval in zip(step.results, jaxpr.out_avals, strict=True):
+        if result.argument is not None:
+            argument = step.arguments[result.argument]
+            assert (argument.role, argument.path) == (result.role, result.path)
+            assert (argument.shape, argument.dtype) == (aval.shape, str(aval.dtype))
+
+
+def test_training_returns_every_variable_and_the_loss() -> None:
+    model = fold(build("gemma_7b_en"))
+    step = make_step(model, Workload(kind="train", batch=8, seq_len=512))
+    jaxpr = trace(step)
+    assert_aligned(step, jaxpr)
+    # 3 blocks of 9 weights and 2 more; two moments each; iteration and learning rate.
+    roles = [argument.role for argument in step.arguments]
+    assert (roles.count("weight"), roles.count("slot"), roles.count("data")) == (29, 60, 4)
+    assert [r.role for r in step.results if r.argument is None] == ["loss"]
+    assert step.donated == tuple(range(89))
+    owners = {a.layout_path for a in step.arguments if a.role == "slot"}
+    assert owners == {None, *(a.path for a in step.arguments if a.role == "weight")}
+    assert step.task == "GemmaCausalLM"
+    assert step.loss is not None and "next token" in step.loss
+
+
+def test_name_stacks_tell_layer_and_phase() -> None:
+    step = make_step(fold(build("gemma_7b_en")), Workload(kind="train", batch=1, seq_len=8))
+    stacks = {str(equation.source_info.name_stack) for equation in trace(step).eqns}
+    # An einsum puts its equation behind the layer.
+    query = "decoder_block_1/attention/query/btd,ndh->btnh"
+    assert f"jvp(gemma_backbone)/{query}" in stacks
+    assert f"transpose(jvp(gemma_backbone))/{query}" in stacks
+    assert "adam" in stacks
+
+
+def test_prefill_returns_logits_of_the_vocabulary() -> None:
+    step = make_step(fold(build("gemma_7b_en")), Workload(kind="prefill", batch=2, seq_len=16))
+    jaxpr = trace(step)
+    assert [result.role for result in step.results] == ["logits"]
+    assert jaxpr.out_avals[0].shape == (2, 16, 256000)
+    assert step.loss is None
+
+
+def test_lora_freezes_the_base() -> None:
+    model = fold(build("gemma_7b_en", lora_rank=4))
+    step = make_step(model, Workload(kind="lora", batch=1, seq_len=8, lora_rank=4))
+    jaxpr = trace(step)
+    assert_aligned(step, jaxpr)
+    # Two factors on query and value of 3 blocks, two moments each, and two scalars.
+    assert [a.role for a in step.arguments].count("slot") == 3 * 4 * 2 + 2
+    frozen = [r for r in step.results if r.path.endswith("/kernel")]
+    assert all(jaxpr.jaxpr.outvars[step.results.index(r)] in jaxpr.jaxpr.invars for r in frozen)
+
+
+def test_decode_adds_one_token_to_the_cache() -> None:
+    step = make_step(fold(build("gemma_7b_en")), Workload(kind="decode", batch=4, seq_len=32))
+    jaxpr = trace(step)
+    assert_aligned(step, jaxpr)
+    cache = [a for a in step.arguments if a.role == "cache"]
+    # (batch, blocks, keys and values, tokens, heads, head size), of the 3 traced blocks.
+    assert [a.shape for a in cache] == [(4, 3, 2, 32, 16, 256)]
+    assert jaxpr.out_avals[0].shape == (4, 256000)
+    # The pass that fills the cache is not part of the step: no product over 32 x 32 tokens.
+    assert not any(v.aval.shape == (4, 16, 32, 32) for e in jaxpr.eqns for v in e.outvars)
+
+
+def test_seeds_are_state_and_have_no_layout() -> None:
+    step = make_step(fold(build("gpt2_base_en")), Workload(kind="train", batch=1, seq_len=8))
+    states = [a for a in step.arguments if a.role == "state"]
+    assert states and all("seed_generator" in a.path and a.layout_path is None for a in states)
+    assert_aligned(step, trace(step))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_traced(optimizer: str) -> None:
+    model = fold(build("gemma_2b_en"), periods=1)
+    step = make_step(model, Workload(kind="train", batch=1, seq_len=8, optimizer=optimizer))
+    assert_aligned(step, trace(step))
+
+
+def test_a_model_without_a_cache_cannot_decode() -> None:
+    with pytest.raises(ModelError, match="BertBackbone has no cache"):
+        make_step(build("bert_tiny_en_uncased"), Workload(kind="decode"))
+
+
+def test_a_sequence_that_the_model_cannot_take_is_one_line() -> None:
+    step = make_step(build("bert_tiny_en_uncased"), Workload(kind="prefill", seq_len=600))
+    with pytest.raises(ModelError, match=r"BertBackbone cannot be traced: .*600") as caught:
+        trace(step)
+    assert "\n" not in str(caught.value)
