@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autoshard.errors import AutoshardError
     from autoshard.mesh import Mesh
-    from autoshard.pipeline import check, compare, explain, inspect, plan, verify
+    from autoshard.pipeline import check, inspect, plan
     from autoshard.sharding_plan import Plan, load
 
 __all__ = [
@@ -19,12 +19,9 @@ __all__ = [
     "Plan",
     "__version__",
     "check",
-    "compare",
-    "explain",
     "inspect",
     "load",
     "plan",
-    "verify",
 ]
 
 __version__ = "0.1.0"
@@ -34,12 +31,9 @@ _HOME = {
     "Mesh": "autoshard.mesh",
     "Plan": "autoshard.sharding_plan",
     "check": "autoshard.pipeline",
-    "compare": "autoshard.pipeline",
-    "explain": "autoshard.pipeline",
     "inspect": "autoshard.pipeline",
     "load": "autoshard.sharding_plan",
     "plan": "autoshard.pipeline",
-    "verify": "autoshard.pipeline",
 }
 
 

@@ -26,9 +26,11 @@ ROOMS = (
     "xla",
     "records",
     "sharding_plan",
-    "report",
     "planning",
+    "settling",
     "pipeline",
+    "report",
+    "progress",
     "cli",
     "__main__",
 )

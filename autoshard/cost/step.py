@@ -12,7 +12,8 @@ from autoshard.cost.strategies import (
     local_bytes,
 )
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import Argument, Layout, Op, Program
+from autoshard.graph.program import WHOLE, Argument, Layout, Op, Program
+from autoshard.graph.tying import look_of
 from autoshard.hardware.collectives import wire_bytes
 
 __all__ = ["StepPricer"]
@@ -30,7 +31,7 @@ class StepPricer:
         self.machine = machine
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
-        self._kind_of = [kinds.setdefault(_look(op), len(kinds)) for op in program.ops]
+        self._kind_of = [kinds.setdefault(look_of(op), len(kinds)) for op in program.ops]
 
     def op_cost(self, index: int, layouts: Sequence[Layout]) -> OpCost:
         """The cheapest choice of op `index`, the layout of every group given."""
@@ -40,8 +41,13 @@ class StepPricer:
         price = self._prices.get(key)
         if price is None:
             choices = candidate_choices(op, [(lay,) for lay in around], self.machine.axis_sizes)
+            forced = _forced(op, around)
             price = min(
-                (cost_of_choice(op, choice, around, self.machine) for choice in choices),
+                (
+                    cost_of_choice(op, choice, around, self.machine)
+                    for choice in choices
+                    if all(choice[axis] == factor for axis, factor in forced.items())
+                ),
                 key=lambda cost: cost.total_seconds,
             )
             self._prices[key] = price
@@ -57,7 +63,7 @@ class StepPricer:
             compute += cost.compute_seconds * op.count
             for transfer in cost.transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
-                # reduced once.
+                # all-reduced once.
                 once = _once(op, transfer)
                 if once not in moved:
                     moved.add(once)
@@ -104,20 +110,28 @@ class StepPricer:
         return n_bytes / self.machine.chip.hbm_bytes_per_second
 
 
+def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
+    """The choices that XLA's partitioner makes whatever they cost.
+
+    Where every operand of a matmul is split along the contracting dimension over one axis, it
+    multiplies the shards and sums, even if gathering a small operand were cheaper.
+    """
+    forced: dict[int, int] = {}
+    if op.kind == "contraction" and len(op.operands) == 2:
+        left, right = op.operands
+        for axis, (a, b) in enumerate(zip(layouts[0], layouts[1], strict=True)):
+            if a != WHOLE and b != WHOLE:
+                factor = left.factors[a]
+                if factor is not None and factor in op.reduced and factor == right.factors[b]:
+                    forced[axis] = factor
+    return forced
+
+
 def _once(op: Op, transfer: Transfer) -> tuple[object, ...]:
     """What makes two transfers the same one."""
     if transfer.operand is None:
-        return ("result", op.sum_into, transfer.kind, transfer.axis, transfer.target)
+        # XLA adds partial sums before an all-reduce, but not before a reduce-scatter.
+        merged = transfer.kind == "all-reduce"
+        into = op.sum_into if merged else op.results[0].identity
+        return ("result", into, transfer.kind, transfer.axis, transfer.target)
     return (op.operands[transfer.operand].identity, transfer.axis, transfer.target)
-
-
-def _look(op: Op) -> tuple[object, ...]:
-    """Everything that decides an op's price but the layouts."""
-    return (
-        op.kind,
-        tuple((array.n_bytes, array.factors) for array in op.operands),
-        tuple((array.n_bytes, array.factors) for array in op.results),
-        op.factor_sizes,
-        op.reduced,
-        op.flops,
-    )

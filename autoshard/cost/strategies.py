@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op
-from autoshard.hardware.chips import Chip, matmul_efficiency
+from autoshard.hardware.chips import Chip
 from autoshard.hardware.collectives import seconds as collective_seconds
+from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
 from autoshard.hardware.links import AxisLink
 
 __all__ = [
@@ -246,29 +247,31 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     if op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
     sizes = machine.axis_sizes
-    arrays = op.operands[1:] if op.kind == "gather" else op.operands
-    n_bytes = sum(
-        local_bytes(array.n_bytes, _layout_of(array, choice), sizes)
-        for array in (*arrays, *op.results)
+    # A lookup reads the rows it returns, not the table.
+    read, written = (
+        sum(local_bytes(a.n_bytes, _layout_of(a, choice), sizes) for a in arrays)
+        for arrays in (op.results if op.kind == "gather" else op.operands, op.results)
     )
-    memory_seconds = n_bytes / machine.chip.hbm_bytes_per_second
+    moving = memory_seconds(machine.chip, read, written)
     if not op.flops:
-        return memory_seconds
-    peak = machine.chip.peak_flops_per_second[machine.matmul_dtype]
-    efficiency = matmul_efficiency(machine.chip, *_matmul_shape(op, choice, sizes))
+        return moving
+    peak = machine.chip.flops_per_second(machine.matmul_dtype)
+    efficiency = matmul_efficiency(
+        machine.chip, *_matmul_shape(op, choice, sizes), machine.matmul_dtype
+    )
     parts = math.prod(n for factor, n in zip(choice, sizes, strict=True) if factor != WHOLE)
-    return max(memory_seconds, op.flops / parts / (peak * efficiency))
+    return max(moving, op.flops / parts / (peak * efficiency))
 
 
 def _matmul_shape(op: Op, choice: Choice, axis_sizes: Sequence[int]) -> tuple[int, int, int]:
-    """Rows, contracted and columns of one device's matmul; batch factors are repetitions."""
+    """Rows (batch factors among them), contracted and columns of one device's matmul."""
     local = list(op.factor_sizes)
     for factor, n in zip(choice, axis_sizes, strict=True):
         if factor != WHOLE:
             local[factor] = max(1, local[factor] // n)
-    left = set(op.operands[0].factors)
-    right = set(op.operands[-1].factors)
-    m = math.prod(local[f] for f in left - right if f is not None)
+    left, right = set(op.operands[0].factors), set(op.operands[-1].factors)
+    columns = right - left - {None}
+    n = math.prod(local[f] for f in columns if f is not None)
     k = math.prod(local[f] for f in op.reduced)
-    n = math.prod(local[f] for f in right - left if f is not None)
+    m = math.prod(local) // (n * k)
     return m, k, n

@@ -174,12 +174,20 @@ def one_line(error: Exception) -> str:
 
 
 def with_task(backbone: Any, task_class: Any) -> Any:
-    """The backbone's CausalLM, as `fit` and `generate` use it, or the backbone itself."""
-    if task_class is None:
-        task_class = _causal_lm_class(type(backbone))
+    """The task around a backbone, as `fit` and `generate` use it.
+
+    Without a class asked for, the backbone's own CausalLM; the backbone itself where it has none,
+    or one that its outputs do not fit (EmbeddingGemma's are pooled).
+    """
+    if task_class is not None:
+        return task_class(backbone=backbone, preprocessor=None)
+    task_class = _causal_lm_class(type(backbone))
     if task_class is None:
         return backbone
-    return task_class(backbone=backbone, preprocessor=None)
+    try:
+        return task_class(backbone=backbone, preprocessor=None)
+    except (AttributeError, TypeError, ValueError):
+        return backbone
 
 
 def _causal_lm_class(backbone_class: type) -> Any:

@@ -1,5 +1,6 @@
 """The variable table: every variable of a model, and the families that share one layout."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from autoshard.errors import UnknownNameError
 from autoshard.model.paths import PathNames, ranked
 
 __all__ = ["Family", "ModelTable", "Variable", "dtype_bytes", "make_table"]
@@ -147,6 +149,23 @@ class ModelTable:
             for path, variable in zip(paths, self.variables, strict=True)
         ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def under(self, layer: str) -> "ModelTable":
+        """The table of one layer's variables.
+
+        Args:
+            layer: its path, such as `decoder_block_0` or `decoder_block_0/attention`.
+
+        Raises:
+            UnknownNameError: no variable lies under it.
+        """
+        prefix = layer.strip("/") + "/"
+        variables = tuple(v for v in self.variables if v.path.startswith(prefix))
+        if not variables:
+            parts = (v.path.split("/") for v in self.variables)
+            known = {"/".join(p[:n]) for p in parts for n in range(1, len(p))}
+            raise UnknownNameError("layer", layer, known)
+        return dataclasses.replace(self, variables=variables)
 
     def to_json(self) -> dict[str, Any]:
         """The table as `autoshard inspect --format json` prints it."""

@@ -5,6 +5,7 @@ record of what it takes for each choice of the nodes that it depends on, so `cho
 choices for the nodes that are left into choices for all.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -97,6 +98,16 @@ class ChoiceGraph:
         for node in graph.alive:
             graph.touch(node)
         return graph
+
+    def copy(self) -> "ChoiceGraph":
+        """A graph that changes apart from this one."""
+        twin = copy.deepcopy(self)
+        for u in self.alive:
+            for v, table in twin.tables[u].items():
+                if u < v:
+                    # A deep copy of a view is no view.
+                    twin.tables[v][u] = table.swapaxes(1, 2)
+        return twin
 
     def scale(self) -> float:
         """The largest finite cost, or 1."""

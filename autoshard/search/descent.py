@@ -1,14 +1,15 @@
 """Search over assignments of specs to families, each scored as the program that propagation gives.
 
-Exhaustive where the assignments are few; otherwise steepest descent from several starts (the
-relaxed problem's answer first), moving one family, the families of one sibling group, or two
-sibling groups at a time, until no move is better.
+Exhaustive where the assignments are few; otherwise descent from several starts (the relaxed
+problem's answer first), moving the families of one sibling group, one family, or two sibling groups
+at a time, until no move is better.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
@@ -102,37 +103,52 @@ def descend(
 def _descend_from(
     scorer: Scorer, families: Sequence[Choices], start: Mapping[str, Spec]
 ) -> Scored:
+    """Take the first better move found, until none of any kind is left."""
     best = scorer.score(start)
-    while True:
-        for moves in (_group_moves(families, 1), _single_moves(families), _group_moves(families, 2)):
-            found = min(
-                (scorer.score({**dict(best.assignment), **move}) for move in moves),
-                key=lambda scored: scored.rank,
-                default=best,
-            )
+    improved = True
+    while improved:
+        improved = False
+        for move in _moves(families, scorer.mesh):
+            assignment = {**dict(best.assignment), **move(dict(best.assignment))}
+            found = scorer.score(assignment)
             if found.rank < best.rank:
-                best = found
-                break
-        else:
-            return best
+                best, improved = found, True
+    return best
 
 
-def _single_moves(families: Sequence[Choices]) -> Iterator[dict[str, Spec]]:
-    for choices in families:
-        for spec in choices.specs:
-            yield {choices.family: spec}
+Move = Callable[[Mapping[str, Spec]], dict[str, Spec]]
 
 
-def _group_moves(families: Sequence[Choices], n_groups: int) -> Iterator[dict[str, Spec]]:
-    """Each combination of `n_groups` sibling groups, every family of a group getting one spec."""
+def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[Move]:
+    """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
+
+    First whole sibling groups, then single families, then two sibling groups at once.
+    """
+    free = [choices for choices in families if len(choices.specs) > 1]
     groups: dict[str, list[Choices]] = {}
-    for choices in families:
-        if len(choices.specs) > 1:
-            groups.setdefault(choices.siblings, []).append(choices)
-    for chosen in itertools.combinations(groups.values(), n_groups):
-        for specs in itertools.product(*(members[0].specs for members in chosen)):
-            yield {
-                choices.family: spec
-                for members, spec in zip(chosen, specs, strict=True)
-                for choices in members
-            }
+    for choices in free:
+        groups.setdefault(choices.siblings, []).append(choices)
+    for axis in mesh.parallel_axes:
+        for members in [*groups.values(), *([choices] for choices in free)]:
+            for dim in range(-1, len(members[0].shape)):
+                yield partial(_put, ((members, dim),), axis)
+        for first, second in itertools.combinations(groups.values(), 2):
+            for dims in itertools.product(
+                range(-1, len(first[0].shape)), range(-1, len(second[0].shape))
+            ):
+                yield partial(_put, ((first, dims[0]), (second, dims[1])), axis)
+
+
+def _put(
+    places: Sequence[tuple[Sequence[Choices], int]], axis: str, now: Mapping[str, Spec]
+) -> dict[str, Spec]:
+    """Put `axis` on a dimension (or none, -1) of each family, if that spec is legal."""
+    changed = {}
+    for members, dim in places:
+        for choices in members:
+            spec = tuple(None if entry == axis else entry for entry in now[choices.family])
+            if dim >= 0:
+                spec = (*spec[:dim], axis, *spec[dim + 1 :])
+            if spec in choices.specs:
+                changed[choices.family] = spec
+    return changed

@@ -5,6 +5,7 @@ and leaves the rest as it is, to solve the ball exactly (large neighbourhood sea
 that serves problems too large for HiGHS in the time given.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -12,6 +13,11 @@ import numpy as np
 from autoshard.search.choice_graph import Array, ChoiceGraph, Load
 
 __all__ = ["State", "ball_around", "free_ball"]
+
+# The price on memory above the limit starts at this part of the cost, and rises by this factor.
+_FIRST_PRICE = 1e-3
+_PRICE_STEP = 4.0
+_N_PRICES = 12
 
 
 class State:
@@ -55,16 +61,38 @@ class State:
         """The objective on the graph, when feasible."""
         return float(self.sums.max())
 
-    def descend(self, out_of_time: Callable[[], bool]) -> None:
-        """Give each node its best strategy in turn, until none changes."""
+    def cost_at(self, u: int) -> float:
+        """What a node costs with its edges, more than the least its own strategies cost."""
+        costs, present = self.graph.costs[u].max(axis=0), self.chosen[u]
+        edges = (t[:, present, self.chosen[v]].max() for v, t in self.graph.tables[u].items())
+        return float(costs[present] - costs.min() + sum(edges))
+
+    def repair(self, over: Callable[[], bool]) -> None:
+        """Descend with a rising price on memory above the limit, then without regard to cost."""
+        price = _FIRST_PRICE * max(abs(self.cost), self.graph.tolerance)
+        for _ in range(_N_PRICES):
+            if self.feasible:
+                break
+            self.descend(over, price)
+            price *= _PRICE_STEP
+        self.descend(over)
+
+    def descend(self, over: Callable[[], bool], price: float = math.inf) -> None:
+        """Give each node its best strategy in turn, until none changes or the time is over.
+
+        Args:
+            over: whether the time is over.
+            price: what memory above the limit costs, by the limit and the time that it is held;
+                with infinity a choice within the limits is better than any other.
+        """
         waiting = dict.fromkeys(self.graph.alive)
-        while waiting and not out_of_time():
+        while waiting and not over():
             u = next(iter(waiting))
             del waiting[u]
-            if self._improve(u):
+            if self._improve(u, price):
                 waiting.update(dict.fromkeys(self.graph.tables[u]))
 
-    def _improve(self, u: int) -> bool:
+    def _improve(self, u: int, price: float) -> bool:
         present = self.chosen[u]
         costs = self.graph.costs[u].copy()
         forbidden = np.zeros(costs.shape[1])
@@ -75,7 +103,11 @@ class State:
             costs += np.where(finite, column, 0.0)
         sums = self.sums[:, None] + costs - costs[:, [present]]
         objective = sums.max(axis=0)
-        broken = forbidden + self._overuse(u)
+        broken, overuse = forbidden, self._overuse(u)
+        if price < math.inf:
+            objective = objective + price * overuse
+        else:
+            broken = broken + overuse
         best = int(np.lexsort((objective, broken))[0])
         margin = self.graph.tolerance
         if (broken[best], objective[best] + margin) >= (broken[present], objective[present]):

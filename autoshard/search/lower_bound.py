@@ -7,7 +7,8 @@ specs it gives the families are where the search starts.
 Nodes: a family chooses a spec, a group of arrays a layout, an op the factor it splits over each
 mesh axis. Edges: an op and each group it reads or makes, priced by `array_transfers`. An array that
 several ops read is gathered once in the program, so each reader is charged an equal share; the
-same holds for sums of partial sums. With the solver's two sums
+same holds for sums of partial sums. Repeated blocks are tied: their intermediates are laid out alike.
+With the solver's two sums
 
     serial = compute + blocking collectives,  parallel = overlapped + blocking collectives
 
@@ -30,6 +31,7 @@ from autoshard.cost.strategies import (
 )
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.propagation import splits_evenly
+from autoshard.graph.tying import tie_blocks
 from autoshard.mesh import Mesh, Spec
 from autoshard.search.candidates import Choices, fixed_layouts
 from autoshard.search.problem import Edge, Node, Problem
@@ -95,21 +97,27 @@ class _Builder:
         self.nodes: list[Node] = []
         self.edges: list[Edge] = []
         self.family_nodes: list[int] = []
+        self.stands_for, ops = tie_blocks(self.program)
         self.node_of: list[int] = [-1] * len(self.program.groups)
         self.layouts_of: list[tuple[Layout, ...]] = [()] * len(self.program.groups)
         self.add_arguments(families, mesh)
         self.add_groups()
         uses = Counter(array.identity for op in self.program.ops for array in op.operands)
         sums = Counter(op.sum_into for op in self.program.ops)
-        for op in self.program.ops:
-            self.add_op(op, uses, sums)
+        for op, groups, count in ops:
+            self.add_op(op, groups, count, uses, sums)
 
     def add_arguments(self, families: Sequence[Choices], mesh: Mesh) -> None:
         """One node a family; its groups (blocks, slots) follow it. Other arguments are fixed."""
         base = {choices.family: choices.specs[0] for choices in families}
-        family_of = {a.group: a.family for a in self.program.arguments if a.family in base}
+        family_of = {
+            self.stands_for[argument.group]: argument.family
+            for argument in self.program.arguments
+            if argument.group is not None and argument.family in base
+        }
         for group, layout in fixed_layouts(self.program, base, mesh).items():
-            if group not in family_of:
+            group = self.stands_for[group]
+            if group not in family_of and self.node_of[group] < 0:
                 self.layouts_of[group] = (layout,)
                 self.node_of[group] = self.add_node((0.0,))
         for choices in families:
@@ -123,7 +131,7 @@ class _Builder:
             node = self.add_node(seconds, held)
             self.family_nodes.append(node)
             for group, family in family_of.items():
-                if family == choices.family and group is not None:
+                if family == choices.family:
                     self.node_of[group] = node
                     self.layouts_of[group] = tuple(option[group] for option in options)
 
@@ -138,9 +146,9 @@ class _Builder:
         return float(held), updated / self.machine.chip.hbm_bytes_per_second
 
     def add_groups(self) -> None:
-        """One node a free group, with every layout that divides it."""
+        """One node a free group that stands for itself, with every layout that divides it."""
         for index, group in enumerate(self.program.groups):
-            if self.node_of[index] < 0:
+            if self.stands_for[index] == index and self.node_of[index] < 0:
                 dims = range(WHOLE, len(group.sizes))
                 self.layouts_of[index] = tuple(
                     layout
@@ -149,18 +157,25 @@ class _Builder:
                 )
                 self.node_of[index] = self.add_node((0.0,) * len(self.layouts_of[index]))
 
-    def add_op(self, op: Op, uses: Counter[int], sums: Counter[int]) -> None:
+    def add_op(
+        self,
+        op: Op,
+        groups: tuple[int, ...],
+        count: int,
+        uses: Counter[int],
+        sums: Counter[int],
+    ) -> None:
         """One node an op, and an edge to each group it touches."""
-        arrays = (*op.operands, *op.results)
-        layouts = [self.layouts_of[array.group] for array in arrays]
+        layouts = [self.layouts_of[group] for group in groups]
         choices = tuple(candidate_choices(op, layouts, self.sizes))
-        node = self.add_node(
-            tuple(compute_seconds(op, c, self.machine) * op.count for c in choices)
-        )
-        for position, array in enumerate(arrays):
+        seconds = tuple(compute_seconds(op, c, self.machine) * count for c in choices)
+        node = self.add_node(seconds)
+        for position, (array, group) in enumerate(
+            zip((*op.operands, *op.results), groups, strict=True)
+        ):
             operand = position if position < len(op.operands) else None
             sharers = sums[op.sum_into] if operand is None else uses[array.identity]
-            self.add_edge(op, node, choices, array, operand, op.count / sharers)
+            self.add_edge(op, node, choices, array, group, operand, count / sharers)
 
     def add_edge(
         self,
@@ -168,6 +183,7 @@ class _Builder:
         node: int,
         choices: tuple[Choice, ...],
         array: Array,
+        group: int,
         operand: int | None,
         share: float,
     ) -> None:
@@ -175,18 +191,17 @@ class _Builder:
         serial, parallel = [], []
         for choice in choices:
             blocking, hidden = [], []
-            for layout in self.layouts_of[array.group]:
+            for layout in self.layouts_of[group]:
                 moves = array_transfers(op, array, operand, choice, layout, self.machine)
                 blocking.append(sum(m.seconds for m in moves if not m.overlapped) * share)
                 hidden.append(sum(m.seconds for m in moves if m.overlapped) * share)
             serial.append(tuple(blocking))
             parallel.append(tuple(map(sum, zip(blocking, hidden, strict=True))))
         if any(map(any, parallel)):
-            target = self.node_of[array.group]
             self.edges.append(
                 Edge(
                     source=node,
-                    target=target,
+                    target=self.node_of[group],
                     costs=tuple(serial),
                     parallel_costs=tuple(parallel),
                 )

@@ -14,7 +14,7 @@ __all__ = ["Reason", "SearchResult", "search"]
 # Below this many assignments every one is scored.
 _EXHAUSTIVE = 64
 # Two layouts whose times and bytes are closer than this are shown as one.
-_SAME = 1e-3
+_SAME = 1e-2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -149,7 +149,7 @@ def _dominated(given: Array, no_heavier: Mask, tolerance: float) -> Mask:
         total = given.sum(axis=0)
     n = len(no_heavier)
     earlier = np.tri(n, k=-1, dtype=bool)[:, :, None]
-    no_worse: Mask = (given >= -tolerance).all(axis=0)
+    no_worse: Mask = np.all(given >= -tolerance, axis=0)
     clear = earlier | (total > _CLEARLY * tolerance)
     dominated: Mask = (no_worse & no_heavier[:, :, None] & clear).any(axis=1)
     return dominated

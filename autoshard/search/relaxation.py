@@ -42,11 +42,14 @@ class Relaxation:
         self._graph = graph
         self._order = tuple(graph.alive)
         self._rank = {node: rank for rank, node in enumerate(self._order)}
-        self._costs = {u: weights @ graph.costs[u] for u in self._order}
+        # A sum of weight 0 is left out: 0 times a forbidden entry is no number.
+        used = weights > 0
+        weights = weights[used]
+        self._costs = {u: weights @ graph.costs[u][used] for u in self._order}
         self._tables: dict[int, dict[int, Array]] = {u: {} for u in self._order}
         self._messages: dict[int, dict[int, Array]] = {u: {} for u in self._order}
         for u, v, table in graph.edges():
-            mean = np.tensordot(weights, table, 1)
+            mean = np.tensordot(weights, table[used], 1)
             self._tables[u][v], self._tables[v][u] = mean, mean.T
             self._messages[u][v] = np.zeros(mean.shape[0])
             self._messages[v][u] = np.zeros(mean.shape[1])
@@ -107,13 +110,13 @@ class Relaxation:
         """The cheapest strategy of each node after all moves."""
         return {u: int(self.node_costs(u).argmin()) for u in self._order}
 
-    def forbid_dear(self, slack: float) -> None:
+    def forbid_dear(self, graph: ChoiceGraph, slack: float) -> None:
         """Forbid what no choice within `slack` of the bound can contain.
 
         Args:
+            graph: where to forbid it: the graph of the relaxation or a copy.
             slack: cost of a known answer minus the bound.
         """
-        graph = self._graph
         above = {u: (c := self.node_costs(u)) - c.min() for u in self._order}
         for u in self._order:
             keep = above[u] <= slack
@@ -134,7 +137,7 @@ class Relaxation:
 class Ascent:
     """Raises the bound step by step: messages, then prices towards the limit.
 
-    The step of the prices is Polyak's with a guessed gap `reach`, halved when it does not help.
+    The step of the prices is Polyak's with a guessed gap, halved when it does not help.
 
     Args:
         graph: the reduced problem.
@@ -155,8 +158,12 @@ class Ascent:
         """Whether another step is worth its time."""
         return self.n_steps < _MOST_STEPS and self._since_gain < _GIVE_UP
 
-    def step(self) -> dict[int, int]:
-        """One sweep and a change of prices; returns the choice met on the way."""
+    def step(self, known: float) -> dict[int, int]:
+        """One sweep and a change of prices; returns the choice met on the way.
+
+        Args:
+            known: cost of the best answer, or infinity.
+        """
         chosen = self._relaxation.sweep()
         bound = self._relaxation.bound()
         self.n_steps += 1
@@ -165,11 +172,12 @@ class Ascent:
         self._since_gain = 0 if gained else self._since_gain + 1
         if bound > self.best_bound:
             self.best_bound, self._best_prices = bound, self._relaxation.prices
-        if self.n_steps > _WARM_UP and self._graph.limit < np.inf:
-            self._move_prices()
+        # While messages alone raise the bound, prices would chase a moving target.
+        if self.n_steps > _WARM_UP and not gained and self._graph.limit < np.inf:
+            self._move_prices(known)
         return chosen
 
-    def _move_prices(self) -> None:
+    def _move_prices(self, known: float) -> None:
         relaxation = self._relaxation
         if self._stalled > _PATIENCE:
             self._reach, self._stalled = self._reach / 2, 0
@@ -178,11 +186,16 @@ class Ascent:
         over = State(self._graph, relaxation.least_choices()).used - self._graph.limit
         over[(over < 0) & (relaxation.prices == 0)] = 0.0
         if over.any():
-            size = self._reach * abs(self.best_bound) / float(over @ over)
+            reach = min(self._reach * abs(self.best_bound), known - self.best_bound)
+            size = reach / float(over @ over)
             relaxation.set_prices(np.maximum(relaxation.prices + size * over, 0.0))
 
-    def forbid_dear(self, slack: float) -> None:
-        """As `Relaxation.forbid_dear`, of the last step's messages and the best prices."""
+    def forbid_dear(self, graph: ChoiceGraph, known: float) -> None:
+        """As `Relaxation.forbid_dear`, by the last step's messages and the best prices.
+
+        Args:
+            graph: the graph of the ascent or a copy of it.
+            known: cost of a known answer, or a little more.
+        """
         self._relaxation.set_prices(self._best_prices)
-        loss = self.best_bound - self._relaxation.bound()
-        self._relaxation.forbid_dear(slack + loss)
+        self._relaxation.forbid_dear(graph, known - self._relaxation.bound())

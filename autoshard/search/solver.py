@@ -42,7 +42,10 @@ _TOO_LARGE = 150_000
 # Memory entries up to which every row goes in at once.
 _ALL_MEMORY_ENTRIES = 100_000
 _ROUNDS = 3
+# A relative gap above this forbids next to nothing.
+_WIDE = 0.2
 _SMALLEST_BALL = 20
+_RANK_EVERY = 20
 
 
 def solve(problem: Problem, *, gap: float = _PROVEN, time_limit: float | None = None) -> Solution:
@@ -73,7 +76,7 @@ def solve(problem: Problem, *, gap: float = _PROVEN, time_limit: float | None = 
         reduce_graph(graph)
         search.n_nodes, search.n_edges = len(graph.alive), len(graph.edges())
         if _n_entries(graph) > _LARGE:
-            search.tighten(graph)
+            graph = search.tighten(graph)
         search.finish(graph)
     except NothingFitsError:
         # Nothing (else) is left: what is known already is the best.
@@ -91,6 +94,7 @@ class _Search:
         self.choices: tuple[int, ...] | None = None if problem.nodes else ()
         self.cost = math.inf if problem.nodes else 0.0
         self.bound = -math.inf if problem.nodes else 0.0
+        self.state: State | None = None
         self.n_nodes = self.n_edges = 0
 
     def left(self) -> float:
@@ -112,7 +116,7 @@ class _Search:
         if cost < self.cost and (
             limit is None or peak_usage(self.problem, choices) <= limit * (1 + 1e-9)
         ):
-            self.choices, self.cost = choices, cost
+            self.choices, self.cost, self.state = choices, cost, state
 
     def raise_bound(self, bound: float) -> None:
         """Take over a bound on every answer better than the best known."""
@@ -139,43 +143,45 @@ class _Search:
             n_reduced_edges=self.n_edges,
         )
 
-    def tighten(self, graph: ChoiceGraph) -> None:
+    def tighten(self, graph: ChoiceGraph) -> ChoiceGraph:
         """Shrink a large problem by bounds and answers, in rounds while that pays."""
         for _ in range(_ROUNDS):
             before = _n_entries(graph)
-            ascent, state = self.relax(graph)
-            if self.left() < math.inf and before > _TOO_LARGE:
-                self.polish(state, self.until(0.3))
-            if self.cost < math.inf:
-                slack = self.cost - ascent.best_bound + _PROVEN * abs(self.cost)
-                ascent.forbid_dear(slack)
-                reduce_graph(graph)
-            if _n_entries(graph) > 0.8 * before or self.relative_gap() <= self.gap:
-                return
+            ascent = self.relax(graph)
+            if self.left() < math.inf and (before > _TOO_LARGE or self.relative_gap() > _WIDE):
+                self.polish(self.until(0.3))
+            if self.cost == math.inf or self.relative_gap() <= self.gap:
+                break
+            # The best answer so far keeps the graph that it is of.
+            graph = graph.copy()
+            ascent.forbid_dear(graph, self.cost + _PROVEN * abs(self.cost))
+            reduce_graph(graph)
+            if _n_entries(graph) > 0.8 * before:
+                break
+        return graph
 
-    def relax(self, graph: ChoiceGraph) -> tuple[Ascent, State]:
+    def relax(self, graph: ChoiceGraph) -> Ascent:
         """Raise the bound by dual ascent; the choices met on the way start descents."""
         first = State(graph, {u: int(graph.costs[u].sum(axis=0).argmin()) for u in graph.alive})
         first.descend(self.until(0.1))
         self.offer(first)
-        ascent, best, over = Ascent(graph, first.sums), first, self.until(0.3)
+        ascent, over = Ascent(graph, first.sums), self.until(0.3)
         while ascent.improving() and not over() and self.relative_gap() > self.gap:
-            chosen = ascent.step()
+            chosen = ascent.step(self.cost)
             self.raise_bound(ascent.best_bound)
             if ascent.n_steps % 5 == 0:
                 state = State(graph, chosen)
-                state.descend(over)
+                state.repair(over)
                 self.offer(state)
-                best = min(best, state, key=lambda s: (not s.feasible, s.cost))
-        return ascent, best
+        return ascent
 
     def finish(self, graph: ChoiceGraph) -> None:
         """Solve what is left."""
         if self.relative_gap() <= self.gap:
             return
         if self.left() < math.inf and _n_entries(graph) > _TOO_LARGE:
-            _, state = self.relax(graph)
-            self.polish(state, self.until(1.0))
+            self.relax(graph)
+            self.polish(self.until(1.0))
             return
         state = State(graph, {u: int(graph.costs[u].sum(axis=0).argmin()) for u in graph.alive})
         state.descend(self.until(0.1))
@@ -189,14 +195,22 @@ class _Search:
         self.offer(state)
         self.raise_bound(bound)
         if self.left() < math.inf and self.relative_gap() > self.gap:
-            self.polish(state, self.until(1.0))
+            self.polish(self.until(1.0))
 
-    def polish(self, state: State, over: Callable[[], bool]) -> None:
-        """Solve balls of nodes exactly, all else as it is, until the time is over."""
-        graph, random = state.graph, np.random.default_rng(0)
-        nodes, size = list(graph.alive), 2.0 * _SMALLEST_BALL
-        while state.feasible and not over() and self.relative_gap() > self.gap:
-            ball = ball_around(graph, int(random.choice(nodes)), int(size), random)
+    def polish(self, over: Callable[[], bool]) -> None:
+        """Solve balls of nodes exactly, all else as in the best answer, until the time is over."""
+        if self.state is None:
+            return
+        state, random = self.state, np.random.default_rng(0)
+        graph = state.graph
+        nodes, size, n_tried = list(graph.alive), 2.0 * _SMALLEST_BALL, 0
+        while not over() and self.relative_gap() > self.gap:
+            if n_tried % _RANK_EVERY == 0:
+                nodes.sort(key=lambda u: -state.cost_at(u))
+            n_tried += 1
+            # Mostly where it costs most, everywhere now and then.
+            seed = nodes[int(len(nodes) * random.random() ** 3)]
+            ball = ball_around(graph, seed, int(size), random)
             part = free_ball(state, ball)
             try:
                 reduce_graph(part)

@@ -125,12 +125,14 @@ def _sharding(distribution: Any, argument: Argument) -> Any:
 
 def _checked(layout: Any, argument: Argument) -> Any:
     sharding = layout.backend_layout
+    written = f"'{argument.path}' of shape {argument.shape} cannot be laid out as " \
+        f"{format_spec(tuple(layout.axes))}"  # fmt: skip
+    if len(layout.axes) > len(argument.shape):
+        raise LayoutError(f"{written}: it has {len(argument.shape)} dimensions")
     try:
         sharding.shard_shape(argument.shape)
     except ValueError as error:
         raise LayoutError(
-            f"'{argument.path}' of shape {argument.shape} cannot be laid out as "
-            f"{format_spec(tuple(layout.axes))}: a split dimension must be a multiple of its "
-            "mesh axis"
+            f"{written}: a split dimension must be a multiple of its mesh axis"
         ) from error
     return sharding

@@ -1,0 +1,228 @@
+"""The command line: reads, calls, prints.
+
+Results go to standard output, progress to standard error. Exit status 0: good; 1: a finding, or a
+failure of the work; 2: wrong usage.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from autoshard import __version__
+from autoshard.errors import AutoshardError, PlanFileError
+
+__all__ = ["main"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """Turns the package's errors into one line and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AutoshardError as error:
+            click.echo(f"autoshard: {error}", err=True)
+            ctx.exit(error.exit_status)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="autoshard")
+def main() -> None:
+    """Find the LayoutMap that runs a Keras model fastest on a device mesh.
+
+    MODEL is a preset name (see `autoshard models`), package.module:callable, a local preset
+    directory, a .keras or config.json file, or a kaggle:// or hf:// handle.
+    """
+
+
+@main.command()
+@click.argument("model")
+@click.option("--mesh", required=True, help="Devices along each axis, like 1x8.")
+@click.option("--axes", help="Names of the mesh axes, data axis first, joined by commas.")
+@click.option("--target", help="Chips, like tpu:v5e:2x4. [default: the smallest v5e slice]")
+@click.option(
+    "--workload",
+    default="train",
+    show_default=True,
+    help="The step: train, lora, prefill or decode.",
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Sequences of the global batch.")
+@click.option(
+    "--seq-len", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens each."
+)
+@click.option("--lora-rank", type=click.IntRange(min=1), help="Rank of the low-rank factors.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="Keras dtype policy.")
+@click.option("--optimizer", default="adam", show_default=True, help="Keras optimizer.")
+@click.option("--memory-limit", help="Memory a device, like 15GiB. [default: the chip's]")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Layouts to rank."
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["none", "cpu", "target"]),
+    default="cpu",
+    show_default=True,
+    help="Compile the best few: with XLA's partitioner on CPU, or the target's own compiler.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "python"]),
+    default="text",
+    show_default=True,
+)
+@click.option("--timings", is_flag=True, help="Add the seconds of each stage.")
+@click.option("-o", "--output", help="Write the plan file here.")
+def plan(
+    model: str,
+    mesh: str,
+    axes: str | None,
+    form: str,
+    timings: bool,
+    output: str | None,
+    **options: Any,
+) -> None:
+    """Find the fastest layout of MODEL on a mesh, and prove it with the compiler."""
+    _set_backend()
+    from autoshard.pipeline import make_plan
+    from autoshard.report.plan import plan_text
+
+    _check_writable(output)
+    with _progress() as announce:
+        outcome = make_plan(
+            model,
+            mesh,
+            axes=axes.split(",") if axes else None,
+            on_progress=announce,
+            **options,
+        )
+    if output:
+        outcome.plan.save(output)
+    if form == "json":
+        click.echo(outcome.plan.to_json(), nl=False)
+    elif form == "python":
+        click.echo(outcome.plan.to_python(), nl=False)
+    else:
+        click.echo(plan_text(outcome, timings=timings))
+    if outcome.failure:
+        click.echo(f"autoshard: the plan is not verified: {outcome.failure}", err=True)
+    if not outcome.fits:
+        click.echo("autoshard: no layout fits the memory; this is the nearest", err=True)
+    if outcome.failure or not outcome.fits:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--layer", help="Only the variables under this layer, a line each.")
+@click.option("--lora-rank", type=click.IntRange(min=1), help="Rank of low-rank factors to add.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="Keras dtype policy.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "csv", "markdown"]),
+    default="text",
+    show_default=True,
+)
+def inspect(
+    model: str, layer: str | None, lora_rank: int | None, dtype: str, form: str
+) -> None:
+    """Print the variable table of MODEL, built without its weights."""
+    _set_backend()
+    from autoshard.pipeline import inspect as read_table
+    from autoshard.report.inspect import INSPECT_FORMATS, layer_text
+
+    table = read_table(model, lora_rank=lora_rank, dtype=dtype)
+    if layer is not None:
+        table = table.under(layer)
+        if form == "text":
+            click.echo(layer_text(table.variables))
+            return
+    click.echo(INSPECT_FORMATS[form](table))
+
+
+@main.command()
+@click.argument("pattern", required=False)
+def models(pattern: str | None) -> None:
+    """List the presets of the catalogue, those with PATTERN in the name if given."""
+    from autoshard.model import catalogue
+    from autoshard.report.models import models_text
+
+    click.echo(models_text([catalogue.get(name) for name in catalogue.names(pattern)]))
+
+
+@main.command()
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def chips(form: str) -> None:
+    """Print the chips that plans can be made for, with the sources of their numbers."""
+    from autoshard.hardware.chips import known_chips
+    from autoshard.report.chips import chips_json, chips_text
+
+    click.echo((chips_json if form == "json" else chips_text)(known_chips()))
+
+
+@main.command()
+@click.argument("model")
+@click.argument("layout")
+@click.option("--mesh", help="Check axis names and divisibility against this mesh, like 1x8.")
+@click.option("--axes", help="Names of the mesh axes, data axis first, joined by commas.")
+def check(model: str, layout: str, mesh: str | None, axes: str | None) -> None:
+    """Say what is wrong with a hand-written LAYOUT for MODEL.
+
+    LAYOUT is a plan file, Python source with layout_map[...] = (...) lines (read, never run), or
+    the word kerashub for the map that KerasHub ships.
+    """
+    _set_backend()
+    from autoshard.pipeline import check as find
+
+    findings = find(model, layout, mesh=mesh, axes=axes.split(",") if axes else None)
+    for finding in findings:
+        click.echo(f"{finding.severity}: {finding.message}")
+    if findings:
+        sys.exit(1)
+    click.echo("nothing wrong")
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN")
+def explain(plan_file: str) -> None:
+    """Say why each family of variables got its spec in a PLAN file."""
+    from autoshard.report.plan import reasons_text
+    from autoshard.sharding_plan import load
+
+    click.echo(reasons_text(load(plan_file)))
+
+
+def _set_backend() -> None:
+    """Planning needs no accelerator; the choice must be made before keras and jax load."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def _check_writable(output: str | None) -> None:
+    """Fail before the work, not after it."""
+    if output is None:
+        return
+    folder = Path(output).absolute().parent
+    if Path(output).is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a directory" if Path(output).is_dir() else f"no such folder, or not writable: {folder}"
+        raise PlanFileError(f"cannot write {output}: {why}")
+
+
+def _progress() -> AbstractContextManager[Callable[[str], None]]:
+    """A line on standard error that names the stage; a spinner where that is a terminal."""
+    if not sys.stderr.isatty():
+        return nullcontext(lambda stage: click.echo(f"{stage} ...", err=True))
+    from autoshard.progress import spinner
+
+    return spinner()

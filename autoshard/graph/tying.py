@@ -1,0 +1,71 @@
+"""Ties the repeated blocks of a traced copy: what stands at one place in each is one decision.
+
+The copy holds a first, a middle and a last block; the middle one stands for all between. Ops of
+different blocks correspond where the layer (block numbers aside), the direction, the op itself and
+its place among such ops of the layer are the same. Their arrays' groups are then tied. This is by
+block and place, never by what an op merely looks like: look-alikes elsewhere may want other layouts.
+"""
+
+import re
+from collections import Counter
+
+import networkx as nx
+
+from autoshard.graph.program import Op, Program
+
+__all__ = ["TiedOp", "look_of", "tie_blocks"]
+
+TiedOp = tuple[Op, tuple[int, ...], int]
+
+
+def look_of(op: Op) -> tuple[object, ...]:
+    """Everything that decides an op's price but the layouts of its arrays."""
+    return (
+        op.kind,
+        tuple((array.n_bytes, array.factors) for array in op.operands),
+        tuple((array.n_bytes, array.factors) for array in op.results),
+        op.factor_sizes,
+        op.reduced,
+        op.flops,
+    )
+
+
+def tie_blocks(program: Program) -> tuple[tuple[int, ...], tuple[TiedOp, ...]]:
+    """Fold a program over its repeated blocks.
+
+    Returns:
+        For each group the group that stands for it; and the ops that are left: each with the
+        groups that stand for its operands and results, and its count in the whole model.
+    """
+    places: dict[tuple[object, ...], Op] = {}
+    order: Counter[tuple[object, ...]] = Counter()
+    ties = nx.Graph()
+    ties.add_nodes_from(range(len(program.groups)))
+    for op in program.ops:
+        look = (look_of(op), op.primitive, op.backward)
+        place = (re.sub(r"\d+", "*", op.layer), look, order[op.layer, look])
+        order[op.layer, look] += 1
+        first = places.setdefault(place, op)
+        pairs = zip((*first.operands, *first.results), (*op.operands, *op.results), strict=True)
+        ties.add_edges_from(
+            (a.group, b.group)
+            for a, b in pairs
+            if program.groups[a.group].sizes == program.groups[b.group].sizes
+        )
+    stands_for = list(range(len(program.groups)))
+    for component in nx.connected_components(ties):
+        for group in component:
+            stands_for[group] = min(component)
+    return tuple(stands_for), tuple(_merged(program, stands_for))
+
+
+def _merged(program: Program, stands_for: list[int]) -> list[TiedOp]:
+    """Ops that do the same to the same tied groups become one."""
+    counts: Counter[tuple[object, ...]] = Counter()
+    first: dict[tuple[object, ...], tuple[Op, tuple[int, ...]]] = {}
+    for op in program.ops:
+        groups = tuple(stands_for[array.group] for array in (*op.operands, *op.results))
+        key = (look_of(op), groups)
+        first.setdefault(key, (op, groups))
+        counts[key] += op.count
+    return [(op, groups, counts[key]) for key, (op, groups) in first.items()]

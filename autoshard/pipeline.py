@@ -1,0 +1,288 @@
+"""The public functions: each runs the stages it needs and returns a value."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from autoshard.cost.values import StepCost
+from autoshard.errors import NothingFitsError, UsageError, XlaError
+from autoshard.hardware.targets import Target
+from autoshard.layout.reading import read_layout
+from autoshard.layout.resolve import Finding, resolve
+from autoshard.mesh import Mesh, parse_mesh
+from autoshard.model.build import build
+from autoshard.model.variables import ModelTable
+from autoshard.planning import Candidate, Planning, Stopwatch, make_setup, run_planner
+from autoshard.records.parts import (
+    Alternative,
+    BytesPerDevice,
+    Collective,
+    Compiled,
+    PlannedModel,
+    Prediction,
+    Reason,
+    Versions,
+)
+from autoshard.settling import Verdict, compiler_for, settle
+from autoshard.sharding_plan import Plan
+from autoshard.hardware.collectives import wire_bytes
+from autoshard.xla.compiled import CompiledStep
+
+__all__ = ["Outcome", "check", "inspect", "make_plan", "plan", "prediction"]
+
+Verify = Literal["none", "cpu", "target"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A plan and everything that was found on the way to it.
+
+    Attributes:
+        plan: the winner.
+        winner: its candidate.
+        planning: the search and the rivals.
+        verdicts: what a compiler said, best first; empty where none was asked.
+        timings: seconds of each stage, measured.
+        failure: why the verification failed, in one line, or "".
+    """
+
+    plan: Plan
+    winner: Candidate
+    planning: Planning
+    verdicts: tuple[Verdict, ...]
+    timings: dict[str, float]
+    failure: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan keeps the memory limit: by the target's compiler, else predicted."""
+        if self.verdicts and self.verdicts[0].fits is not None:
+            return self.verdicts[0].fits
+        assert self.winner.scored is not None
+        return self.winner.scored.excess_bytes == 0
+
+
+def inspect(
+    model: Any, *, lora_rank: int | None = None, dtype: str = "bfloat16"
+) -> ModelTable:
+    """The variable table of a model, built without weights.
+
+    Args:
+        model: a preset name, `package.module:callable`, a local preset or configuration, a
+            `kaggle://` or `hf://` handle, a Keras model, or a callable that returns one.
+        lora_rank: rank of low-rank factors to add, or None.
+        dtype: Keras dtype policy.
+
+    Raises:
+        UnknownNameError: there is no such model.
+        ModelError: Keras cannot build it without values.
+    """
+    return build(model, dtype=dtype, lora_rank=lora_rank).table()
+
+
+def plan(
+    model: Any,
+    mesh: str | Mesh,
+    *,
+    axes: Sequence[str] | None = None,
+    target: str | Target | None = None,
+    workload: str = "train",
+    batch: int | None = None,
+    seq_len: int = 512,
+    lora_rank: int | None = None,
+    dtype: str = "bfloat16",
+    optimizer: str = "adam",
+    memory_limit: str | int | None = None,
+    verify: Verify = "none",
+) -> Plan:
+    """Find the layout map that runs a model fastest on a mesh.
+
+    Args:
+        model: as for `inspect`.
+        mesh: such as `1x8`, or a `Mesh`.
+        axes: names of the mesh axes, the data axis first.
+        target: such as `tpu:v5e:2x4`; by default the smallest v5e slice of that many devices.
+        workload: `train`, `lora`, `prefill` or `decode`.
+        batch: sequences of the global batch; by default 8, or what the data axis divides.
+        seq_len: tokens a sequence.
+        lora_rank: rank of the low-rank factors.
+        dtype: Keras dtype policy.
+        optimizer: Keras optimizer, by name.
+        memory_limit: bytes a device, or a text like `15GiB`; by default the chip's usable memory.
+        verify: `none`, `cpu` (XLA's partitioner) or `target` (the target's compiler).
+
+    Raises:
+        NothingFitsError: no layout keeps the memory limit.
+        UsageError: a value is wrong.
+        XlaError: the verification failed.
+    """
+    outcome = make_plan(
+        model,
+        mesh,
+        axes=axes,
+        target=target,
+        workload=workload,
+        batch=batch,
+        seq_len=seq_len,
+        lora_rank=lora_rank,
+        dtype=dtype,
+        optimizer=optimizer,
+        memory_limit=memory_limit,
+        verify=verify,
+    )
+    if outcome.failure:
+        raise XlaError(outcome.failure)
+    if not outcome.fits:
+        assert outcome.winner.scored is not None
+        raise NothingFitsError(
+            f"no layout of {outcome.plan.model.name} keeps {outcome.planning.setup.memory_limit} "
+            f"bytes a device; the nearest needs {outcome.winner.scored.cost.memory.peak_bytes}"
+        )
+    return outcome.plan
+
+
+def make_plan(
+    model: Any,
+    mesh: str | Mesh,
+    *,
+    verify: Verify = "none",
+    top: int = 5,
+    on_progress: Callable[[str], None] = lambda stage: None,
+    **options: Any,
+) -> Outcome:
+    """As `plan`, but return all that was found, and a plan also where nothing fits.
+
+    Args:
+        model: as for `plan`.
+        mesh: as for `plan`.
+        verify: as for `plan`.
+        top: how many layouts to keep.
+        on_progress: called with the name of each stage.
+        **options: the other arguments of `plan`.
+    """
+    if verify != "none" and not isinstance(model, str):
+        raise UsageError(
+            "a compiler runs in a process of its own, which must build the model: pass its name or "
+            "'package.module:callable', or verify=\"none\""
+        )
+    setup = make_setup(mesh, **options)
+    watch = Stopwatch(progress=on_progress)
+    planning = run_planner(model, setup, top=top, watch=watch)
+    verdicts: tuple[Verdict, ...] = ()
+    failure = ""
+    if verify != "none":
+        try:
+            with watch.stage("verify"):
+                verdicts = settle(
+                    model, planning, compiler_for(verify, setup), on_progress=on_progress
+                )
+        except XlaError as error:
+            failure = str(error)
+    winner = verdicts[0].candidate if verdicts else planning.candidates[0]
+    return Outcome(
+        plan=_plan_value(planning, winner, verdicts),
+        winner=winner,
+        planning=planning,
+        verdicts=verdicts,
+        timings=watch.seconds,
+        failure=failure,
+    )
+
+
+def check(
+    model: Any, layout: str, *, mesh: str | Mesh | None = None, axes: Sequence[str] | None = None
+) -> tuple[Finding, ...]:
+    """What is wrong with a map for a model, errors first.
+
+    Args:
+        model: as for `inspect`.
+        layout: a plan file, Python source with `layout_map[...] = ...` lines, or `kerashub`.
+        mesh: where given, axis names and divisibility are checked too.
+        axes: names of the mesh axes.
+    """
+    grid = parse_mesh(mesh, axes) if isinstance(mesh, str) else mesh
+    abstract = build(model, dtype="bfloat16")
+    rules = read_layout(layout, backbone=abstract.backbone, mesh=grid)
+    return resolve(rules, abstract.table(), grid).findings
+
+
+def prediction(cost: StepCost) -> Prediction:
+    """The part of a step's cost that a plan file holds."""
+    memory = cost.memory
+    return Prediction(
+        step_seconds=cost.step_seconds,
+        compute_seconds=cost.compute_seconds,
+        collective_seconds=cost.blocking_seconds + cost.overlapped_seconds,
+        collective_bytes=cost.collective_bytes,
+        peak_bytes_per_device=memory.peak_bytes,
+        bytes_per_device=BytesPerDevice(
+            weights=memory.weights,
+            gradients=memory.gradients,
+            optimizer=memory.optimizer,
+            activations=memory.activations,
+            kv_cache=memory.kv_cache,
+        ),
+    )
+
+
+def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, ...]) -> Plan:
+    """The winner as a plan file's value, the other candidates as alternatives."""
+    said = {verdict.candidate.name: _compiled(verdict) for verdict in verdicts}
+    assert winner.scored is not None
+    return Plan(
+        model=PlannedModel.of(planning.table),
+        mesh=planning.setup.mesh,
+        rules=winner.rules,
+        workload=planning.setup.workload,
+        target=str(planning.setup.target),
+        predicted=prediction(winner.scored.cost),
+        compiled=said.get(winner.name),
+        reasons=tuple(
+            Reason(
+                family=reason.family,
+                spec=reason.spec,
+                next_best=reason.next_best,
+                cost_seconds=None if reason.next_best is None else reason.cost_seconds,
+            )
+            for reason in planning.result.reasons
+        ),
+        alternatives=tuple(
+            Alternative(
+                rules=candidate.rules,
+                predicted=prediction(candidate.scored.cost),
+                compiled=said.get(candidate.name),
+            )
+            for candidate in planning.candidates
+            if candidate is not winner and candidate.scored is not None
+        ),
+        versions=Versions.installed(),
+    )
+
+
+def _compiled(verdict: Verdict) -> Compiled | None:
+    """A compiler's answer as a plan file holds it."""
+    step = verdict.compiled
+    if step is None:
+        return None
+    on_cpu = step.target.startswith("cpu")
+    return Compiled(
+        target=step.target,
+        blocks=sum(stack.n_blocks for stack in step.blocks) or None,
+        fits=verdict.fits,
+        peak_bytes_per_device=None if on_cpu else step.peak_bytes,
+        collectives=_collectives(step),
+        step_seconds=verdict.step_seconds,
+    )
+
+
+def _collectives(step: CompiledStep) -> tuple[Collective, ...]:
+    return tuple(
+        Collective(
+            kind=item.kind,
+            axis=item.axis or None,
+            n_bytes=round(item.count * wire_bytes(item.kind, item.n_bytes, item.group_size)),
+            count=item.count,
+            layer=item.layer or None,
+        )
+        for item in step.collectives
+    )

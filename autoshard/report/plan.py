@@ -1,0 +1,213 @@
+"""A plan and how it came about, as text."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from tabulate import tabulate
+
+from autoshard.cost.values import StepCost
+from autoshard.layout.rules import format_rules
+from autoshard.mesh import format_spec
+from autoshard.pipeline import Outcome
+from autoshard.planning import Candidate
+from autoshard.settling import Verdict
+from autoshard.sharding_plan import Plan
+from autoshard.units import format_bytes, format_count, format_seconds
+
+__all__ = ["plan_text", "reasons_text"]
+
+
+def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
+    """Everything a person wants to know of a plan.
+
+    Args:
+        outcome: what `autoshard.pipeline.make_plan` found.
+        timings: whether to add the seconds of each stage.
+    """
+    parts = [
+        _head(outcome),
+        "layout_map = keras.distribution.LayoutMap(device_mesh)\n" + format_rules(outcome.plan.rules)
+        if outcome.plan.rules
+        else "no rule: every variable is whole on every device",
+        _cost(outcome),
+        _ranking(outcome),
+        *_verification(outcome),
+        reasons_text(outcome.plan),
+    ]
+    if timings:
+        parts.append(_timings(outcome))
+    return "\n\n".join(parts)
+
+
+def _head(outcome: Outcome) -> str:
+    setup, table = outcome.planning.setup, outcome.planning.table
+    work = setup.workload
+    kind = work.kind + (f" rank {work.lora_rank}" if work.lora_rank else "")
+    optimizer = f", {work.optimizer}" if work.trains else ""
+    lines = [
+        f"{table.name}: {table.n_parameters:,} parameters ({format_count(table.n_parameters)}, "
+        f"{format_bytes(table.n_bytes)} as {work.dtype}), {outcome.planning.task}",
+        f"mesh {setup.mesh} ({', '.join(setup.mesh.axis_names)}) on {setup.target}, "
+        f"{format_bytes(setup.memory_limit)} a device",
+        f"workload {kind}: batch {work.batch} x {work.seq_len} tokens{optimizer}",
+    ]
+    if outcome.planning.unknown:
+        names = ", ".join(outcome.planning.unknown)
+        lines.append(f"warning: no rule for {names}: taken to need whole operands")
+    if not outcome.fits:
+        lines.append(_misfit(outcome))
+    if outcome.failure:
+        lines.append(f"UNVERIFIED: {outcome.failure}")
+    return "\n".join(lines)
+
+
+def _misfit(outcome: Outcome) -> str:
+    assert outcome.winner.scored is not None
+    peak = outcome.winner.scored.cost.memory.peak_bytes
+    limit = format_bytes(outcome.planning.setup.memory_limit)
+    verdict = outcome.verdicts[0] if outcome.verdicts else None
+    if verdict is not None and verdict.fits is False:
+        said = verdict.error or f"it needs {format_bytes(verdict.compiled.peak_bytes)}"  # type: ignore[union-attr]
+        return f"DOES NOT FIT {limit} a device, by the target's compiler: {said}"
+    return (
+        f"DOES NOT FIT {limit} a device: this is the nearest plan; it needs {format_bytes(peak)} "
+        f"(--memory-limit {peak} would do)"
+    )
+
+
+def _cost(outcome: Outcome) -> str:
+    assert outcome.winner.scored is not None
+    cost = outcome.winner.scored.cost
+    memory, result = cost.memory, outcome.planning.result
+    parts = (
+        ("weights", memory.weights),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("KV cache", memory.kv_cache),
+    )
+    shown = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts if n)
+    gap = max(0.0, (cost.step_seconds - result.bound_seconds) / cost.step_seconds)
+    return "\n".join(
+        (
+            f"predicted step {format_seconds(cost.step_seconds)}: compute "
+            f"{format_seconds(cost.compute_seconds)}, blocking collectives "
+            f"{format_seconds(cost.blocking_seconds)}, collectives behind compute "
+            f"{format_seconds(cost.overlapped_seconds)}; "
+            f"{format_bytes(cost.collective_bytes)} on the wire a device",
+            f"predicted memory {format_bytes(memory.peak_bytes)} a device at the peak: {shown}",
+            f"searched {result.n_scored} layouts; no layout can be faster than "
+            f"{format_seconds(result.bound_seconds)} by the same formulas (gap {gap:.0%})",
+        )
+    )
+
+
+def _ranking(outcome: Outcome) -> str:
+    said = {verdict.candidate.name: verdict for verdict in outcome.verdicts}
+    rows = []
+    for candidate in (*outcome.planning.candidates, *outcome.planning.rivals):
+        name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
+        rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
+    headers = ("layout", "step", "compute", "collectives", "wire", "memory", "compiled", "")
+    table = tabulate(rows, headers=headers, disable_numparse=True)
+    by = outcome.verdicts[0].compiled if outcome.verdicts else None
+    note = "all predicted by formulas"
+    if by is not None:
+        note += (
+            "; compiled: the step with the collectives that XLA's partitioner put in"
+            if by.target.startswith("cpu")
+            else f"; compiled: by the compiler of {by.target}, its cycles and collectives"
+        )
+    return f"{table}\n({note})\n\n" + "\n\n".join(_differences(outcome))
+
+
+def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ...]:
+    if candidate.scored is None:
+        return ("", "", "", "", "", "", f"fails: {candidate.failure}")
+    cost = candidate.scored.cost
+    compiled, note = "", ""
+    if verdict is not None:
+        compiled = format_seconds(verdict.step_seconds) if verdict.compiled else "fails"
+        note = verdict.error
+    if candidate.scored.excess_bytes:
+        note = f"{format_bytes(candidate.scored.excess_bytes)} too much"
+    return (
+        format_seconds(cost.step_seconds),
+        format_seconds(cost.compute_seconds),
+        format_seconds(cost.blocking_seconds + cost.overlapped_seconds),
+        format_bytes(cost.collective_bytes),
+        format_bytes(cost.memory.peak_bytes),
+        compiled,
+        note,
+    )
+
+
+def _differences(outcome: Outcome) -> Iterator[str]:
+    """Each other candidate by the rules in which it differs."""
+    winner = set(outcome.winner.rules)
+    for candidate in outcome.planning.candidates:
+        if candidate is not outcome.winner:
+            own = tuple(rule for rule in candidate.rules if rule not in winner)
+            yield f"{candidate.name} differs by\n{format_rules(own)}"
+
+
+def _verification(outcome: Outcome) -> Iterator[str]:
+    """Prediction beside compiler, collective by collective."""
+    if not outcome.verdicts or outcome.verdicts[0].compiled is None:
+        return
+    verdict = outcome.verdicts[0]
+    compiled = verdict.compiled
+    assert compiled is not None and outcome.winner.scored is not None
+    predicted = _predicted_counts(outcome.winner.scored.cost)
+    found: Counter[tuple[str, str, int]] = Counter()
+    for item in compiled.collectives:
+        found[item.kind, item.axis, item.n_bytes] += item.count
+    keys = sorted(predicted | found, key=lambda key: -key[2] * max(predicted[key], found[key]))
+    rows = [
+        (kind, axis, format_bytes(n_bytes), predicted[kind, axis, n_bytes], count)
+        for kind, axis, n_bytes in keys
+        if (count := found[kind, axis, n_bytes]) or predicted[kind, axis, n_bytes]
+    ]
+    depth = sum(stack.n_blocks for stack in compiled.blocks)
+    yield (
+        f"compiled for {compiled.target}, all {depth} blocks; collectives of a step\n"
+        + tabulate(rows, headers=("kind", "axis", "size", "predicted", "compiled"))
+    )
+    if not compiled.target.startswith("cpu"):
+        yield (
+            f"by the compiler: step {format_seconds(verdict.step_seconds)}, memory "
+            f"{format_bytes(compiled.peak_bytes)} a device (arguments "
+            f"{format_bytes(compiled.argument_bytes)}, temporaries "
+            f"{format_bytes(compiled.temporary_bytes)}, outputs "
+            f"{format_bytes(compiled.output_bytes)}, aliased {format_bytes(compiled.alias_bytes)})"
+        )
+
+
+def _predicted_counts(cost: StepCost) -> Counter[tuple[str, str, int]]:
+    counts: Counter[tuple[str, str, int]] = Counter()
+    for traffic in cost.traffic:
+        counts[traffic.kind, traffic.axis, traffic.n_bytes] += traffic.count
+    return counts
+
+
+def reasons_text(plan: Plan) -> str:
+    """Why each family got its spec.
+
+    Args:
+        plan: a plan, fresh or from a file.
+    """
+    rows = []
+    for reason in plan.reasons:
+        other, cost = "", "too small for a rule, or no other spec is legal"
+        if reason.next_best is not None and reason.cost_seconds is not None:
+            other = format_spec(reason.next_best)
+            slower = reason.cost_seconds >= 0
+            cost = f"{format_seconds(abs(reason.cost_seconds))} {'slower' if slower else 'faster'}"
+        rows.append((reason.family, format_spec(reason.spec), other, cost))
+    headers = ("family", "spec", "next best, all else equal", "predicted step")
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _timings(outcome: Outcome) -> str:
+    rows = [(stage, f"{seconds:.2f} s") for stage, seconds in outcome.timings.items()]
+    return tabulate(rows, headers=("stage", "measured"), disable_numparse=True)

@@ -1,0 +1,190 @@
+"""Settles the ranking on what a compiler makes of the best few layouts, and compiles the winner.
+
+`cpu`: XLA's partitioner, which decides for CPU devices as it does for the target's, says which
+collectives there are; their time is that of the target's links, and compute is the prediction.
+`target`: the target's own compiler says that too, and memory and cycles.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autoshard.errors import AutoshardError, OutOfMemoryError, XlaError
+from autoshard.hardware.links import group_link
+from autoshard.hardware.targets import Target, parse_target
+from autoshard.planning import Candidate, Planning, Setup
+from autoshard.xla.children import Child, child_environment
+from autoshard.xla.clock import collective_seconds, step_time
+from autoshard.xla.compile import compile_deep, compile_in
+from autoshard.xla.compiled import CompiledStep, CompileRequest
+
+__all__ = ["Verdict", "settle"]
+
+Progress = Callable[[str], None]
+
+_N_SETTLED = 3
+_MEMORY_LIMIT_BYTES = 16 * 2**30
+_COMPILE_SECONDS = {"cpu": 150.0, "tpu": 580.0, "gpu": 580.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a compiler says of one candidate.
+
+    Attributes:
+        candidate: the layout.
+        compiled: its program at full depth, compiled or extrapolated; None where it failed.
+        step_seconds: time of the step with the compiler's collectives; infinite where it failed.
+        fits: whether it fits the memory, by the compiler of a TPU or GPU target; None from `cpu`.
+        error: why it failed, in one line, or "".
+    """
+
+    candidate: Candidate
+    compiled: CompiledStep | None
+    step_seconds: float
+    fits: bool | None
+    error: str = ""
+
+
+def settle(
+    model: str,
+    planning: Planning,
+    compiler: Target,
+    *,
+    on_progress: Progress = lambda stage: None,
+    n_settled: int = _N_SETTLED,
+) -> tuple[Verdict, ...]:
+    """Compile the best candidates shallowly, rank them, and compile the winner at full depth.
+
+    Args:
+        model: the model's name, by which a child builds it.
+        planning: the candidates.
+        compiler: the target to compile for: `cpu:N`, or the setup's own.
+        on_progress: called with each stage.
+        n_settled: how many candidates to compile.
+
+    Returns:
+        Verdicts, best first; the first one's program is that of the whole model.
+
+    Raises:
+        XlaError: no candidate could be compiled, or the child died or ran out of time.
+    """
+    seconds = _COMPILE_SECONDS[compiler.chip.kind]
+    with Child(
+        child_environment(compiler),
+        memory_limit_bytes=_MEMORY_LIMIT_BYTES,
+    ) as child:
+        verdicts = []
+        for candidate in _worth_compiling(planning.candidates)[:n_settled]:
+            on_progress(f"compile {candidate.name} for {compiler}, shallow")
+            verdicts.append(_verdict(model, planning, candidate, compiler, child, seconds))
+        verdicts.sort(key=lambda verdict: (verdict.fits is False, verdict.step_seconds))
+        best = verdicts[0]
+        if best.compiled is None:
+            raise XlaError(f"no candidate compiles for {compiler}: {best.error}")
+        on_progress(f"compile {best.candidate.name} for {compiler}, all blocks")
+        request = _request(model, planning.setup, best.candidate, compiler)
+        try:
+            whole = compile_in(child, request, timeout_seconds=seconds)
+        except OutOfMemoryError as error:
+            verdicts[0] = Verdict(
+                candidate=best.candidate,
+                compiled=best.compiled,
+                step_seconds=best.step_seconds,
+                fits=False,
+                error=str(error),
+            )
+        else:
+            verdicts[0] = _judge(planning, best.candidate, whole, compiler)
+    return tuple(verdicts)
+
+
+def _worth_compiling(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Those that fit by the prediction, or all where none does."""
+    fitting = tuple(c for c in candidates if c.scored is not None and c.scored.excess_bytes == 0)
+    return fitting or tuple(candidates)
+
+
+def _request(
+    model: str, setup: Setup, candidate: Candidate, compiler: Target
+) -> CompileRequest:
+    return CompileRequest(
+        model=model,
+        workload=setup.workload,
+        mesh=setup.mesh,
+        rules=candidate.rules,
+        target=str(compiler),
+    )
+
+
+def _verdict(
+    model: str,
+    planning: Planning,
+    candidate: Candidate,
+    compiler: Target,
+    child: Child,
+    seconds: float,
+) -> Verdict:
+    request = _request(model, planning.setup, candidate, compiler)
+    try:
+        compiled = compile_deep(child, request, timeout_seconds=seconds)
+    except OutOfMemoryError as error:
+        return _failed(candidate, error, fits=False)
+    except XlaError:
+        raise
+    except AutoshardError as error:
+        return _failed(candidate, error, fits=None)
+    return _judge(planning, candidate, compiled, compiler)
+
+
+def _failed(candidate: Candidate, error: AutoshardError, fits: bool | None) -> Verdict:
+    return Verdict(
+        candidate=candidate,
+        compiled=None,
+        step_seconds=float("inf"),
+        fits=fits,
+        error=str(error),
+    )
+
+
+def _judge(
+    planning: Planning, candidate: Candidate, compiled: CompiledStep, compiler: Target
+) -> Verdict:
+    """Time a compiled step, and hold its memory against the limit where that says something."""
+    if compiler.chip.kind == "cpu":
+        return Verdict(
+            candidate=candidate,
+            compiled=compiled,
+            step_seconds=partitioned_seconds(planning, candidate, compiled),
+            fits=None,
+        )
+    return Verdict(
+        candidate=candidate,
+        compiled=compiled,
+        step_seconds=step_time(compiled).step_seconds,
+        fits=compiled.peak_bytes <= planning.setup.memory_limit,
+    )
+
+
+def partitioned_seconds(
+    planning: Planning, candidate: Candidate, compiled: CompiledStep
+) -> float:
+    """Predicted compute, with the partitioner's collectives on the target's links."""
+    assert candidate.scored is not None
+    setup = planning.setup
+    compute = candidate.scored.cost.compute_seconds
+    blocking = hidden = 0.0
+    for collective in compiled.collectives:
+        link = group_link(collective.axis.split(","), setup.mesh, setup.target)
+        seconds = collective_seconds(collective, link)
+        if collective.kind in setup.target.chip.overlapped_collectives:
+            hidden += seconds
+        else:
+            blocking += seconds
+    return compute + blocking + max(0.0, hidden - compute)
+
+
+def compiler_for(verify: str, setup: Setup) -> Target:
+    """The target whose compiler `--verify cpu` or `--verify target` asks."""
+    if verify == "cpu":
+        return parse_target(f"cpu:{setup.mesh.n_devices}")
+    return setup.target

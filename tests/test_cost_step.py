@@ -1,0 +1,106 @@
+"""What a step costs under a layout, with bytes worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_graph_rules import program_of
+
+from autoshard.cost.step import StepPricer
+from autoshard.cost.strategies import Machine
+from autoshard.cost.values import Memory, StepCost
+from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.program import WHOLE, Program
+from autoshard.graph.propagation import propagate
+from autoshard.hardware.links import axis_links
+from autoshard.hardware.targets import parse_target
+from autoshard.mesh import parse_mesh
+
+TARGET = parse_target("tpu:v5e:2x4")
+MESH = parse_mesh("1x8")
+MACHINE = Machine(chip=TARGET.chip, links=(axis_links(MESH, TARGET)["model"],))
+
+
+def cost_of(program: Program, *arguments: int) -> StepCost:
+    """Price a program whose arguments split these dimensions over eight chips."""
+    fixed = {
+        argument.group: (dim,)
+        for argument, dim in zip(program.arguments, arguments, strict=True)
+        if argument.group is not None
+    }
+    layouts = propagate(program, fixed, (8,))
+    return StepPricer(program, MACHINE).price(layouts)
+
+
+def collectives(cost: StepCost) -> list[tuple[str, int]]:
+    return [(traffic.kind, traffic.n_bytes) for traffic in cost.traffic]
+
+
+def mlp(x, up, down):
+    return jnp.tanh(x @ up) @ down
+
+
+def test_a_megatron_mlp_pays_one_all_reduce_of_its_result() -> None:
+    program = program_of(mlp, (64, 256), (256, 1024), (1024, 256))
+    cost = cost_of(program, WHOLE, 1, 0)
+    # the result is [64, 256] in float32: 65,536 bytes; an all-reduce passes 2 x 7/8 of them
+    assert collectives(cost) == [("all-reduce", 65_536)]
+    assert cost.collective_bytes == 2 * 7 * 65_536 // 8
+    assert cost.blocking_seconds > 0
+    assert cost.overlapped_seconds == 0
+
+
+def test_the_same_mlp_split_on_the_contracting_dimensions_moves_the_hidden_array() -> None:
+    program = program_of(mlp, (64, 256), (256, 1024), (1024, 256))
+    cost = cost_of(program, WHOLE, 0, 1)
+    # hidden [64, 1024] float32 = 262,144 bytes are partial sums; the result comes out split
+    assert ("all-reduce", 262_144) in collectives(cost)
+
+
+def test_an_array_that_two_matmuls_read_is_gathered_once() -> None:
+    program = program_of(
+        lambda x, a, b: (jnp.tanh(x) @ a) * (jnp.tanh(x) @ b), (64, 256), (256, 1024), (256, 1024)
+    )
+    gathers = [t for t in cost_of(program, 1, 1, 1).traffic if t.kind == "all-gather"]
+    assert len(gathers) <= 2  # tanh(x) is traced twice, so it is two arrays, each gathered once
+    program = program_of(
+        lambda x, a, b: (x @ a) * (x @ b), (64, 256), (256, 1024), (256, 1024)
+    )
+    gathers = [t for t in cost_of(program, 1, 1, 1).traffic if t.kind == "all-gather"]
+    assert [t.n_bytes for t in gathers] == [64 * 256 * 4]
+
+
+def test_partial_sums_that_are_added_are_reduced_once() -> None:
+    program = program_of(
+        lambda x, y, a, b: x @ a + y @ b, (64, 256), (64, 256), (256, 128), (256, 128)
+    )
+    cost = cost_of(program, 1, 1, 0, 0)
+    assert collectives(cost) == [("all-reduce", 64 * 128 * 4)]
+
+
+def test_nothing_split_moves_nothing_and_costs_eight_times_the_compute() -> None:
+    program = program_of(mlp, (4096, 4096), (4096, 16384), (16384, 4096))
+    whole = cost_of(program, WHOLE, WHOLE, WHOLE)
+    split = cost_of(program, WHOLE, 1, 0)
+    assert whole.traffic == ()
+    assert 4 < whole.compute_seconds / split.compute_seconds <= 8.5
+
+
+def test_a_donated_weight_and_its_gradient_are_counted_as_shards() -> None:
+    def step(w, x):
+        return w - jax.grad(lambda v: (jnp.tanh(x @ v) ** 2).sum())(w)
+
+    structs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 1024), (64, 256))]
+    closed = jax.make_jaxpr(step)(*structs)
+    inputs = [StepInput(role="weight", family="w", trainable=True), StepInput(role="data", family=None)]
+    program = build_program(closed, inputs, [0])
+    cost = cost_of(program, 1, WHOLE)
+    # [256, 1024] float32 is 1 MiB: 131,072 bytes a device, and as much for its gradient
+    assert cost.memory.weights == cost.memory.gradients == 131_072
+    assert cost.memory.optimizer == 0
+
+
+def test_step_time_hides_collectives_behind_compute() -> None:
+    cost = StepCost(
+        compute_seconds=3.0, blocking_seconds=2.0, overlapped_seconds=4.0, traffic=(), memory=Memory()
+    )
+    assert cost.step_seconds == pytest.approx(3.0 + 2.0 + (4.0 - 3.0))

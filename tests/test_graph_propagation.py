@@ -1,0 +1,70 @@
+"""Propagation: what XLA's partitioner would do with the layouts of the arguments."""
+
+import jax
+import jax.numpy as jnp
+from test_graph_rules import program_of
+
+from autoshard.graph.program import WHOLE
+from autoshard.graph.propagation import propagate, splits_evenly
+
+
+def layouts_of(program, *arguments: int, axis: int = 4) -> list[int]:
+    """Propagate on one mesh axis; arguments give the dimension it splits, or WHOLE."""
+    fixed = {
+        argument.group: (dim,)
+        for argument, dim in zip(program.arguments, arguments, strict=True)
+        if argument.group is not None
+    }
+    return [layout[0] for layout in propagate(program, fixed, (axis,))]
+
+
+def output(program, layouts: list[int]) -> int:
+    (place,) = program.outputs
+    assert place.group is not None
+    return layouts[place.group]
+
+
+def test_columns_of_a_weight_become_columns_of_the_result() -> None:
+    program = program_of(lambda x, w: x @ w, (8, 16), (16, 32))
+    assert output(program, layouts_of(program, WHOLE, 1)) == 1
+
+
+def test_a_contracted_dimension_does_not_reach_the_result() -> None:
+    program = program_of(lambda x, w: x @ w, (8, 16), (16, 32))
+    assert output(program, layouts_of(program, WHOLE, 0)) == WHOLE
+
+
+def test_two_matmuls_in_a_row_keep_the_inner_dimension_split() -> None:
+    # x[8, 16] up[16, 32] down[32, 16], both split on 32: the hidden array [8, 32] is split, the
+    # result is not.
+    program = program_of(lambda x, up, down: jnp.tanh(x @ up) @ down, (8, 16), (16, 32), (32, 16))
+    layouts = layouts_of(program, WHOLE, 1, 0)
+    assert output(program, layouts) == WHOLE
+    hidden = [group for group in range(len(layouts)) if program.groups[group].sizes == (8, 32)]
+    assert [layouts[group] for group in hidden] == [1]
+
+
+def test_where_two_operands_want_the_axis_the_larger_wins() -> None:
+    # x[8, 512] is split on 8, w[512, 4096] on 4096: the result can be split on one of them, and w
+    # is the larger.
+    program = program_of(lambda x, w: x @ w, (8, 512), (512, 4096))
+    assert output(program, layouts_of(program, 0, 1)) == 1
+
+
+def test_a_dimension_that_the_axis_does_not_divide_stays_whole() -> None:
+    program = program_of(lambda x, w: x @ w, (8, 16), (16, 6))
+    assert output(program, layouts_of(program, 0, WHOLE, axis=3)) == WHOLE
+
+
+def test_splits_evenly_counts_every_axis_on_a_dimension() -> None:
+    assert splits_evenly((8,), (0, 0), (2, 4))
+    assert not splits_evenly((8,), (0, 0), (4, 4))  # 8 / 4 = 2, which 4 does not divide
+
+
+def test_every_op_of_a_gradient_is_laid_out() -> None:
+    def step(w, x):
+        return jax.grad(lambda v: (jnp.tanh(x @ v) ** 2).sum())(w)
+
+    program = program_of(step, (16, 32), (8, 16))
+    # w split on its columns; so is its gradient, with no help from the caller.
+    assert output(program, layouts_of(program, 1, WHOLE)) == 1

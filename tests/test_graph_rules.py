@@ -1,0 +1,89 @@
+"""The factor rules: dimensions that must move together share a factor."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.program import Program
+from autoshard.graph.rules import link_of
+
+
+def program_of(function, *shapes: tuple[int, ...]) -> Program:
+    """A program whose arguments are one weight family each."""
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    closed = jax.make_jaxpr(function)(*structs)
+    inputs = [StepInput(role="weight", family=f"w{i}") for i in range(len(shapes))]
+    return build_program(closed, inputs, [None] * len(closed.jaxpr.outvars))
+
+
+def test_a_matmul_reduces_the_contracting_dimension_and_passes_the_others() -> None:
+    numbers = {"dimension_numbers": (((1,), (0,)), ((), ()))}
+    link = link_of("dot_general", [(4, 8), (8, 6)], [(4, 6)], numbers)
+    assert link is not None
+    (i, k), (k_too, j) = link.operands
+    assert k == k_too
+    assert link.results == ((i, j),)
+    assert link.reduced == {k}
+
+
+def test_a_batched_matmul_shares_its_batch_dimension_among_all_three() -> None:
+    numbers = {"dimension_numbers": (((2,), (1,)), ((0,), (0,)))}
+    link = link_of("dot_general", [(3, 4, 8), (3, 8, 6)], [(3, 4, 6)], numbers)
+    assert link is not None
+    assert link.operands[0][0] == link.operands[1][0] == link.results[0][0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "linked"),
+    [
+        # heads and head size merge: only the heads, the major part, stay splittable
+        ((8, 16, 256), (8, 4096), {(0, 0), (1, 1)}),
+        # and the other way round
+        ((8, 4096), (8, 16, 256), {(0, 0), (1, 1)}),
+        # dimensions of size 1 come and go
+        ((8, 1, 16), (8, 16), {(0, 0), (2, 1)}),
+    ],
+)
+def test_a_reshape_links_the_major_parts(
+    before: tuple[int, ...], after: tuple[int, ...], linked: set[tuple[int, int]]
+) -> None:
+    link = link_of("reshape", [before], [after], {})
+    assert link is not None
+    found = {
+        (i, j)
+        for i, a in enumerate(link.operands[0])
+        for j, b in enumerate(link.results[0])
+        if a is not None and a == b
+    }
+    assert found == linked
+
+
+def test_a_lookup_reduces_the_dimension_that_is_looked_up() -> None:
+    program = program_of(lambda table, rows: table[rows.astype(int)], (32, 8), (4, 6))
+    (gather,) = [op for op in program.ops if op.kind == "gather"]
+    vocabulary, features = gather.operands[0].factors
+    assert vocabulary in gather.reduced
+    assert features in gather.results[0].factors
+
+
+def test_the_gradient_of_a_lookup_reduces_what_the_indices_run_over() -> None:
+    def gradient(table, rows):
+        return jax.grad(lambda t: (t[rows.astype(int)] ** 2).sum())(table)
+
+    program = program_of(gradient, (32, 8), (4, 6))
+    (scatter,) = [op for op in program.ops if op.kind == "scatter"]
+    assert {scatter.factor_sizes[factor] for factor in scatter.reduced} == {4, 6}
+
+
+def test_elementwise_ops_and_transpositions_leave_no_op_behind() -> None:
+    program = program_of(lambda x, y: jnp.tanh(x).T + y * 2, (4, 8), (8, 4))
+    # x and y are arguments with specs of their own, so one joins the sum and one is copied to it.
+    assert [op.kind for op in program.ops] == ["broadcast"]
+
+
+def test_a_primitive_without_a_rule_is_named_and_needs_everything_whole() -> None:
+    program = program_of(lambda x: jnp.linalg.cholesky(x) @ x, (8, 8))
+    assert "cholesky" in program.unknown
+    (cholesky,) = [op for op in program.ops if op.kind == "unknown" and op.primitive == "cholesky"]
+    assert cholesky.operands[0].factors == (None, None)

@@ -1,0 +1,296 @@
+"""Real compiles. Models are built and compiled in children, by references to this file."""
+
+from dataclasses import replace
+
+import pytest
+
+from autoshard.errors import LayoutError, MeshError, OutOfMemoryError, UnknownNameError, XlaError
+from autoshard.hardware.targets import parse_target
+from autoshard.layout.rules import Rule
+from autoshard.mesh import parse_mesh
+from autoshard.model.folding import BlockStack
+from autoshard.model.workload import Workload
+from autoshard.xla.children import Child, child_environment
+from autoshard.xla.clock import collective_bytes, step_time
+from autoshard.xla.collectives import Collective
+from autoshard.xla.compile import compile_deep, compile_in
+from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.extrapolate import extrapolate
+
+SECONDS = 240
+MEGATRON = (
+    Rule(pattern="token_embedding/embeddings", spec=("model", None)),
+    Rule(pattern=r"decoder_block_\d+/attention/(query|key|value)/kernel", spec=("model",)),
+    Rule(pattern=r"decoder_block_\d+/attention/attention_output/kernel", spec=("model",)),
+    Rule(pattern=r"decoder_block_\d+/ffw_gating(_2)?/kernel", spec=(None, "model")),
+    Rule(pattern=r"decoder_block_\d+/ffw_linear/kernel", spec=("model", None)),
+)
+
+
+def small_gemma():
+    import keras_hub
+
+    return keras_hub.models.GemmaBackbone(
+        vocabulary_size=512,
+        num_layers=8,
+        num_query_heads=8,
+        num_key_value_heads=8,
+        hidden_dim=64,
+        intermediate_dim=256,
+        head_dim=16,
+    )
+
+
+def request(**changes):
+    given = {
+        "model": f"{__name__}:small_gemma",
+        "workload": Workload(kind="prefill", batch=8, seq_len=32),
+        "mesh": parse_mesh("1x8"),
+        "rules": MEGATRON,
+        "target": "cpu:8",
+        "repeats": 2,
+    }
+    return CompileRequest(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def child():
+    with Child(child_environment(parse_target("cpu:8"))) as child:
+        yield child
+
+
+def compiled(child, **changes):
+    return compile_in(child, request(**changes), timeout_seconds=SECONDS)
+
+
+def test_megatron_layout_has_two_all_reduces_a_block_and_one_for_the_embedding(child):
+    step = compiled(child)
+    # Attention's output and the feed-forward's output are sums over the split heads and the split
+    # inner dimension; the embedding's rows lie on different devices. Each is (8, 32, 64) bfloat16.
+    assert all((c.kind, c.axis, c.n_bytes) == ("all-reduce", "model", 8 * 32 * 64 * 2)
+               for c in step.collectives)  # fmt: skip
+    assert {c.layer: c.count for c in step.collectives} == {
+        "token_embedding": 1,
+        "decoder_block_0/attention/attention_output": 1,
+        "decoder_block_0/ffw_linear": 1,
+        "decoder_block_1/attention/attention_output": 1,
+        "decoder_block_1/ffw_linear": 1,
+    }
+    assert {c.dtype for c in step.collectives} == {"bf16"}
+    # Wire bytes of a ring: 2 b (g - 1) / g each.
+    assert collective_bytes(step) == 5 * 2 * 32768 * 7 / 8
+    # Logits, a device's share of the vocabulary: 8 x 32 x 512 / 8 bfloat16.
+    assert step.output_bytes == 8 * 32 * 64 * 2
+    assert step.estimated_cycles is None
+    assert CompiledStep.from_json(step.to_json()) == step
+
+
+def test_data_parallel_training_reduces_every_gradient_over_the_data_axis(child):
+    step = compiled(
+        child,
+        mesh=parse_mesh("8x1"),
+        rules=(),
+        workload=Workload(kind="train", batch=8, seq_len=32),
+    )
+    assert {c.axis for c in step.collectives} == {"batch"}
+    assert {c.phase for c in step.collectives} <= {"forward", "backward"}
+    # Gradients are as large as the weights, bfloat16: per block 4 x 64 x 8 x 16 for attention,
+    # 3 x 64 x 128 for the gated feed-forward (KerasHub halves intermediate_dim) and two norms of
+    # 64, then the last norm. The embedding's comes in two parts, one from each end of the model.
+    per_block = 2 * (4 * 64 * 8 * 16 + 3 * 64 * 128 + 2 * 64)
+    blocks = sum(c.count * c.n_bytes for c in step.collectives if c.layer.startswith("decoder"))
+    assert blocks == 2 * per_block
+
+
+def test_output_rules_act_on_activations(child):
+    sequence = Rule(pattern=r"decoder_block_\d+/output", spec=("batch", "model", None))
+    step = compiled(child, rules=(*MEGATRON, sequence))
+    # The last block's output lies split over the sequence: the logits need the whole of it.
+    assert [(c.kind, c.n_bytes) for c in step.collectives if c.layer == "token_embedding"][-1] == (
+        "all-gather",
+        8 * 32 * 64 * 2,
+    )
+    assert "reduce-scatter" in {c.kind for c in step.collectives}
+
+
+def test_two_axes_are_told_apart(child):
+    step = compiled(
+        child, mesh=parse_mesh("2x4"), workload=Workload(kind="train", batch=8, seq_len=32)
+    )
+    axes = {(c.axis, c.group_size) for c in step.collectives}
+    assert axes == {("model", 4), ("batch", 2)}
+
+
+@pytest.mark.parametrize("kind", ["prefill", "train"])
+def test_extrapolation_equals_a_direct_compile(child, kind):
+    workload = Workload(kind=kind, batch=8, seq_len=32)
+    shallow = [compiled(child, workload=workload, repeats=n) for n in (2, 3)]
+    # The line through 2 and 3 blocks, at 4: pretend that the model has four.
+    cut = [
+        replace(step, blocks=tuple(replace(stack, n_blocks=4) for stack in step.blocks))
+        for step in shallow
+    ]
+    direct = compiled(child, workload=workload, repeats=4)
+    guess = extrapolate(*cut)
+    templated = extrapolate(cut[0], replace(direct, blocks=tuple(
+        replace(stack, n_blocks=4) for stack in direct.blocks)))  # fmt: skip
+    assert set(guess.collectives) == set(templated.collectives)
+    assert guess.argument_bytes == direct.argument_bytes
+    assert guess.output_bytes == direct.output_bytes
+    assert guess.alias_bytes == direct.alias_bytes
+
+
+def test_a_deep_compile_extends_two_copies_to_the_whole_model(child):
+    step = compile_deep(child, request(repeats=None), timeout_seconds=SECONDS)
+    # 8 blocks of two all-reduces and the embedding's.
+    assert sum(c.count for c in step.collectives) == 17
+    assert step.is_whole
+    whole = compiled(child, repeats=None)
+    assert step.argument_bytes == whole.argument_bytes
+    assert collective_bytes(step) == collective_bytes(whole)
+
+
+def test_a_layout_that_keras_refuses_is_one_line(child):
+    with pytest.raises(LayoutError) as caught:
+        compiled(child, rules=(Rule(pattern=".*norm.*", spec=(None, "model")),))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(LayoutError, match="must be a multiple of its mesh axis"):
+        compiled(child, mesh=parse_mesh("2x4"), workload=Workload(kind="prefill", batch=3))
+    twice = (*MEGATRON, Rule(pattern=".*ffw_linear.*", spec=("model",)))
+    with pytest.raises(LayoutError, match="Keras refuses the layout of"):
+        compiled(child, rules=twice)
+
+
+def test_other_wrong_requests_are_one_line(child):
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        compiled(child, model="gemma_7b_eng")
+    with pytest.raises(MeshError, match="has 4 devices"):
+        compiled(child, mesh=parse_mesh("1x4"))
+    with pytest.raises(XlaError, match="needs 16"):
+        compiled(child, mesh=parse_mesh("1x16"), target="cpu:16")
+
+
+def test_a_request_survives_json():
+    assert CompileRequest.from_json(request().to_json()) == request()
+
+
+def program(traced, count, n_bytes, **changes):
+    stack = BlockStack(template="block_*", n_blocks=10, traced=traced)
+    inner = Collective(
+        kind="all-reduce",
+        n_bytes=8,
+        dtype="bf16",
+        group_size=8,
+        axis="model",
+        layer="block_*/ffw",
+        phase="forward",
+        overlapped=False,
+        count=count,
+        launches=count,
+    )
+    outer = replace(inner, layer="embedding", count=1, launches=1)
+    values = {
+        "target": "tpu:v5e:2x4",
+        "blocks": (stack,),
+        "argument_bytes": n_bytes,
+        "output_bytes": 4,
+        "temporary_bytes": n_bytes,
+        "alias_bytes": 0,
+        "collectives": (inner, outer),
+        "estimated_cycles": 3000 * traced,
+    }
+    return CompiledStep(**{**values, **changes})
+
+
+def test_amounts_grow_linearly_with_depth():
+    # 2 blocks: 4 of 100 bytes; 4 blocks: 8 and 180. Ten blocks: 4 + 4 * 4 / 1 = 20, and
+    # 100 + 4 * 80 = 420; cycles 6000 + 4 * 6000.
+    whole = extrapolate(program(2, 4, 100), program(4, 8, 180))
+    assert {c.layer: (c.count, c.launches) for c in whole.collectives} == {
+        "block_*/ffw": (20, 20),
+        "embedding": (1, 1),
+    }
+    assert (whole.argument_bytes, whole.output_bytes, whole.peak_bytes) == (420, 4, 844)
+    assert whole.estimated_cycles == 30_000
+    with pytest.raises(XlaError, match="no shallower and deeper copy"):
+        extrapolate(program(4, 8, 180), program(4, 8, 180))
+
+
+def test_the_clock_adds_compute_blocking_and_what_overlap_exceeds():
+    # v5e: 1.5 GHz; a ring of 8 sends 2 b 7/8 at 2 x 45 GB/s, and takes 8 x 1 us to start.
+    blocking = Collective(
+        kind="all-reduce",
+        n_bytes=90_000_000,
+        dtype="bf16",
+        group_size=8,
+        axis="model",
+        layer="",
+        phase="forward",
+        overlapped=False,
+        count=2,
+        launches=1,
+    )
+    hidden = replace(blocking, kind="all-gather", overlapped=True, count=1)
+    time = step_time(program(2, 0, 0, collectives=(blocking, hidden), estimated_cycles=1_500_000))
+    assert time.compute_seconds == pytest.approx(1e-3)
+    assert time.blocking_seconds == pytest.approx(2 * 1.75e-3 + 8e-6)
+    assert time.overlapped_seconds == pytest.approx(0.875e-3 + 8e-6)
+    assert time.step_seconds == pytest.approx(1e-3 + 3.5e-3 + 8e-6)
+    with pytest.raises(XlaError, match="'cpu:8' estimates no time"):
+        step_time(program(2, 0, 0, target="cpu:8", estimated_cycles=None))
+
+
+ANNOUNCEMENT = (
+    Rule(pattern="token_embedding/embeddings", spec=(None, "model")),
+    Rule(
+        pattern=r"decoder_block.*attention.*(query|key|value).*kernel", spec=(None, "model", None)
+    ),
+    Rule(pattern=r"decoder_block.*attention_output.*kernel", spec=(None, None, "model")),
+    Rule(pattern=r"decoder_block.*ffw_gating.*kernel", spec=("model", None)),
+    Rule(pattern=r"decoder_block.*ffw_linear.*kernel", spec=(None, "model")),
+)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("target", "rules", "milliseconds"),
+    [
+        # Gemma 7B, two blocks, batch 8 x 512, forward: 13.77 M cycles at 1.5 GHz and five
+        # all-reduces of 25.2 MB; 35.3 M cycles and the all-reduce of all logits, 2.1 GB.
+        ("tpu:v5e:2x4", MEGATRON, 11.7),
+        ("tpu:v5e:2x4", ANNOUNCEMENT, 84.0),
+        # 26.1 M cycles at 0.94 GHz; links of 70 GB/s.
+        ("tpu:v3:2x2", MEGATRON, 29.3),
+    ],
+)
+def test_the_clock_agrees_with_known_verdicts_of_the_tpu_compiler(target, rules, milliseconds):
+    pytest.importorskip("libtpu")
+    with Child(child_environment(parse_target(target))) as child:
+        step = compiled(
+            child,
+            model="gemma_7b_en",
+            workload=Workload(kind="prefill", batch=8, seq_len=512),
+            rules=rules,
+            target=target,
+        )
+    assert step_time(step).step_seconds * 1e3 == pytest.approx(milliseconds, rel=0.02)
+
+
+@pytest.mark.tpu
+def test_a_step_that_does_not_fit_the_target_is_refused_with_sizes():
+    pytest.importorskip("libtpu")
+    target = "tpu:v5e:2x2"
+    with (
+        Child(child_environment(parse_target(target))) as child,
+        pytest.raises(OutOfMemoryError, match=f"does not fit {target}: Ran out of memory"),
+    ):
+        # Logits of 512 x 2048 x 256000 in float32 alone are 1 TB.
+        compiled(
+            child,
+            model="gemma_2b_en",
+            mesh=parse_mesh("1x4"),
+            workload=Workload(kind="train", batch=512, seq_len=2048),
+            rules=(),
+            target=target,
+            repeats=1,
+        )
