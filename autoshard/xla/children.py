@@ -43,6 +43,7 @@ def child_environment(target: Target) -> dict[str, str]:
         XlaError: the compiler of the target is not installed; the text has the pip command.
     """
     environment = {
+        "AUTOSHARD_PLANNING_ONLY": "1",
         "KERAS_BACKEND": "jax",
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",
