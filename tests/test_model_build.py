@@ -161,10 +161,11 @@ def test_references_that_lead_nowhere(reference: str, error: type[Exception], te
         build(reference)
 
 
-def test_planning_loads_no_tensorflow_and_leaves_imports_alone() -> None:
+def test_a_planning_process_loads_no_tensorflow_and_leaves_imports_alone() -> None:
     code = """
-import sys
+import os, sys
 before = list(sys.meta_path)
+os.environ["AUTOSHARD_PLANNING_ONLY"] = "1"
 from autoshard.model.keras_import import import_keras_hub
 import_keras_hub()
 import keras

@@ -29,11 +29,19 @@ def _split(segment: str) -> tuple[str, int | None]:
 
 
 @dataclass(slots=True)
-class _Node:
-    """The layers of one template, and under each concrete path of theirs the numbers in use."""
+class _Siblings:
+    """Layers of one name under one template: under each concrete path, the numbers in use."""
 
-    numbers: dict[str, dict[tuple[str, ...], dict[int | None, None]]] = field(default_factory=dict)
-    deep: set[str] = field(default_factory=set)
+    in_block: bool
+    numbers: dict[str, dict[int | None, None]] = field(default_factory=dict)
+    has_inner: bool = False
+
+    def renaming(self) -> str | None:
+        """What stands behind the name in the template; None for the number as it is."""
+        used = [number for numbers in self.numbers.values() for number in numbers]
+        if self.in_block and len(self.numbers) > 1 and len(set(used)) == len(used):
+            return ""
+        return "_*" if self.has_inner and len(set(used)) > 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,45 +62,33 @@ class PathNames:
         {'block_0/mlp/kernel': 'block_*/mlp/kernel', 'block_1/mlp_1/kernel': 'block_*/mlp/kernel', \
 'norm/scale': 'norm/scale'}
         """
-        given = list(dict.fromkeys(paths))
+        split = {path: path.split("/") for path in paths}
+        templates = dict.fromkeys(split, "")
         # One level of the tree at a time: what a segment is depends on the templates above it.
-        prefixes: dict[str, tuple[str, ...]] = dict.fromkeys(given, ())
-        split = {path: path.split("/") for path in given}
         for level in range(max(map(len, split.values()), default=0)):
             reaching = {path: parts for path, parts in split.items() if len(parts) > level}
-            nodes = _nodes(reaching, prefixes, level)
+            names = _names(reaching, templates, level)
             for path, parts in reaching.items():
-                segment = parts[level]
+                above, segment = templates[path], parts[level]
                 if level < len(parts) - 1:
-                    segment = _name(segment, nodes[prefixes[path]], "*" in "".join(prefixes[path]))
-                prefixes[path] = (*prefixes[path], segment)
-        return cls(templates={path: "/".join(prefix) for path, prefix in prefixes.items()})
+                    base = _split(segment)[0]
+                    suffix = names[above, base]
+                    segment = segment if suffix is None else base + suffix
+                templates[path] = f"{above}/{segment}" if level else segment
+        return cls(templates=templates)
 
 
-def _nodes(
-    paths: dict[str, list[str]], prefixes: dict[str, tuple[str, ...]], level: int
-) -> dict[tuple[str, ...], _Node]:
-    nodes: dict[tuple[str, ...], _Node] = {}
+def _names(
+    paths: dict[str, list[str]], templates: dict[str, str], level: int
+) -> dict[tuple[str, str], str | None]:
+    """For each template above and each name: what the template has behind the name."""
+    groups: dict[tuple[str, str], _Siblings] = {}
     for path, parts in paths.items():
-        node = nodes.setdefault(prefixes[path], _Node())
-        base, number = _split(parts[level])
-        parents = node.numbers.setdefault(base, {})
-        parents.setdefault(tuple(parts[:level]), {})[number] = None
-        if len(parts) > level + 2:
-            node.deep.add(base)
-    return nodes
-
-
-def _name(segment: str, node: _Node, in_block: bool) -> str:
-    base, number = _split(segment)
-    by_parent = list(node.numbers[base].values())
-    used = [n for numbers in by_parent for n in numbers]
-    is_counter = in_block and len(by_parent) > 1 and len(set(used)) == len(used)
-    if is_counter:
-        return base
-    if base in node.deep and len(set(used)) > 1:
-        return f"{base}_*"
-    return segment
+        above, (base, number) = templates[path], _split(parts[level])
+        group = groups.setdefault((above, base), _Siblings(in_block="*" in above))
+        group.numbers.setdefault("/".join(parts[:level]), {})[number] = None
+        group.has_inner |= len(parts) > level + 2
+    return {key: group.renaming() for key, group in groups.items()}
 
 
 def ranked(paths: Iterable[str]) -> tuple[str, ...]:
