@@ -9,16 +9,14 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from autoshard import __version__
 from autoshard.errors import AutoshardError, PlanFileError
 
-__all__ = ["main"]
-
-_F = TypeVar("_F", bound=Callable[..., Any])
+__all__ = ["chips", "check", "explain", "inspect", "main", "models", "plan"]
 
 
 class _Group(click.Group):
@@ -131,9 +129,7 @@ def plan(
     default="text",
     show_default=True,
 )
-def inspect(
-    model: str, layer: str | None, lora_rank: int | None, dtype: str, form: str
-) -> None:
+def inspect(model: str, layer: str | None, lora_rank: int | None, dtype: str, form: str) -> None:
     """Print the variable table of MODEL, built without its weights."""
     _set_backend()
     from autoshard.pipeline import inspect as read_table
@@ -205,6 +201,7 @@ def explain(plan_file: str) -> None:
 def _set_backend() -> None:
     """Planning needs no accelerator; the choice must be made before keras and jax load."""
     os.environ["KERAS_BACKEND"] = "jax"
+    os.environ["AUTOSHARD_PLANNING_ONLY"] = "1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -213,10 +210,11 @@ def _check_writable(output: str | None) -> None:
     """Fail before the work, not after it."""
     if output is None:
         return
-    folder = Path(output).absolute().parent
-    if Path(output).is_dir() or not os.access(folder, os.W_OK):
-        why = "it is a directory" if Path(output).is_dir() else f"no such folder, or not writable: {folder}"
-        raise PlanFileError(f"cannot write {output}: {why}")
+    path = Path(output)
+    if path.is_dir():
+        raise PlanFileError(f"cannot write {output}: it is a directory")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise PlanFileError(f"cannot write {output}: no such folder, or it is not writable")
 
 
 def _progress() -> AbstractContextManager[Callable[[str], None]]:

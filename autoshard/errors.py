@@ -1,18 +1,18 @@
 """The error tree. Every error that a caller may catch derives from `AutoshardError`.
 
-    AutoshardError
-    ├── UsageError            the request itself is wrong                   exit status 2
-    │   ├── UnknownNameError    a preset, chip, optimizer or family that does not exist
-    │   ├── MeshError           a mesh that does not parse, or does not match its axes, devices or batch
-    │   └── BackendError        Keras runs on a backend that has no distribution
-    ├── LayoutError           a rule that no map may hold                   exit status 1
-    ├── PlanFileError         a file that is not a plan, or not one for this model
-    ├── ModelError            a model that cannot be built or traced without weights
-    ├── NothingFitsError      no layout meets the memory limit
-    └── XlaError              a compiler or a run that failed
-        ├── OutOfMemoryError    the compiler says that the program does not fit the target
-        ├── ChildError          a child process died
-        └── ChildTimeoutError   a child process ran past its limit
+AutoshardError
+├── UsageError            the request itself is wrong                   exit status 2
+│   ├── UnknownNameError    a preset, chip, optimizer or family that does not exist
+│   ├── MeshError           a mesh that does not parse, or does not match its axes, devices or batch
+│   └── BackendError        Keras runs on a backend that has no distribution
+├── LayoutError           a rule that no map may hold                   exit status 1
+├── PlanFileError         a file that is not a plan, or not one for this model
+├── ModelError            a model that cannot be built or traced without weights
+├── NothingFitsError      no layout meets the memory limit
+└── XlaError              a compiler or a run that failed
+    ├── OutOfMemoryError    the compiler says that the program does not fit the target
+    ├── ChildError          a child process died
+    └── ChildTimeoutError   a child process ran past its limit
 """
 
 import difflib

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from autoshard.cost.values import StepCost
 from autoshard.errors import NothingFitsError, UsageError, XlaError
+from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, resolve
@@ -25,7 +26,6 @@ from autoshard.records.parts import (
 )
 from autoshard.settling import Verdict, compiler_for, settle
 from autoshard.sharding_plan import Plan
-from autoshard.hardware.collectives import wire_bytes
 from autoshard.xla.compiled import CompiledStep
 
 __all__ = ["Outcome", "check", "inspect", "make_plan", "plan", "prediction"]
@@ -62,9 +62,7 @@ class Outcome:
         return self.winner.scored.excess_bytes == 0
 
 
-def inspect(
-    model: Any, *, lora_rank: int | None = None, dtype: str = "bfloat16"
-) -> ModelTable:
+def inspect(model: Any, *, lora_rank: int | None = None, dtype: str = "bfloat16") -> ModelTable:
     """The variable table of a model, built without weights.
 
     Args:

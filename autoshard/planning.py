@@ -29,9 +29,16 @@ from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
 from autoshard.units import parse_bytes
 
-__all__ = ["Candidate", "Planning", "Setup", "Stopwatch", "make_setup", "run_planner"]
+__all__ = [
+    "Candidate",
+    "Planning",
+    "Setup",
+    "Stopwatch",
+    "make_setup",
+    "run_planner",
+    "score_rules",
+]
 
-Progress = Callable[[str], None]
 _MATMUL_DTYPES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 
 
@@ -74,7 +81,7 @@ class Stopwatch:
     """Seconds spent in each stage, measured."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    progress: Progress = lambda stage: None
+    progress: Callable[[str], None] = lambda stage: None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -281,9 +288,7 @@ def _known(assignment: Mapping[str, Spec], scorer: Scorer) -> dict[str, Spec]:
     return {family: spec for family, spec in assignment.items() if family in families}
 
 
-def _expressible(
-    table: ModelTable, ranked: Sequence[Scored], top: int
-) -> Iterator[Candidate]:
+def _expressible(table: ModelTable, ranked: Sequence[Scored], top: int) -> Iterator[Candidate]:
     """The layouts that rules can tell apart, at most `top`, with distinct rules."""
     seen: set[LayoutRules] = set()
     for scored in ranked:

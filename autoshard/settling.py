@@ -17,9 +17,7 @@ from autoshard.xla.clock import collective_seconds, step_time
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
-__all__ = ["Verdict", "settle"]
-
-Progress = Callable[[str], None]
+__all__ = ["Verdict", "compiler_for", "partitioned_seconds", "settle"]
 
 _N_SETTLED = 3
 _MEMORY_LIMIT_BYTES = 16 * 2**30
@@ -50,7 +48,7 @@ def settle(
     planning: Planning,
     compiler: Target,
     *,
-    on_progress: Progress = lambda stage: None,
+    on_progress: Callable[[str], None] = lambda stage: None,
     n_settled: int = _N_SETTLED,
 ) -> tuple[Verdict, ...]:
     """Compile the best candidates shallowly, rank them, and compile the winner at full depth.
@@ -104,9 +102,7 @@ def _worth_compiling(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return fitting or tuple(candidates)
 
 
-def _request(
-    model: str, setup: Setup, candidate: Candidate, compiler: Target
-) -> CompileRequest:
+def _request(model: str, setup: Setup, candidate: Candidate, compiler: Target) -> CompileRequest:
     return CompileRequest(
         model=model,
         workload=setup.workload,
@@ -165,18 +161,24 @@ def _judge(
     )
 
 
-def partitioned_seconds(
-    planning: Planning, candidate: Candidate, compiled: CompiledStep
-) -> float:
-    """Predicted compute, with the partitioner's collectives on the target's links."""
+def partitioned_seconds(planning: Planning, candidate: Candidate, compiled: CompiledStep) -> float:
+    """Predicted compute, with the partitioner's collectives on the target's links.
+
+    Which of them the target hides behind compute is predicted too.
+    """
     assert candidate.scored is not None
+    predicted = {
+        (item.kind, item.axis, item.n_bytes): item.overlapped
+        for item in candidate.scored.cost.traffic
+    }
     setup = planning.setup
     compute = candidate.scored.cost.compute_seconds
     blocking = hidden = 0.0
     for collective in compiled.collectives:
         link = group_link(collective.axis.split(","), setup.mesh, setup.target)
         seconds = collective_seconds(collective, link)
-        if collective.kind in setup.target.chip.overlapped_collectives:
+        key = (collective.kind, collective.axis, collective.n_bytes)
+        if predicted.get(key, collective.kind in setup.target.chip.overlapped_collectives):
             hidden += seconds
         else:
             blocking += seconds
@@ -184,7 +186,12 @@ def partitioned_seconds(
 
 
 def compiler_for(verify: str, setup: Setup) -> Target:
-    """The target whose compiler `--verify cpu` or `--verify target` asks."""
+    """The target whose compiler a verification asks.
+
+    Args:
+        verify: `cpu` or `target`.
+        setup: what is planned for.
+    """
     if verify == "cpu":
         return parse_target(f"cpu:{setup.mesh.n_devices}")
     return setup.target

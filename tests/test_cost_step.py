@@ -62,9 +62,7 @@ def test_an_array_that_two_matmuls_read_is_gathered_once() -> None:
     )
     gathers = [t for t in cost_of(program, 1, 1, 1).traffic if t.kind == "all-gather"]
     assert len(gathers) <= 2  # tanh(x) is traced twice, so it is two arrays, each gathered once
-    program = program_of(
-        lambda x, a, b: (x @ a) * (x @ b), (64, 256), (256, 1024), (256, 1024)
-    )
+    program = program_of(lambda x, a, b: (x @ a) * (x @ b), (64, 256), (256, 1024), (256, 1024))
     gathers = [t for t in cost_of(program, 1, 1, 1).traffic if t.kind == "all-gather"]
     assert [t.n_bytes for t in gathers] == [64 * 256 * 4]
 
@@ -91,7 +89,10 @@ def test_a_donated_weight_and_its_gradient_are_counted_as_shards() -> None:
 
     structs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 1024), (64, 256))]
     closed = jax.make_jaxpr(step)(*structs)
-    inputs = [StepInput(role="weight", family="w", trainable=True), StepInput(role="data", family=None)]
+    inputs = [
+        StepInput(role="weight", family="w", trainable=True),
+        StepInput(role="data", family=None),
+    ]
     program = build_program(closed, inputs, [0])
     cost = cost_of(program, 1, WHOLE)
     # [256, 1024] float32 is 1 MiB: 131,072 bytes a device, and as much for its gradient
@@ -101,6 +102,10 @@ def test_a_donated_weight_and_its_gradient_are_counted_as_shards() -> None:
 
 def test_step_time_hides_collectives_behind_compute() -> None:
     cost = StepCost(
-        compute_seconds=3.0, blocking_seconds=2.0, overlapped_seconds=4.0, traffic=(), memory=Memory()
+        compute_seconds=3.0,
+        blocking_seconds=2.0,
+        overlapped_seconds=4.0,
+        traffic=(),
+        memory=Memory(),
     )
     assert cost.step_seconds == pytest.approx(3.0 + 2.0 + (4.0 - 3.0))

@@ -18,10 +18,10 @@ from autoshard.xla.collectives import (
 from autoshard.xla.groups import axes_of, parse_groups, parse_pairs
 from autoshard.xla.hlo import Shape, itemsize, parse_hlo
 from autoshard.xla.loops import execution_counts
-from autoshard.xla.names import layer_of, layer_prefixes, phase_of, template
+from autoshard.xla.names import layer_of, layer_paths, phase_of, template
 from autoshard.xla.normalise import cpu_normaliser
 
-LAYERS = layer_prefixes(
+LAYERS = layer_paths(
     ["block_0/query/kernel", "block_0/key/kernel", "block_0/ffw/kernel", "block_1/ffw/kernel"]
 )
 EIGHT = parse_mesh("1x8")
@@ -344,7 +344,7 @@ SLICED = "  %part = bf16[8]{0} fusion(%sum, %o), kind=kLoop, calls=%slices\n"
 
 def on_target(entry):
     module = parse_hlo(program(entry, CONVERTED))
-    return read_collectives(module, EIGHT, (), cpu_normaliser(module, 8))
+    return read_collectives(module, EIGHT, {}, cpu_normaliser(module, 8))
 
 
 def test_a_promoted_all_reduce_counts_as_bfloat16():

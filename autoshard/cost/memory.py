@@ -18,9 +18,7 @@ __all__ = ["peak_memory"]
 _KEPT = ("contraction", "gather")
 
 
-def peak_memory(
-    program: Program, layouts: Sequence[Layout], axis_sizes: Sequence[int]
-) -> Memory:
+def peak_memory(program: Program, layouts: Sequence[Layout], axis_sizes: Sequence[int]) -> Memory:
     """Predict the peak of one device.
 
     Args:
@@ -56,9 +54,7 @@ def _has_gradient(argument: Argument) -> bool:
     return argument.role == "weight" and argument.trainable
 
 
-def _activations(
-    program: Program, layouts: Sequence[Layout], axis_sizes: Sequence[int]
-) -> int:
+def _activations(program: Program, layouts: Sequence[Layout], axis_sizes: Sequence[int]) -> int:
     """What is kept for the backward half, and the largest working set of one op."""
     has_backward = any(op.backward for op in program.ops)
     weights = {argument.group for argument in program.arguments}

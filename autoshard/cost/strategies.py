@@ -15,8 +15,8 @@ result splits over that axis, and none.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.hardware.chips import Chip
@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 Choice = tuple[int, ...]
+
+# XLA's default threshold for windowed matmuls (threshold_for_windowed_einsum_mib).
+_WINDOWED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +101,7 @@ class OpCost:
 
 def local_bytes(n_bytes: int, layout: Layout, axis_sizes: Sequence[int]) -> int:
     """Bytes of one device's shard."""
-    parts = math.prod(
-        n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE
-    )
+    parts = math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
     return -(-n_bytes // parts)
 
 
@@ -133,9 +134,7 @@ def candidate_choices(
             yield choice
 
 
-def cost_of_choice(
-    op: Op, choice: Choice, layouts: Sequence[Layout], machine: Machine
-) -> OpCost:
+def cost_of_choice(op: Op, choice: Choice, layouts: Sequence[Layout], machine: Machine) -> OpCost:
     """Price one choice.
 
     Args:
@@ -154,9 +153,40 @@ def cost_of_choice(
     ]
     return OpCost(
         choice=choice,
-        compute_seconds=compute_seconds(op, choice, machine),
+        compute_seconds=compute_seconds(op, choice, machine)
+        + _window_seconds(op, choice, transfers, machine),
         transfers=tuple(transfers),
     )
+
+
+def _window_seconds(
+    op: Op, choice: Choice, transfers: Sequence[Transfer], machine: Machine
+) -> float:
+    """What a windowed matmul pays in memory traffic.
+
+    XLA runs a large matmul whose operand is gathered along the contracted dimension piece by piece
+    as the pieces arrive: every further piece reads and writes the whole result once more. Seen in
+    programs of the TPU compiler at XLA's default threshold for windowed matmuls.
+    """
+    result = op.results[0] if op.flops else None
+    if result is None or result.n_bytes < _WINDOWED_BYTES:
+        return 0.0
+    pieces = sum(
+        machine.links[transfer.axis].size - 1
+        for transfer in transfers
+        if transfer.kind == "all-gather"
+        and transfer.operand is not None
+        and _is_contracted(op, transfer.operand, choice, transfer)
+    )
+    n_bytes = local_bytes(result.n_bytes, _layout_of(result, choice), machine.axis_sizes)
+    return 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
+
+
+def _is_contracted(op: Op, operand: int, choice: Choice, transfer: Transfer) -> bool:
+    """Whether an operand is gathered along a dimension that its op sums over."""
+    array = op.operands[operand]
+    left = set(array.factors) & op.reduced
+    return not transfer.overlapped and not array.is_held and bool(left - set(choice))
 
 
 def array_transfers(
@@ -174,7 +204,10 @@ def array_transfers(
     """
     made = _layout_of(array, choice)
     if operand is not None:
-        return list(_moves(array, layout, made, machine, operand))
+        waits = {array.factors.index(factor) for factor in op.reduced if factor in array.factors}
+        return list(
+            _moves(array, layout, made, machine, operand, set() if array.is_held else waits)
+        )
     partial = [axis for axis, factor in enumerate(choice) if factor in op.reduced]
     summed = tuple(layout[axis] if axis in partial else dim for axis, dim in enumerate(made))
     return [
@@ -207,9 +240,19 @@ def _transfer(
 
 
 def _moves(
-    array: Array, have: Layout, want: Layout, machine: Machine, position: int | None
+    array: Array,
+    have: Layout,
+    want: Layout,
+    machine: Machine,
+    position: int | None,
+    waits: Collection[int] = (),
 ) -> Iterator[Transfer]:
-    """From one layout to another: slices are free, the rest is gathered or exchanged."""
+    """From one layout to another: slices are free, the rest is gathered or exchanged.
+
+    The TPU compiler starts the gather of a weight early, and gathers an activation piece by piece
+    beside the matmul that reads it, but not along a dimension that the matmul contracts (`waits`):
+    there the matmul waits for the whole.
+    """
     sizes = machine.axis_sizes
     for axis, (source, target) in enumerate(zip(have, want, strict=True)):
         if source in (target, WHOLE):
@@ -217,7 +260,8 @@ def _moves(
         if target == WHOLE:
             # The gathered array is still split over the axes that split it before and after.
             n_bytes = local_bytes(array.n_bytes, want, sizes)
-            yield _transfer("all-gather", axis, n_bytes, machine, position, want)
+            gather = _transfer("all-gather", axis, n_bytes, machine, position, want)
+            yield replace(gather, overlapped=gather.overlapped and source not in waits)
         else:
             n_bytes = local_bytes(array.n_bytes, have, sizes)
             yield _transfer("all-to-all", axis, n_bytes, machine, position, want)

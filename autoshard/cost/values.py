@@ -51,9 +51,7 @@ class Memory:
     @property
     def peak_bytes(self) -> int:
         """The sum of the parts."""
-        return (
-            self.weights + self.gradients + self.optimizer + self.activations + self.kv_cache
-        )
+        return self.weights + self.gradients + self.optimizer + self.activations + self.kv_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

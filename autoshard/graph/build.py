@@ -7,8 +7,8 @@ from typing import Any
 
 from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
+from autoshard.graph.link import Label, Link
 from autoshard.graph.program import Argument, Array, Group, Op, Place, Program
-from autoshard.graph.rules import Label, Link
 
 __all__ = ["StepInput", "build_program"]
 
@@ -191,6 +191,7 @@ def _op(
             group=numbering.number(identity),
             n_bytes=flat.arrays[identity].n_bytes,
             factors=tuple(None if label is None else factors[label] for label in placed),
+            is_held=numbering.grouping.owner[numbering.grouping.group_of[identity]] is not None,
         )
 
     operands = tuple(array(*pair) for pair in used)

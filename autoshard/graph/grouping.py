@@ -10,7 +10,7 @@ their own are never joined.
 from collections.abc import Mapping
 
 from autoshard.graph.jaxpr import ArrayType, Equation, FlatJaxpr
-from autoshard.graph.rules import Label
+from autoshard.graph.link import Label
 
 __all__ = ["Grouping", "group_arrays"]
 
@@ -55,9 +55,7 @@ class Grouping:
             mapping = {x: y for y, x in mapping.items()}
         for member in self._members[gb]:
             self.group_of[member] = ga
-            self.dims[member] = tuple(
-                None if d is None else mapping[d] for d in self.dims[member]
-            )
+            self.dims[member] = tuple(None if d is None else mapping[d] for d in self.dims[member])
         self._members[ga] += self._members[gb]
         self._members[gb] = []
         self.owner[ga] = next(iter(owners), None)
@@ -111,9 +109,7 @@ def _joined(grouping: Grouping, flat: FlatJaxpr, equation: Equation, position: i
     return grouping.join(result, operand, {before[label]: after[label] for label in before})
 
 
-def _labelled(
-    shape: tuple[int, ...], labels: tuple[Label | None, ...]
-) -> dict[Label, int] | None:
+def _labelled(shape: tuple[int, ...], labels: tuple[Label | None, ...]) -> dict[Label, int] | None:
     """Label -> dimension; None where a dimension of more than one element has no label."""
     found: dict[Label, int] = {}
     for dim, (size, label) in enumerate(zip(shape, labels, strict=True)):

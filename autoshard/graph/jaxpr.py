@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from autoshard.graph.rules import Label, Link, link_of, unknown_link
+from autoshard.graph.link import Label, Link
+from autoshard.graph.rules import link_of, unknown_link
 
 __all__ = ["ArrayType", "Equation", "FlatJaxpr", "read_jaxpr"]
 

@@ -27,12 +27,14 @@ class Array:
         group: index of its group.
         n_bytes: bytes of the whole array.
         factors: for each dimension of the group, the op's factor it moves with, or None.
+        is_held: whether it is an argument of the step, there before any op runs.
     """
 
     identity: int
     group: int
     n_bytes: int
     factors: tuple[int | None, ...]
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,60 +14,27 @@ carry no factor: there is nothing to split.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["LINK_RULES", "Link", "link_of", "unknown_link"]
+from autoshard.graph.link import Label, Link, Rule, Shape, drop_ones, numbered
+from autoshard.graph.lookups import gather_rule, scatter_rule
 
-Shape = tuple[int, ...]
-Label = Hashable
-Labels = tuple[Label | None, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """The factors of one op.
-
-    Attributes:
-        kind: `elementwise`, `reshape`, `broadcast`, `contraction`, `reduction`, `gather`,
-            `scatter`, `slice`, `source` or `unknown`; propagation and cost go by it.
-        operands: for each operand, the factor of each dimension, or None where it must be whole.
-        results: the same for each result.
-        reduced: the factors whose splitting leaves partial sums in the results.
-        sizes: factor -> its size, where that is not the size of the dimension (a reshape's
-            major part).
-    """
-
-    kind: str
-    operands: tuple[Labels, ...]
-    results: tuple[Labels, ...]
-    reduced: frozenset[Label] = frozenset()
-    sizes: Mapping[Label, int] = field(default_factory=dict)
-
-
-Rule = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], Link]
-
-
-def _numbered(shape: Shape, whole: Sequence[int] = ()) -> Labels:
-    """Label dimension i with i, leaving out those of size 1 and those that must stay whole."""
-    return tuple(
-        None if size == 1 or dim in whole else dim for dim, size in enumerate(shape)
-    )
+__all__ = ["LINK_RULES", "link_of", "unknown_link"]
 
 
 def _elementwise(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """Dimension i of every operand goes with dimension i of the result; scalars join in."""
     return Link(
         kind="elementwise",
-        operands=tuple(_numbered(shape) for shape in operands),
-        results=tuple(_numbered(shape) for shape in results),
+        operands=tuple(numbered(shape) for shape in operands),
+        results=tuple(numbered(shape) for shape in results),
     )
 
 
 def _transpose(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """Result dimension i is operand dimension permutation[i]."""
-    labels = _numbered(operands[0])
+    labels = numbered(operands[0])
     return Link(
         kind="reshape",
         operands=(labels,),
@@ -77,7 +44,7 @@ def _transpose(operands: Sequence[Shape], results: Sequence[Shape], params: Any)
 
 def _broadcast_in_dim(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """Operand dimension i becomes result dimension broadcast_dimensions[i]; the rest are new."""
-    labels = _numbered(results[0])
+    labels = numbered(results[0])
     placed = [
         labels[dim] if operands[0][i] == results[0][dim] else None
         for i, dim in enumerate(params["broadcast_dimensions"])
@@ -121,7 +88,7 @@ def _squeeze_like(operands: Sequence[Shape], results: Sequence[Shape], params: A
 def _reduce(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """The dimensions in `axes` are summed (or multiplied, compared) away."""
     axes = set(params["axes"])
-    labels = _numbered(operands[0])
+    labels = numbered(operands[0])
     kept = tuple(label for dim, label in enumerate(labels) if dim not in axes)
     return Link(
         kind="reduction",
@@ -134,7 +101,7 @@ def _reduce(operands: Sequence[Shape], results: Sequence[Shape], params: Any) ->
 def _argminmax(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """The dimension searched must be whole: an index is not a partial sum."""
     axes = tuple(params["axes"])
-    labels = _numbered(operands[0], whole=axes)
+    labels = numbered(operands[0], whole=axes)
     kept = tuple(label for dim, label in enumerate(labels) if dim not in axes)
     return Link(kind="slice", operands=(labels,), results=(kept,))
 
@@ -150,17 +117,13 @@ def _dot_general(operands: Sequence[Shape], results: Sequence[Shape], params: An
     result += [x for dim, x in enumerate(lhs) if dim not in (*lhs_contract, *lhs_batch)]
     result += [x for dim, x in enumerate(rhs) if dim not in (*rhs_contract, *rhs_batch)]
     reduced = frozenset(lhs[dim] for dim in lhs_contract)
-    drop = [_drop_ones(labels, shape) for labels, shape in zip((lhs, rhs), operands, strict=True)]
+    drop = [drop_ones(labels, shape) for labels, shape in zip((lhs, rhs), operands, strict=True)]
     return Link(
         kind="contraction",
         operands=tuple(drop),
-        results=(_drop_ones(result, results[0]),),
+        results=(drop_ones(result, results[0]),),
         reduced=frozenset(label for label in reduced if any(label in labels for labels in drop)),
     )
-
-
-def _drop_ones(labels: Sequence[Label | None], shape: Shape) -> Labels:
-    return tuple(None if size == 1 else label for label, size in zip(labels, shape, strict=True))
 
 
 def _conv(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
@@ -177,81 +140,9 @@ def _conv(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> L
         reduced = frozenset(["input"] if operands[0][numbers.lhs_spec[1]] > 1 else [])
     return Link(
         kind="contraction",
-        operands=(_drop_ones(lhs, operands[0]), _drop_ones(rhs, operands[1])),
-        results=(_drop_ones(out, results[0]),),
+        operands=(drop_ones(lhs, operands[0]), drop_ones(rhs, operands[1])),
+        results=(drop_ones(out, results[0]),),
         reduced=reduced,
-    )
-
-
-def _gather(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """A lookup: result dimensions come from the indices or from whole slices of the operand.
-
-    An operand dimension that is looked up one entry at a time is reduced: each device looks up
-    what it holds, zeros elsewhere, and the results are summed.
-    """
-    numbers = params["dimension_numbers"]
-    operand, indices = operands
-    looked_up = set(numbers.collapsed_slice_dims)
-    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
-    offsets = iter(numbers.offset_dims)
-    source: list[Label | None] = [None] * len(operand)
-    result: list[Label | None] = [None] * len(results[0])
-    for dim, size in enumerate(operand):
-        if dim in looked_up:
-            source[dim] = ("looked up", dim)
-        elif dim not in batching:
-            target = next(offsets)
-            if params["slice_sizes"][dim] == size:
-                source[dim] = result[target] = ("slice", dim)
-    where: list[Label | None] = [None] * len(indices)
-    rest = [dim for dim in range(len(results[0])) if dim not in numbers.offset_dims]
-    for i, dim in enumerate(rest):
-        where[i] = result[dim] = ("index", i)
-    for dim, at in zip(batching, getattr(numbers, "start_indices_batching_dims", ()), strict=True):
-        source[dim] = where[at]
-    reduced = frozenset(("looked up", dim) for dim in looked_up if operand[dim] > 1)
-    return Link(
-        kind="gather",
-        operands=(_drop_ones(source, operand), _drop_ones(where, indices)),
-        results=(_drop_ones(result, results[0]),),
-        reduced=reduced,
-    )
-
-
-def _scatter(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """The gradient of a lookup: updates are added into the rows that the indices name.
-
-    Rows of the result split freely (each device adds what falls into its rows); the dimensions of
-    the updates that the indices run over are reduced.
-    """
-    numbers = params["dimension_numbers"]
-    operand, indices, updates = operands
-    inserted = set(numbers.inserted_window_dims)
-    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
-    windows = iter(numbers.update_window_dims)
-    target: list[Label | None] = [None] * len(operand)
-    update: list[Label | None] = [None] * len(updates)
-    for dim, size in enumerate(operand):
-        if dim in inserted:
-            target[dim] = ("row", dim)
-        elif dim not in batching:
-            window = next(windows)
-            if updates[window] == size:
-                target[dim] = update[window] = ("slice", dim)
-    where: list[Label | None] = [None] * len(indices)
-    rest = [dim for dim in range(len(updates)) if dim not in numbers.update_window_dims]
-    for i, dim in enumerate(rest):
-        where[i] = update[dim] = ("index", i)
-    at_dims = getattr(numbers, "scatter_indices_batching_dims", ())
-    for dim, at in zip(batching, at_dims, strict=True):
-        target[dim] = where[at]
-    summed = {("index", i) for i, dim in enumerate(rest) if updates[dim] > 1} - set(target)
-    labels = _drop_ones(target, operand)
-    return Link(
-        kind="scatter",
-        operands=(labels, _drop_ones(where, indices), _drop_ones(update, updates)),
-        results=(labels,),
-        reduced=frozenset(summed),
     )
 
 
@@ -269,8 +160,8 @@ def _along(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> 
     whole = tuple(changed)
     return Link(
         kind="slice",
-        operands=tuple(_numbered(shape, whole) for shape in operands),
-        results=tuple(_numbered(shape, whole) for shape in results),
+        operands=tuple(numbered(shape, whole) for shape in operands),
+        results=tuple(numbered(shape, whole) for shape in results),
     )
 
 
@@ -290,7 +181,7 @@ def _dynamic_update_slice(operands: Sequence[Shape], results: Sequence[Shape], p
 
 def _stack(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """A new dimension `axis` in the result; the others pass through."""
-    labels = _numbered(operands[0])
+    labels = numbered(operands[0])
     axis = params["axis"] % len(results[0])
     return Link(
         kind="slice",
@@ -310,7 +201,7 @@ def _source(operands: Sequence[Shape], results: Sequence[Shape], params: Any) ->
     return Link(
         kind="source",
         operands=tuple((None,) * len(shape) for shape in operands),
-        results=tuple(_numbered(shape) for shape in results),
+        results=tuple(numbered(shape) for shape in results),
     )
 
 
@@ -323,12 +214,18 @@ def unknown_link(operands: Sequence[Shape], results: Sequence[Shape]) -> Link:
     )
 
 
-_ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
-ceil clamp convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1
-floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg
-nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt select_n
-shift_left shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt square
-stop_gradient sub tan tanh xor name""".split()
+# fmt: off
+_ELEMENTWISE = (
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
+    "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
+    "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
+    "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "optimization_barrier",
+    "or", "pow", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sharding_constraint", "sign", "sin", "sinh",
+    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "name",
+)
+# fmt: on
 
 LINK_RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
@@ -340,14 +237,14 @@ LINK_RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("concatenate", "pad", "slice", "rev", "split", "sort"), _along),
     **dict.fromkeys(("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "top_k"), _along),
     **dict.fromkeys(("iota", "random_bits", "random_seed", "rng_uniform", "empty"), _source),
-    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-update"), _scatter),
+    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-update"), scatter_rule),
     "broadcast_in_dim": _broadcast_in_dim,
     "conv_general_dilated": _conv,
     "dot_general": _dot_general,
     "dynamic_slice": _first_along,
     "dynamic_update_slice": _dynamic_update_slice,
     "expand_dims": _squeeze_like,
-    "gather": _gather,
+    "gather": gather_rule,
     "reshape": _reshape,
     "squeeze": _squeeze_like,
     "stack": _stack,

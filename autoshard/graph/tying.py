@@ -3,7 +3,8 @@
 The copy holds a first, a middle and a last block; the middle one stands for all between. Ops of
 different blocks correspond where the layer (block numbers aside), the direction, the op itself and
 its place among such ops of the layer are the same. Their arrays' groups are then tied. This is by
-block and place, never by what an op merely looks like: look-alikes elsewhere may want other layouts.
+block and place, never by what an op merely looks like: look-alikes elsewhere may want another
+layout.
 """
 
 import re
@@ -22,7 +23,7 @@ def look_of(op: Op) -> tuple[object, ...]:
     """Everything that decides an op's price but the layouts of its arrays."""
     return (
         op.kind,
-        tuple((array.n_bytes, array.factors) for array in op.operands),
+        tuple((array.n_bytes, array.factors, array.is_held) for array in op.operands),
         tuple((array.n_bytes, array.factors) for array in op.results),
         op.factor_sizes,
         op.reduced,

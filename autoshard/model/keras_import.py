@@ -1,8 +1,10 @@
 """Imports Keras and KerasHub for planning: on JAX, and without TensorFlow.
 
 KerasHub imports TensorFlow wherever it is installed, for preprocessors that planning never calls;
-that is two thirds of its import time. Keras fixes its backend at import, so the backend is chosen
-here, before the first import, or checked when the caller came first.
+that is two thirds of its import time. In processes that do nothing but plan (the command line and
+its children) it is refused; in a program of the caller's, whose `fit` and `generate` need it, not.
+Keras fixes its backend at import, so the backend is chosen here, before the first import, or
+checked when the caller came first.
 """
 
 import os
@@ -15,7 +17,10 @@ from typing import Any
 
 from autoshard.errors import BackendError
 
-__all__ = ["import_keras", "import_keras_hub", "without_tensorflow"]
+__all__ = ["PLANNING_ONLY", "import_keras", "import_keras_hub", "without_tensorflow"]
+
+PLANNING_ONLY = "AUTOSHARD_PLANNING_ONLY"
+"""Environment variable of a process that plans and does not train: set to anything."""
 
 _REFUSED = ("tensorflow", "tensorflow_text")
 
@@ -33,12 +38,12 @@ class _RefuseTensorFlow:
 
 @contextmanager
 def without_tensorflow() -> Iterator[None]:
-    """Let TensorFlow look as if it were not installed, unless the caller has imported it.
+    """Let TensorFlow look as if it were not installed, in a process that only plans.
 
     Also while models are built: Keras' serialization looks for it.
     """
     # What the caller has imported already costs nothing more, and must not vanish.
-    if "tensorflow" in sys.modules:
+    if PLANNING_ONLY not in os.environ or "tensorflow" in sys.modules:
         yield
         return
     finder = _RefuseTensorFlow()

@@ -30,9 +30,7 @@ def _row(variable: Variable) -> tuple[str, str, str, int, int, str, str]:
 def _text(table: ModelTable) -> str:
     rows = [
         (path, shape, dtype, f"{parameters:,}", format_bytes(n_bytes), trainable, family)
-        for path, shape, dtype, parameters, n_bytes, trainable, family in map(
-            _row, table.variables
-        )
+        for path, shape, dtype, parameters, n_bytes, trainable, family in map(_row, table.variables)
     ]
     align = ("left", "left", "left", "right", "right", "left", "left")
     body = tabulate(rows, headers=_COLUMNS, colalign=align, disable_numparse=True)

@@ -17,8 +17,7 @@ def models_text(presets: Sequence[Preset]) -> str:
         presets: what to list.
     """
     rows = [
-        (p.name, p.class_name, f"{p.n_parameters:,}", format_count(p.n_parameters))
-        for p in presets
+        (p.name, p.class_name, f"{p.n_parameters:,}", format_count(p.n_parameters)) for p in presets
     ]
     headers = ("preset", "backbone", "parameters", "")
     table = tabulate(

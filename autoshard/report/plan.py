@@ -26,7 +26,8 @@ def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
     """
     parts = [
         _head(outcome),
-        "layout_map = keras.distribution.LayoutMap(device_mesh)\n" + format_rules(outcome.plan.rules)
+        "layout_map = keras.distribution.LayoutMap(device_mesh)\n"
+        + format_rules(outcome.plan.rules)
         if outcome.plan.rules
         else "no rule: every variable is whole on every device",
         _cost(outcome),
@@ -37,6 +38,12 @@ def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
     if timings:
         parts.append(_timings(outcome))
     return "\n\n".join(parts)
+
+
+def _map(plan: Plan) -> str:
+    if not plan.rules:
+        return "no rule: every variable is whole on every device"
+    return f"layout_map = keras.distribution.LayoutMap(device_mesh)\n{format_rules(plan.rules)}"
 
 
 def _head(outcome: Outcome) -> str:

@@ -100,9 +100,7 @@ def descend(
     )
 
 
-def _descend_from(
-    scorer: Scorer, families: Sequence[Choices], start: Mapping[str, Spec]
-) -> Scored:
+def _descend_from(scorer: Scorer, families: Sequence[Choices], start: Mapping[str, Spec]) -> Scored:
     """Take the first better move found, until none of any kind is left."""
     best = scorer.score(start)
     improved = True
@@ -116,10 +114,9 @@ def _descend_from(
     return best
 
 
-Move = Callable[[Mapping[str, Spec]], dict[str, Spec]]
-
-
-def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[Move]:
+def _moves(
+    families: Sequence[Choices], mesh: Mesh
+) -> Iterator[Callable[[Mapping[str, Spec]], dict[str, Spec]]]:
     """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
 
     First whole sibling groups, then single families, then two sibling groups at once.

@@ -7,13 +7,15 @@ specs it gives the families are where the search starts.
 Nodes: a family chooses a spec, a group of arrays a layout, an op the factor it splits over each
 mesh axis. Edges: an op and each group it reads or makes, priced by `array_transfers`. An array that
 several ops read is gathered once in the program, so each reader is charged an equal share; the
-same holds for sums of partial sums. Repeated blocks are tied: their intermediates are laid out alike.
-With the solver's two sums
+same holds for sums of partial sums. Repeated blocks are tied: their intermediates are laid out
+alike. With the solver's two sums
 
     serial = compute + blocking collectives,  parallel = overlapped + blocking collectives
 
 the objective is their maximum, the step time of `autoshard.cost.values`. Memory counts what is
-held throughout: weights and optimizer slots.
+held throughout: weights and optimizer slots. Where several mesh axes make the tables too large to
+solve, every node takes its cheapest strategy as if there were no edges: a bound still, but a weak
+one, and no assignment.
 """
 
 import itertools
@@ -39,13 +41,16 @@ from autoshard.search.solver import solve
 
 __all__ = ["Relaxed", "relax"]
 
+_GAP = 0.02
+_MAX_ENTRIES = 30_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relaxed:
     """The answer of the relaxed problem.
 
     Attributes:
-        assignment: family -> spec; empty where nothing fits the memory.
+        assignment: family -> spec; empty where nothing fits the memory, or it was too large.
         bound_seconds: no layout of the model has a faster step, by the cost model.
         proven: whether the solver closed its gap.
     """
@@ -70,20 +75,22 @@ def relax(
         The families' specs of its best answer, and its bound in seconds.
     """
     builder = _Builder(pricer, families, mesh)
+    if sum(len(edge.costs) * len(edge.costs[0]) for edge in builder.edges) > _MAX_ENTRIES:
+        alone = sum(min(node.costs) for node in builder.nodes)
+        return Relaxed(assignment={}, bound_seconds=alone, proven=False)
     solution = solve(
         Problem(
             nodes=tuple(builder.nodes),
             edges=tuple(builder.edges),
             memory_limit=None if memory_limit is None else float(memory_limit),
-        )
+        ),
+        gap=_GAP,
     )
     assignment = {}
     if solution.feasible:
         for choices, node in zip(families, builder.family_nodes, strict=True):
             assignment[choices.family] = choices.specs[solution.choices[node]]
-    return Relaxed(
-        assignment=assignment, bound_seconds=solution.bound, proven=solution.proven
-    )
+    return Relaxed(assignment=assignment, bound_seconds=solution.bound, proven=solution.proven)
 
 
 class _Builder:

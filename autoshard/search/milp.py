@@ -26,7 +26,7 @@ from autoshard.search.choice_graph import Array, ChoiceGraph, Indices
 __all__ = ["Answer", "Program", "build_program", "memory_row", "solve_program"]
 
 # HiGHS works to 1e-6: at these sizes that is below 1e-9 of a limit and of a typical objective.
-_OBJECTIVE_SIZE = 1e4
+_OBJECTIVE_SIZE = 1e3
 _MEMORY_SIZE = 1e4
 
 # Its status for a proof that there is no answer.

@@ -130,9 +130,7 @@ def _reason(scorer: Scorer, best: Scored, choices: Choices) -> Reason:
         if other != spec
     ]
     if not others:
-        return Reason(
-            family=choices.family, spec=spec, next_best=None, cost_seconds=0.0, fits=True
-        )
+        return Reason(family=choices.family, spec=spec, next_best=None, cost_seconds=0.0, fits=True)
     found, other = min(others, key=lambda pair: pair[0].rank)
     return Reason(
         family=choices.family,

@@ -20,7 +20,7 @@ from autoshard.mesh import Mesh
 from autoshard.xla.groups import Groups, axes_of, parse_groups, parse_pairs
 from autoshard.xla.hlo import Computation, HloModule, Instruction, Shape
 from autoshard.xla.loops import execution_counts
-from autoshard.xla.names import layer_of, phase_of, template
+from autoshard.xla.names import alternatives, layer_of, phase_of, template
 
 __all__ = [
     "Collective",
@@ -102,7 +102,7 @@ class Site:
 def read_collectives(
     module: HloModule,
     mesh: Mesh,
-    layers: Collection[str] = (),
+    layers: Mapping[str, str] | None = None,
     normalise: Callable[[Site], Site] | None = None,
 ) -> tuple[Collective, ...]:
     """Read every collective of a program that `mesh.n_devices` devices run together.
@@ -110,7 +110,7 @@ def read_collectives(
     Args:
         module: the partitioned, optimised program.
         mesh: the mesh whose row-major positions are the program's partitions.
-        layers: paths of the model's layers, to attribute collectives to.
+        layers: the model's layers (`autoshard.xla.names.layer_paths`), to attribute collectives to.
         normalise: turns a site into what the target would do in its place.
 
     Returns:
@@ -131,7 +131,7 @@ def read_collectives(
                 dtype=site.shape.dtype,
                 group_size=_group_size(site, groups, axes, mesh),
                 axis=",".join(axes),
-                layer=layer_of(site.op_name, layers),
+                layer=layer_of(site.op_name, layers or {}),
                 phase=phase_of(site.op_name, differentiated=differentiated),
                 overlapped=site.overlapped,
                 count=site.times,
@@ -224,8 +224,7 @@ def _sites(
             instruction=instruction,
             index=index,
             shape=shape,
-            op_name=(_element_name(computation, instruction, index) if len(shapes) > 1 else "")
-            or op_name,
+            op_name=_array_name(computation, instruction, op_name, index, len(shapes)),
             times=times,
             overlapped=started and '"is_sync":true' not in instruction.attributes,
         )
@@ -262,13 +261,19 @@ def _group_size(site: Site, groups: Groups, axes: tuple[str, ...], mesh: Mesh) -
     return size
 
 
-def _element_name(computation: Computation, instruction: Instruction, index: int) -> str:
-    """The name stack of the array that a combined operation moves as its `index`-th."""
+def _array_name(
+    computation: Computation, instruction: Instruction, op_name: str, index: int, n_arrays: int
+) -> str:
+    """The name stack of the `index`-th array that an operation moves."""
+    names = alternatives(op_name)
+    if op_name and (n_arrays == 1 or len(names) == n_arrays):
+        # XLA writes the names of what it combined in the order of the operands.
+        return names[index] if n_arrays > 1 else op_name
     name: str | None = instruction.operands[index]
     # Between the array and its maker stand at most a few changes of layout.
     for _ in range(8):
         maker = computation.by_name.get(name or "")
         if maker is None or maker.op_name:
-            return maker.op_name if maker else ""
+            break
         name = maker.operands[0] if len(maker.operands) == 1 else None
-    return ""
+    return maker.op_name if maker else names[0]

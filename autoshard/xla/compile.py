@@ -4,8 +4,8 @@
 `compile_step` runs. `compile_lowered` is the part that knows nothing of models.
 """
 
-import gc
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from autoshard.errors import OutOfMemoryError, XlaError
@@ -14,20 +14,20 @@ from autoshard.mesh import Mesh
 from autoshard.model.build import AbstractModel, build
 from autoshard.model.folding import BlockStack
 from autoshard.model.step import Step, make_step
+from autoshard.model.workload import Workload
 from autoshard.xla.children import Child
 from autoshard.xla.collectives import estimated_cycles, read_collectives
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.extrapolate import extrapolate
 from autoshard.xla.hlo import parse_hlo
 from autoshard.xla.lowering import lower
-from autoshard.xla.names import layer_prefixes
+from autoshard.xla.names import layer_paths
 from autoshard.xla.normalise import COMPILER_OPTIONS, cpu_normaliser
 
 __all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step"]
 
-# Models that a child keeps, for the next layout of the same step.
-_KEPT_MODELS = 4
-_models: dict[tuple[object, ...], tuple[AbstractModel, Step]] = {}
+# Steps that a child keeps for the next layout: of one model, shallow, deeper and whole.
+_KEPT_STEPS = 4
 
 
 def compile_in(child: Child, request: CompileRequest, *, timeout_seconds: float) -> CompiledStep:
@@ -92,7 +92,7 @@ def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> Co
     """
     target = parse_target(request.target)
     progress("build")
-    model, step = _model(request)
+    model, step = _built(request.model, request.workload, request.repeats)
     progress("lower")
     lowered = lower(step, request.rules, request.mesh, target)
     progress("compile")
@@ -133,7 +133,7 @@ def compile_lowered(
         collectives=read_collectives(
             module,
             mesh,
-            layer_prefixes(weights),
+            layer_paths(weights),
             cpu_normaliser(module, mesh.n_devices) if on_cpu else None,
         ),
         estimated_cycles=estimated_cycles(module),
@@ -141,21 +141,10 @@ def compile_lowered(
     )
 
 
-def _model(request: CompileRequest) -> tuple[AbstractModel, Step]:
-    workload = request.workload
-    key = (request.model, workload, request.repeats)
-    if key not in _models:
-        model = build(
-            request.model,
-            dtype=workload.dtype,
-            lora_rank=workload.lora_rank,
-            repeats=request.repeats,
-        )
-        while len(_models) >= _KEPT_MODELS:
-            del _models[next(iter(_models))]
-            gc.collect()
-        _models[key] = (model, make_step(model, workload))
-    return _models[key]
+@lru_cache(maxsize=_KEPT_STEPS)
+def _built(name: str, workload: Workload, repeats: int | None) -> tuple[AbstractModel, Step]:
+    model = build(name, dtype=workload.dtype, lora_rank=workload.lora_rank, repeats=repeats)
+    return model, make_step(model, workload)
 
 
 def _refused(error: Exception, target: Target) -> XlaError:

@@ -6,71 +6,96 @@ the last part is the primitive. Instructions that XLA merged carry `prefix/(a/ad
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-__all__ = ["layer_of", "layer_prefixes", "phase_of", "template"]
+from autoshard.model.paths import PathNames
+
+__all__ = ["alternatives", "layer_of", "layer_paths", "phase_of", "template"]
 
 _WRAPPER = re.compile(r"^[\w.]+\((.*)\)$")
-_MERGED = re.compile(r"\(([^()]*(?:\([^()]*\)[^()]*)*):.*\)")
 
 
-def layer_prefixes(paths: Collection[str]) -> frozenset[str]:
-    """The layers that own variables: every proper prefix of a variable's path.
+def layer_paths(variable_paths: Collection[str]) -> dict[str, str]:
+    """The layers that own variables, by every proper prefix of a variable's path.
 
-    >>> sorted(layer_prefixes(["block_0/query/kernel"]))
-    ['block_0', 'block_0/query']
+    Returns:
+        Layer path -> the path to show: without the counters that Keras keeps over all blocks.
+
+    >>> layer_paths(["block_0/mlp/kernel", "block_1/mlp_1/kernel"])["block_1/mlp_1"]
+    'block_1/mlp'
     """
-    return frozenset(
-        "/".join(parts[:n])
-        for parts in (path.split("/") for path in paths)
-        for n in range(1, len(parts))
-    )
+    templates = PathNames.of(variable_paths).templates
+    shown: dict[str, str] = {}
+    for path, found in templates.items():
+        parts = path.split("/")
+        names = [
+            part if name.endswith("_*") else name
+            for part, name in zip(parts, found.split("/"), strict=True)
+        ]
+        for n in range(1, len(parts)):
+            shown["/".join(parts[:n])] = "/".join(names[:n])
+    return shown
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for position, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if letter == separator and depth == 0:
+            parts.append(text[start:position])
+            start = position + 1
+    return [*parts, text[start:]]
+
+
+def alternatives(op_name: str) -> list[str]:
+    """The name stacks of the instructions that XLA merged into one, or the one as it is.
+
+    >>> alternatives("jit(f)/net/(a/add:b/add)")
+    ['jit(f)/net/a/add', 'jit(f)/net/b/add']
+    """
+    scopes = _split(op_name, "/")
+    for place, scope in enumerate(scopes):
+        if scope.startswith("(") and scope.endswith(")"):
+            before, after = scopes[:place], scopes[place + 1 :]
+            return ["/".join([*before, one, *after]) for one in _split(scope[1:-1], ":")]
+    return [op_name]
 
 
 def _scopes(op_name: str) -> list[str]:
-    """The scopes of a name stack, without transformations; of merged ones the first."""
-    if merged := _MERGED.search(op_name):
-        head = merged[1] if "/" in merged[1] else f"{merged[1]}/op"
-        op_name = op_name[: merged.start()] + head
-    scopes = []
-    depth, start = 0, 0
-    for position, letter in enumerate(op_name + "/"):
-        depth += (letter == "(") - (letter == ")")
-        if letter == "/" and depth <= 0:
-            scopes.append(op_name[start:position])
-            start = position + 1
-    inner = []
-    for scope in scopes[:-1]:
+    """The scopes of a name stack without transformations, function names and the primitive."""
+    scopes: list[str] = []
+    for scope in _split(alternatives(op_name)[0], "/")[:-1]:
         if scope.startswith(("jit(", "pjit(")):
             continue
         while match := _WRAPPER.match(scope):
             scope = match[1]
-        inner += scope.split("/")
-    return [scope for scope in inner if scope]
+        scopes += scope.split("/")
+    return [scope for scope in scopes if scope]
 
 
-def layer_of(op_name: str, layers: Collection[str]) -> str:
+def layer_of(op_name: str, layers: Mapping[str, str]) -> str:
     """The innermost layer of a name stack.
 
     Args:
         op_name: the name stack.
-        layers: paths of the layers that are known, see `layer_prefixes`.
+        layers: the layers that are known, see `layer_paths`.
 
     Returns:
-        The longest known path found in the stack, or an empty text.
+        The longest known path found in the stack, as it is shown, or an empty text.
 
-    >>> layer_of("jit(f)/jvp(net)/block_0/query/abc,cd->abd/dot_general", ["block_0/query"])
+    >>> layers = layer_paths(["block_0/query/kernel"])
+    >>> layer_of("jit(f)/jvp(net)/block_0/query/abc,cd->abd/dot_general", layers)
     'block_0/query'
     """
     scopes = _scopes(op_name)
-    found = ""
+    found: tuple[str, ...] = ()
     for start in range(len(scopes)):
-        for end in range(len(scopes), start, -1):
-            path = "/".join(scopes[start:end])
-            if path in layers:
-                found = max(found, path, key=lambda known: known.count("/") + bool(known))
+        for end in range(len(scopes), start + len(found), -1):
+            if "/".join(scopes[start:end]) in layers:
+                found = tuple(scopes[start:end])
                 break
-    return found
+    return layers.get("/".join(found), "")
 
 
 def phase_of(op_name: str, *, differentiated: bool) -> str:

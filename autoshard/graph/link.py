@@ -1,0 +1,45 @@
+"""The factors of one op, and what its rule is made of."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Label", "Labels", "Link", "Rule", "Shape", "drop_ones", "numbered"]
+
+Shape = tuple[int, ...]
+Label = Hashable
+Labels = tuple[Label | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """The factors of one op.
+
+    Attributes:
+        kind: `elementwise`, `reshape`, `broadcast`, `contraction`, `reduction`, `gather`,
+            `scatter`, `slice`, `source` or `unknown`; propagation and cost go by it.
+        operands: for each operand, the factor of each dimension, or None where it must be whole.
+        results: the same for each result.
+        reduced: the factors whose splitting leaves partial sums in the results.
+        sizes: factor -> its size, where that is not the size of the dimension (a reshape's
+            major part).
+    """
+
+    kind: str
+    operands: tuple[Labels, ...]
+    results: tuple[Labels, ...]
+    reduced: frozenset[Label] = frozenset()
+    sizes: Mapping[Label, int] = field(default_factory=dict)
+
+
+Rule = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], Link]
+
+
+def numbered(shape: Shape, whole: Sequence[int] = ()) -> Labels:
+    """Label dimension i with i, leaving out those of size 1 and those that must stay whole."""
+    return tuple(None if size == 1 or dim in whole else dim for dim, size in enumerate(shape))
+
+
+def drop_ones(labels: Sequence[Label | None], shape: Shape) -> Labels:
+    """The labels, without those of dimensions of size 1."""
+    return tuple(None if size == 1 else label for label, size in zip(labels, shape, strict=True))

@@ -1,0 +1,154 @@
+"""The command line: what it prints, and one clear line for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from autoshard.cli import main
+
+SMALL = "test_end_to_end:small_gemma_backbone"
+FLOAT = ("--dtype", "float32", "--seq-len", "16")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands set the backend of their process; give it back after each test."""
+    for name in ("KERAS_BACKEND", "AUTOSHARD_PLANNING_ONLY", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.delenv("AUTOSHARD_PLANNING_ONLY")
+    monkeypatch.setattr("autoshard.cli._set_backend", lambda: None)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def plan_small(*options: str) -> Result:
+    return run("plan", SMALL, "--mesh", "1x8", "--verify", "none", *FLOAT, *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("plan", "gemma_7b_em", "--mesh", "1x8"), 2, "did you mean gemma_7b_en"),
+        (("plan", SMALL, "--mesh", "1xeight"), 2, "'1xeight' is not a mesh"),
+        (("plan", SMALL, "--mesh", "0x8"), 2, "every axis needs at least one"),
+        (("plan", SMALL, "--mesh", "2x2x2"), 2, "name them with --axes"),
+        (("plan", SMALL, "--mesh", "1x8", "--axes", "a"), 2, "2 axes and 1 axis names"),
+        (("plan", SMALL, "--mesh", "4x2", "--batch", "6"), 2, "batch of 6 does not divide"),
+        (("plan", SMALL, "--mesh", "1x8", "--target", "tpu:v9:2x4"), 2, "v9"),
+        (("plan", SMALL, "--mesh", "1x8", "--target", "tpu:v5e:2x2"), 2, "8"),
+        (("plan", SMALL, "--mesh", "1x8", "--workload", "sleep"), 2, "unknown workload"),
+        (("plan", SMALL, "--mesh", "1x8", "--memory-limit", "much"), 2, "not an amount of memory"),
+        (("inspect", "gemma_2b_en", "--layer", "decoder_blok_0"), 2, "decoder_block_0"),
+    ],
+)
+def test_bad_input_is_one_line_on_standard_error(
+    arguments: tuple[str, ...], status: int, words: str
+) -> None:
+    result = run(*arguments)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("autoshard: ")]
+    assert result.exit_code == status, result.output
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in result.output
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    result = plan_small("-o", str(tmp_path / "none" / "plan.json"))
+    assert result.exit_code == 1
+    assert "cannot write" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_that_nothing_meets_prints_the_nearest_plan_marked_so() -> None:
+    result = plan_small("--memory-limit", "1kB")
+    assert result.exit_code == 1
+    assert "DOES NOT FIT" in result.stdout
+    assert "layout_map[" in result.stdout
+    assert "--memory-limit" in result.stdout
+
+
+def test_the_same_plan_has_the_same_bytes_and_reads_back(tmp_path: Path) -> None:
+    from autoshard.sharding_plan import load
+
+    first, second = (plan_small("--format", "json").stdout for _ in range(2))
+    assert first == second
+    path = tmp_path / "plan.json"
+    result = plan_small("-o", str(path), "--format", "python")
+    assert result.exit_code == 0, result.output
+    assert load(path).to_json() == first
+    assert "keras.distribution.LayoutMap" in result.stdout
+
+
+def test_the_text_shows_map_cost_ranking_reasons_and_timings() -> None:
+    result = plan_small("--timings", "--memory-limit", "600kB")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "mesh 1x8 (batch, model) on tpu:v5e:2x4",
+        "layout_map[",
+        "predicted step",
+        "KerasHub's own map",
+        "the announcement's map",
+        "next best",
+        "trace the step",
+    ):
+        assert words in result.stdout
+
+
+def test_a_plan_is_compiled_by_xla_and_its_collectives_compared() -> None:
+    # Through the real child process.
+    result = run(
+        "plan", SMALL, "--mesh", "1x8", "--verify", "cpu", *FLOAT, "--memory-limit", "600kB"
+    )
+    assert result.exit_code == 0, result.output
+    assert "compiled for cpu:8" in result.stdout
+
+
+def test_inspect_prints_one_block_as_path_and_shape() -> None:
+    result = run("inspect", "gemma_2b_en", "--layer", "decoder_block_0")
+    assert "decoder_block_0/attention/query/kernel             (8, 2048, 256)" in result.stdout
+
+
+def test_inspect_counts_what_lora_trains() -> None:
+    result = run("inspect", "gemma_2b_en", "--lora-rank", "4", "--format", "json")
+    table = json.loads(result.stdout)
+    # rank 4 on query and value: 18 blocks x 4 x (2048 + 8 x 256 + 2048 ... ) as Keras counts them
+    assert table["trainable_parameters"] == 1_363_968
+    assert table["parameters"] == 2_506_172_416 + 1_363_968
+
+
+@pytest.mark.parametrize("form", ["text", "csv", "markdown", "json"])
+def test_inspect_has_every_format(form: str) -> None:
+    result = run("inspect", SMALL, "--dtype", "float32", "--format", form)
+    assert result.exit_code == 0
+    assert "token_embedding/embeddings" in result.stdout
+
+
+def test_check_says_what_is_wrong_with_kerashubs_map_for_gemma_2b() -> None:
+    # one key/value head does not divide over eight devices
+    result = run("check", "gemma_2b_en", "kerashub", "--mesh", "1x8")
+    assert result.exit_code == 1
+    assert "error: " in result.stdout
+    assert "key" in result.stdout
+
+
+def test_models_and_chips_list_what_there_is() -> None:
+    assert "gemma_7b_en" in run("models", "gemma_7b").stdout
+    assert "tpu:v5e" in run("chips").stdout
+
+
+def test_help_loads_neither_keras_nor_jax() -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom autoshard.cli import main\n"
+        "assert CliRunner().invoke(main, ['plan', '--help']).exit_code == 0\n"
+        "print([m for m in ('keras', 'jax', 'networkx', 'scipy', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
