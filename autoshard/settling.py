@@ -6,7 +6,7 @@ collectives there are; their time is that of the target's links, and compute is 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoshard.errors import AutoshardError, OutOfMemoryError, XlaError
 from autoshard.hardware.links import group_link
@@ -14,10 +14,11 @@ from autoshard.hardware.targets import Target, parse_target
 from autoshard.planning import Candidate, Planning, Setup
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import collective_seconds, step_time
+from autoshard.xla.collectives import Collective
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
-__all__ = ["Verdict", "compiler_for", "partitioned_seconds", "settle"]
+__all__ = ["Verdict", "compiler_for", "partitioned_seconds", "settle", "summed_first"]
 
 _N_SETTLED = 3
 _MEMORY_LIMIT_BYTES = 16 * 2**30
@@ -164,7 +165,9 @@ def _judge(
 def partitioned_seconds(planning: Planning, candidate: Candidate, compiled: CompiledStep) -> float:
     """Predicted compute, with the partitioner's collectives on the target's links.
 
-    Which of them the target hides behind compute is predicted too.
+    Which of them the target hides behind compute is predicted too. The partitioner for CPU reduces
+    each of several partial sums in one combined all-reduce, where the TPU compiler adds them first:
+    such a one counts once.
     """
     assert candidate.scored is not None
     predicted = {
@@ -178,11 +181,21 @@ def partitioned_seconds(planning: Planning, candidate: Candidate, compiled: Comp
         link = group_link(collective.axis.split(","), setup.mesh, setup.target)
         seconds = collective_seconds(collective, link)
         key = (collective.kind, collective.axis, collective.n_bytes)
+        if key in predicted:
+            collective = summed_first(collective)
+            seconds = collective_seconds(collective, link)
         if predicted.get(key, collective.kind in setup.target.chip.overlapped_collectives):
             hidden += seconds
         else:
             blocking += seconds
     return compute + blocking + max(0.0, hidden - compute)
+
+
+def summed_first(collective: Collective) -> Collective:
+    """An all-reduce of the CPU partitioner as the target runs it: one for each combined one."""
+    if collective.kind != "all-reduce":
+        return collective
+    return replace(collective, count=collective.launches)
 
 
 def compiler_for(verify: str, setup: Setup) -> Target:

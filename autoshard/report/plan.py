@@ -10,7 +10,7 @@ from autoshard.layout.rules import format_rules
 from autoshard.mesh import format_spec
 from autoshard.pipeline import Outcome
 from autoshard.planning import Candidate
-from autoshard.settling import Verdict
+from autoshard.settling import Verdict, summed_first
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_count, format_seconds
 
@@ -167,20 +167,23 @@ def _verification(outcome: Outcome) -> Iterator[str]:
     assert compiled is not None and outcome.winner.scored is not None
     predicted = _predicted_counts(outcome.winner.scored.cost)
     found: Counter[tuple[str, str, int]] = Counter()
+    arrays: Counter[tuple[str, str, int]] = Counter()
+    on_cpu = compiled.target.startswith("cpu")
     for item in compiled.collectives:
-        found[item.kind, item.axis, item.n_bytes] += item.count
+        key = (item.kind, item.axis, item.n_bytes)
+        merged = summed_first(item) if on_cpu and key in predicted else item
+        found[key] += merged.count
+        arrays[key] += item.count
     keys = sorted(predicted | found, key=lambda key: -key[2] * max(predicted[key], found[key]))
     rows = [
-        (kind, axis, format_bytes(n_bytes), predicted[kind, axis, n_bytes], count)
-        for kind, axis, n_bytes in keys
-        if (count := found[kind, axis, n_bytes]) or predicted[kind, axis, n_bytes]
+        (key[0], key[1], format_bytes(key[2]), predicted[key], found[key], arrays[key])
+        for key in keys
     ]
-    depth = sum(stack.n_blocks for stack in compiled.blocks)
     yield (
-        f"compiled for {compiled.target}, all {depth} blocks; collectives of a step\n"
-        + tabulate(rows, headers=("kind", "axis", "size", "predicted", "compiled"))
+        f"compiled for {compiled.target} at full depth; collectives of a step\n"
+        + tabulate(rows, headers=("kind", "axis", "size", "predicted", "compiled", "arrays"))
     )
-    if not compiled.target.startswith("cpu"):
+    if not on_cpu:
         yield (
             f"by the compiler: step {format_seconds(verdict.step_seconds)}, memory "
             f"{format_bytes(compiled.peak_bytes)} a device (arguments "

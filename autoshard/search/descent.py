@@ -14,10 +14,10 @@ from functools import partial
 from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.graph.propagation import propagate
-from autoshard.mesh import Mesh, Spec
+from autoshard.mesh import Mesh, Spec, shard_shape
 from autoshard.search.candidates import Choices, fixed_layouts
 
-__all__ = ["Scored", "Scorer", "descend", "exhaust", "n_assignments"]
+__all__ = ["Scored", "Scorer", "descend", "exhaust", "n_assignments", "starting_points"]
 
 Key = tuple[tuple[str, Spec], ...]
 
@@ -98,6 +98,23 @@ def descend(
         (_descend_from(scorer, families, start) for start in starts),
         key=lambda scored: scored.rank,
     )
+
+
+def starting_points(
+    families: Sequence[Choices], relaxed: Mapping[str, Spec], mesh: Mesh
+) -> tuple[dict[str, Spec], ...]:
+    """Where to start: the relaxed problem's answer, and every family in its smallest shards.
+
+    The second fits wherever anything does, or nearly, so that a tight limit leaves a way down.
+    """
+    whole = {choices.family: choices.specs[0] for choices in families}
+    smallest = {
+        choices.family: min(
+            choices.specs, key=lambda spec: math.prod(shard_shape(choices.shape, spec, mesh))
+        )
+        for choices in families
+    }
+    return {**whole, **relaxed}, smallest
 
 
 def _descend_from(scorer: Scorer, families: Sequence[Choices], start: Mapping[str, Spec]) -> Scored:

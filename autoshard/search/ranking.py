@@ -5,8 +5,15 @@ from dataclasses import dataclass
 
 from autoshard.cost.step import StepPricer
 from autoshard.mesh import Mesh, Spec
-from autoshard.search.candidates import Choices, family_choices, replicated
-from autoshard.search.descent import Scored, Scorer, descend, exhaust, n_assignments
+from autoshard.search.candidates import Choices, family_choices
+from autoshard.search.descent import (
+    Scored,
+    Scorer,
+    descend,
+    exhaust,
+    n_assignments,
+    starting_points,
+)
 from autoshard.search.lower_bound import relax
 
 __all__ = ["Reason", "SearchResult", "search"]
@@ -83,12 +90,12 @@ def search(
     """
     families = family_choices(pricer.program, mesh)
     scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit)
-    whole = {choices.family: replicated(choices.shape) for choices in families}
     relaxed = relax(pricer, families, mesh, memory_limit)
     if n_assignments(families) <= _EXHAUSTIVE:
         best = exhaust(scorer, families)
     else:
-        best = descend(scorer, families, [{**whole, **s} for s in (relaxed.assignment, *starts)])
+        own = starting_points(families, relaxed.assignment, mesh)
+        best = descend(scorer, families, [*own, *({**own[1], **start} for start in starts)])
     reasons = tuple(_reason(scorer, best, choices) for choices in families)
     ranked = sorted(scorer.seen.values(), key=lambda scored: scored.rank)
     return SearchResult(
