@@ -111,6 +111,17 @@ def test_a_plan_is_compiled_by_xla_and_its_collectives_compared() -> None:
     assert "compiled for cpu:8" in result.stdout
 
 
+def test_a_compiler_that_runs_past_its_limit_leaves_a_plan_marked_unverified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autoshard.settling._COMPILE_SECONDS", {"cpu": 0.3})
+    result = run("plan", SMALL, "--mesh", "1x8", *FLOAT)
+    assert result.exit_code == 1
+    assert "UNVERIFIED: " in result.stdout
+    assert "predicted step" in result.stdout
+    assert "limit of 0.3 s" in result.stderr
+
+
 def test_inspect_prints_one_block_as_path_and_shape() -> None:
     result = run("inspect", "gemma_2b_en", "--layer", "decoder_block_0")
     assert "decoder_block_0/attention/query/kernel             (8, 2048, 256)" in result.stdout
@@ -119,7 +130,7 @@ def test_inspect_prints_one_block_as_path_and_shape() -> None:
 def test_inspect_counts_what_lora_trains() -> None:
     result = run("inspect", "gemma_2b_en", "--lora-rank", "4", "--format", "json")
     table = json.loads(result.stdout)
-    # rank 4 on query and value: 18 blocks x 4 x (2048 + 8 x 256 + 2048 ... ) as Keras counts them
+    # the figure of the announcement of Gemma: 1.36 million of 2.5 billion
     assert table["trainable_parameters"] == 1_363_968
     assert table["parameters"] == 2_506_172_416 + 1_363_968
 
