@@ -217,7 +217,7 @@ def unknown_link(operands: Sequence[Shape], results: Sequence[Shape]) -> Link:
 # fmt: off
 _ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
-    "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
+    "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
     "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
     "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p",
     "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "optimization_barrier",
@@ -236,7 +236,9 @@ LINK_RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("argmax", "argmin"), _argminmax),
     **dict.fromkeys(("concatenate", "pad", "slice", "rev", "split", "sort"), _along),
     **dict.fromkeys(("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "top_k"), _along),
-    **dict.fromkeys(("iota", "random_bits", "random_seed", "rng_uniform", "empty"), _source),
+    **dict.fromkeys(
+        ("iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "empty"), _source
+    ),
     **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-update"), scatter_rule),
     "broadcast_in_dim": _broadcast_in_dim,
     "conv_general_dilated": _conv,
