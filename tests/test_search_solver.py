@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoshard.errors import UsageError
-from autoshard.search import solver
+from autoshard.search import components, solver
 from autoshard.search.iopddl import read_iopddl
 from autoshard.search.problem import Edge, Node, Problem, cost_of, peak_usage
 from autoshard.search.solver import solve
@@ -87,7 +87,7 @@ def test_costs_of_microseconds_are_solved_as_exactly_as_large_ones(problem):
 def test_bounds_before_the_program_and_lazy_memory_rows_change_no_answer(problem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solver, "_LARGE", -1)
-        patch.setattr(solver, "_ALL_MEMORY_ENTRIES", -1)
+        patch.setattr(components, "_ALL_MEMORY_ENTRIES", -1)
         assert_solved(problem, solve(problem))
 
 

@@ -116,6 +116,11 @@ class ChoiceGraph:
         largest = (np.abs(a, where=np.isfinite(a), out=np.zeros(a.shape)).max() for a in arrays)
         return float(max(largest, default=0.0)) or 1.0
 
+    @property
+    def n_sums(self) -> int:
+        """One or two sums."""
+        return next((len(self.costs[node]) for node in self.alive), 1)
+
     def touch(self, node: int) -> None:
         """Have every rule look at the node again."""
         self.light[node] = None
@@ -203,6 +208,22 @@ class ChoiceGraph:
         for record in reversed(self.records):
             first[record.node] = int(record.choice[tuple(first[p] for p in record.parents)])
         return tuple(first[node] for node in range(len(self.n_strategies)))
+
+    def n_entries(self) -> int:
+        """Pairs of choices on edges that are not forbidden."""
+        return sum(int(np.isfinite(table[0]).sum()) for _, _, table in self.edges())
+
+    def weighted(self, weights: Array) -> "ChoiceGraph":
+        """A graph apart from this one whose one cost is a weighted mean of the sums."""
+        twin = self.copy()
+        for u in self.alive:
+            twin.costs[u] = (weights @ self.costs[u])[None]
+            twin.touch(u)
+        for u, v, table in self.edges():
+            mean = np.tensordot(weights, np.where(np.isinf(table), 0.0, table), 1)[None]
+            mean[:, np.isinf(table[0])] = np.inf
+            twin.tables[u][v], twin.tables[v][u] = mean, mean.swapaxes(1, 2)
+        return twin
 
     def edges(self) -> list[tuple[int, int, Array]]:
         """Every edge once, `(u, v, table)` with u < v."""

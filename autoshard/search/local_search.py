@@ -31,7 +31,7 @@ class State:
     def __init__(self, graph: ChoiceGraph, chosen: Mapping[int, int]) -> None:
         self.graph = graph
         self.chosen = dict(chosen)
-        self.sums = np.zeros(next(iter(graph.costs), np.zeros((1, 0))).shape[0])
+        self.sums = np.zeros(graph.n_sums)
         self.n_forbidden = 0
         for u in graph.alive:
             self._add(graph.costs[u][:, chosen[u]])

@@ -15,7 +15,7 @@ of the local polytope; the weak rows `e >= x_u + x_v - 1` would leave it useless
 memory rows are scaled, for the tolerances of HiGHS are absolute.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,20 @@ import numpy as np
 
 from autoshard.search.choice_graph import Array, ChoiceGraph, Indices
 
-__all__ = ["Answer", "Program", "build_program", "memory_row", "solve_program"]
+__all__ = [
+    "Answer",
+    "Program",
+    "Row",
+    "build_program",
+    "cover_row",
+    "memory_row",
+    "solve_program",
+]
 
-# HiGHS works to 1e-6: at these sizes that is below 1e-9 of a limit and of a typical objective.
+# Sizes at which the absolute tolerances of HiGHS, 1e-6 on rows and integers, are small enough. In
+# a row with much larger entries a binary a little off breaks the row, and HiGHS repairs in vain.
 _OBJECTIVE_SIZE = 1e3
-_MEMORY_SIZE = 1e4
+_EXCESS_SIZE = 10.0
 
 # Its status for a proof that there is no answer.
 _INFEASIBLE = 2
@@ -46,6 +55,15 @@ class Answer:
     values: dict[int, int] | None
     bound: float
     infeasible: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A further row: `entries . columns <= upper`."""
+
+    columns: Indices
+    entries: Array
+    upper: float
 
 
 @dataclass(slots=True)
@@ -105,7 +123,7 @@ def build_program(graph: ChoiceGraph, nodes: Sequence[int], size: float) -> Prog
     for u, v, table in graph.edges():
         if u in inside:
             _add_marginals(program, u, v, table)
-    if graph.costs[nodes[0]].shape[0] == 2:
+    if graph.n_sums == 2:
         _add_excess(program)
     return program
 
@@ -131,35 +149,51 @@ def _add_marginals(program: Program, u: int, v: int, table: Array) -> None:
 
 def _add_excess(program: Program) -> None:
     costs = np.concatenate(program.costs, axis=1)
-    excess = (costs[1] - costs[0]) * program.scale
-    # The new column counts in scaled cost: HiGHS may leave it at -1e-6.
-    column = program.add_columns(np.array([[1.0], [0.0]]) / program.scale)
+    scale = program.scale * _EXCESS_SIZE / _OBJECTIVE_SIZE
+    excess = (costs[1] - costs[0]) * scale
+    column = program.add_columns(np.array([[1.0], [0.0]]) / scale)
     used = excess.nonzero()[0]
     program.add_entries(np.zeros_like(used), used, excess[used])
     program.add_entries(np.zeros_like(column), column, np.array([-1.0]))
     program.add_rows([-np.inf], [0.0])
 
 
-def memory_row(graph: ChoiceGraph, program: Program, time: int) -> tuple[Indices, Array]:
-    """Columns and usages of the nodes live at a time."""
+def memory_row(graph: ChoiceGraph, program: Program, time: int) -> Row:
+    """Usage of the nodes live at a time, in parts of the limit, is at most 1."""
+    columns, usages = _live_columns(graph, program, time)
+    return Row(columns=columns, entries=usages / graph.limit, upper=1.0)
+
+
+def cover_row(graph: ChoiceGraph, program: Program, time: int, values: Mapping[int, int]) -> Row:
+    """Not all nodes live at a time, which together exceed the limit, use that much or more."""
+    columns, usages = _live_columns(graph, program, time)
+    taken = dict(zip(columns.tolist(), usages.tolist(), strict=True))
+    covered, n_nodes = [], 0
+    for node, start in program.starts.items():
+        usage = taken.get(start + values[node], 0.0)
+        if usage > 0:
+            n_nodes += 1
+            own = range(start, start + program.sizes[node])
+            covered += [column for column in own if taken[column] >= usage]
+    return Row(columns=np.array(covered), entries=np.ones(len(covered)), upper=n_nodes - 1.0)
+
+
+def _live_columns(graph: ChoiceGraph, program: Program, time: int) -> tuple[Indices, Array]:
     columns, usages = [], []
     for node, start in program.starts.items():
-        for load in graph.loads[node]:
-            if load.start <= time < load.stop:
-                columns.append(start + np.arange(len(load.usages)))
-                usages.append(load.usages)
+        live = [x.usages for x in graph.loads[node] if x.start <= time < x.stop]
+        if live:
+            columns.append(start + np.arange(len(live[0])))
+            usages.append(np.sum(live, axis=0))
     return np.concatenate(columns), np.concatenate(usages)
 
 
-def solve_program(
-    graph: ChoiceGraph, program: Program, times: Sequence[int], gap: float, seconds: float
-) -> Answer:
-    """Solve with the memory rows of some times.
+def solve_program(program: Program, extra: Sequence[Row], gap: float, seconds: float) -> Answer:
+    """Solve with more rows.
 
     Args:
-        graph: what the program was built from.
         program: from `build_program`.
-        times: times whose memory rows hold.
+        extra: memory and cover rows that hold as well.
         gap: relative distance of cost and bound at which to stop.
         seconds: time limit, infinite for none.
     """
@@ -167,13 +201,12 @@ def solve_program(
     from scipy.sparse import csr_array
 
     rows, columns, entries = list(program.rows), list(program.columns), list(program.entries)
-    upper = [*program.upper, *[_MEMORY_SIZE] * len(times)]
-    lower = [*program.lower, *[-np.inf] * len(times)]
-    for number, time in enumerate(times, start=len(program.lower)):
-        used, usages = memory_row(graph, program, time)
-        rows.append(np.full(len(used), number))
-        columns.append(used)
-        entries.append(usages / graph.limit * _MEMORY_SIZE)
+    upper = [*program.upper, *(row.upper for row in extra)]
+    lower = [*program.lower, *[-np.inf] * len(extra)]
+    for number, row in enumerate(extra, start=len(program.lower)):
+        rows.append(np.full(len(row.columns), number))
+        columns.append(row.columns)
+        entries.append(row.entries)
     matrix = csr_array(
         (np.concatenate(entries), (np.concatenate(rows), np.concatenate(columns))),
         shape=(len(lower), program.n_columns),

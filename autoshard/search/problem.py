@@ -22,7 +22,7 @@ import numpy as np
 
 from autoshard.errors import UsageError
 
-__all__ = ["Edge", "Node", "Problem", "Solution", "cost_of", "peak_usage"]
+__all__ = ["Edge", "Node", "Problem", "Solution", "cost_of", "peak_usage", "sums_of"]
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -131,13 +131,13 @@ class Solution:
         return "infeasible" if self.proven else "unknown"
 
 
-def cost_of(problem: Problem, choices: Sequence[int]) -> float:
-    """The objective of one strategy a node, whatever memory it takes.
+def sums_of(problem: Problem, choices: Sequence[int]) -> tuple[float, float]:
+    """The two sums of one strategy a node, whatever memory it takes.
 
     >>> nodes = (Node(costs=(1.0, 2.0)), Node(costs=(5.0,), parallel_costs=(9.0,)))
     >>> edge = Edge(source=0, target=1, costs=((3.0,), (0.0,)))
-    >>> cost_of(Problem(nodes=nodes, edges=(edge,)), (1, 0))  # max(2 + 5 + 0, 2 + 9 + 0)
-    11.0
+    >>> sums_of(Problem(nodes=nodes, edges=(edge,)), (1, 0))  # 2 + 5 + 0 and 2 + 9 + 0
+    (7.0, 11.0)
     """
     serial: list[float] = []
     parallel: list[float] = []
@@ -148,8 +148,12 @@ def cost_of(problem: Problem, choices: Sequence[int]) -> float:
         row, column = choices[edge.source], choices[edge.target]
         serial.append(edge.costs[row][column])
         parallel.append((edge.parallel_costs or edge.costs)[row][column])
-    # An infinity in either sum forbids the choice; fsum refuses nothing but inf - inf.
-    return max(math.fsum(serial), math.fsum(parallel))
+    return math.fsum(serial), math.fsum(parallel)
+
+
+def cost_of(problem: Problem, choices: Sequence[int]) -> float:
+    """The objective of one strategy a node, infinite where that is forbidden."""
+    return max(sums_of(problem, choices))
 
 
 def peak_usage(problem: Problem, choices: Sequence[int]) -> float:

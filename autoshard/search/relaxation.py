@@ -141,13 +141,11 @@ class Ascent:
 
     Args:
         graph: the reduced problem.
-        sums: the sums of some answer; the larger is the one to bound.
+        weights: of the sums, adding up to 1.
     """
 
-    def __init__(self, graph: ChoiceGraph, sums: Array) -> None:
+    def __init__(self, graph: ChoiceGraph, weights: Array) -> None:
         self._graph = graph
-        weights = np.zeros(len(sums))
-        weights[sums.argmax()] = 1.0
         self._relaxation = Relaxation(graph, weights)
         self._best_prices = self._relaxation.prices
         self._reach, self._stalled, self._since_gain = 0.1, 0, 0

@@ -6,11 +6,11 @@ Over one choice `s_v` a node, with the tables of `autoshard.search.problem`:
     subject to  sum_{v live at t} m_v[s_v] <= limit, every time t            `peak_usage`
 
     1. exact reduction: rules that keep an optimal choice                    `reduce_graph`
-    2. where much is left, a bound by dual ascent and answers by descent     `_Search.relax`
+    2. two sums: bounds and answers from weighted means of them              `_Search.weigh`
+    3. where much is left, a bound by dual ascent and answers by descent,    `_Search.relax`
        and entries that no better answer can contain go away                 `forbid_dear`
-    3. independent components                                                `_components`
-    4. the mixed integer program of each, equality marginals, by HiGHS       `build_program`
-       memory rows where they can bind, lazily where these are many          `_solve_component`
+    4. each independent component as a mixed integer program                 `solve_graph`
+       with equality marginals, by HiGHS                                     `build_program`
     5. in a time limit only: balls of nodes around a known answer, solved    `_Search.polish`
        exactly in turn
 
@@ -25,9 +25,9 @@ import numpy as np
 
 from autoshard.errors import NothingFitsError
 from autoshard.search.choice_graph import ChoiceGraph
+from autoshard.search.components import solve_graph
 from autoshard.search.local_search import State, ball_around, free_ball
-from autoshard.search.milp import Answer, build_program, solve_program
-from autoshard.search.problem import Problem, Solution, cost_of, peak_usage
+from autoshard.search.problem import Problem, Solution, cost_of, peak_usage, sums_of
 from autoshard.search.reduction import reduce_graph
 from autoshard.search.relaxation import Ascent
 
@@ -39,9 +39,10 @@ _PROVEN = 1e-6
 # limit goes to improving answers instead of to HiGHS.
 _LARGE = 10_000
 _TOO_LARGE = 150_000
-# Memory entries up to which every row goes in at once.
-_ALL_MEMORY_ENTRIES = 100_000
 _ROUNDS = 3
+_MOST_WEIGHTS = 10
+# A weight that leaves the other sum to choose among answers alike in the first.
+_ALMOST_ONE = 1.0 - 1e-4
 # A relative gap above this forbids next to nothing.
 _WIDE = 0.2
 _SMALLEST_BALL = 20
@@ -75,7 +76,10 @@ def solve(problem: Problem, *, gap: float = _PROVEN, time_limit: float | None = 
         graph = ChoiceGraph.of(problem)
         reduce_graph(graph)
         search.n_nodes, search.n_edges = len(graph.alive), len(graph.edges())
-        if _n_entries(graph) > _LARGE:
+        two_sums = graph.n_sums == 2
+        if two_sums and graph.n_entries() <= _TOO_LARGE:
+            search.weigh(graph)
+        if search.relative_gap() > gap and graph.n_entries() > _LARGE:
             graph = search.tighten(graph)
         search.finish(graph)
     except NothingFitsError:
@@ -95,6 +99,7 @@ class _Search:
         self.cost = math.inf if problem.nodes else 0.0
         self.bound = -math.inf if problem.nodes else 0.0
         self.state: State | None = None
+        self.weights = np.array([0.5, 0.5])
         self.n_nodes = self.n_edges = 0
 
     def left(self) -> float:
@@ -143,10 +148,61 @@ class _Search:
             n_reduced_edges=self.n_edges,
         )
 
+    def weigh(self, graph: ChoiceGraph) -> None:
+        """Bound the larger of two sums by weighted means of them.
+
+        Mostly the first sum is the larger: then its least is the bound, and the answer that has
+        the least second sum among those of least first sum is optimal. Else, on a large problem,
+        look for the best weight: the least mean is concave in the weight, and below the mean of
+        every answer, a line in the weight; the next weight is where the lines of the last answers
+        with either sum the larger meet.
+        """
+        ends: dict[bool, tuple[float, float]] = {}
+        weight = 1.0
+        for number in range(_MOST_WEIGHTS):
+            before = self.bound
+            first, second = self._solve_mean(graph, weight)
+            if self.bound > before:
+                self.weights = np.array([weight, 1.0 - weight])
+            stuck = ends.get(first > second) == (first, second)
+            if self.relative_gap() <= self.gap or (stuck and number > 1) or self.left() < 0:
+                return
+            ends[first > second] = first, second
+            if number == 0:
+                weight = _ALMOST_ONE
+            elif graph.n_entries() <= _LARGE:
+                return
+            elif len(ends) == 1:
+                weight = 0.0
+            else:
+                (a, b), (c, d) = ends[True], ends[False]
+                weight = (d - b) / ((a - c) + (d - b))
+
+    def _solve_mean(self, whole: ChoiceGraph, weight: float) -> tuple[float, float]:
+        """Offer the answer to one weighted mean and its bound; returns both sums of it."""
+        graph = whole.weighted(np.array([weight, 1.0 - weight]))
+        reduce_graph(graph)
+        start = self._first_state(graph)
+        chosen, bound = solve_graph(graph, self.gap / 2, 0.3 * self.left(), start)
+        state = State(graph, chosen)
+        if not state.feasible:
+            return math.inf, math.inf
+        choices = graph.choices(chosen)
+        sums = sums_of(self.problem, choices)
+        if max(sums) < self.cost:
+            self.choices, self.cost = choices, max(sums)
+        self.raise_bound(bound)
+        return sums
+
+    def _first_state(self, graph: ChoiceGraph) -> State:
+        state = State(graph, {u: int(graph.costs[u].sum(axis=0).argmin()) for u in graph.alive})
+        state.descend(self.until(0.1))
+        return state
+
     def tighten(self, graph: ChoiceGraph) -> ChoiceGraph:
         """Shrink a large problem by bounds and answers, in rounds while that pays."""
         for _ in range(_ROUNDS):
-            before = _n_entries(graph)
+            before = graph.n_entries()
             ascent = self.relax(graph)
             if self.left() < math.inf and (before > _TOO_LARGE or self.relative_gap() > _WIDE):
                 self.polish(self.until(0.3))
@@ -156,16 +212,15 @@ class _Search:
             graph = graph.copy()
             ascent.forbid_dear(graph, self.cost + _PROVEN * abs(self.cost))
             reduce_graph(graph)
-            if _n_entries(graph) > 0.8 * before:
+            if graph.n_entries() > 0.8 * before:
                 break
         return graph
 
     def relax(self, graph: ChoiceGraph) -> Ascent:
         """Raise the bound by dual ascent; the choices met on the way start descents."""
-        first = State(graph, {u: int(graph.costs[u].sum(axis=0).argmin()) for u in graph.alive})
-        first.descend(self.until(0.1))
-        self.offer(first)
-        ascent, over = Ascent(graph, first.sums), self.until(0.3)
+        self.offer(self._first_state(graph))
+        weights = self.weights if graph.n_sums == 2 else np.ones(1)
+        ascent, over = Ascent(graph, weights), self.until(0.3)
         while ascent.improving() and not over() and self.relative_gap() > self.gap:
             chosen = ascent.step(self.cost)
             self.raise_bound(ascent.best_bound)
@@ -179,15 +234,14 @@ class _Search:
         """Solve what is left."""
         if self.relative_gap() <= self.gap:
             return
-        if self.left() < math.inf and _n_entries(graph) > _TOO_LARGE:
+        if self.left() < math.inf and graph.n_entries() > _TOO_LARGE:
             self.relax(graph)
             self.polish(self.until(1.0))
             return
-        state = State(graph, {u: int(graph.costs[u].sum(axis=0).argmin()) for u in graph.alive})
-        state.descend(self.until(0.1))
+        state = self._first_state(graph)
         self.offer(state)
         seconds = 0.7 * self.left()
-        chosen, bound = _solve_graph(graph, self.gap, seconds, state)
+        chosen, bound = solve_graph(graph, self.gap, seconds, state)
         self.raise_bound(bound)
         state = State(graph, chosen)
         if not state.feasible:
@@ -217,7 +271,7 @@ class _Search:
                 present = dict.fromkeys(part.alive, 0)
                 seconds = max(0.1, min(5.0, self.left()))
                 start = time.monotonic()
-                chosen, _ = _solve_graph(part, self.gap, seconds, State(part, present))
+                chosen, _ = solve_graph(part, self.gap, seconds, State(part, present))
                 quick = time.monotonic() - start < 1.0
             except NothingFitsError:
                 continue
@@ -227,93 +281,3 @@ class _Search:
             if after.feasible and after.cost < state.cost:
                 state = after
                 self.offer(state)
-
-
-def _n_entries(graph: ChoiceGraph) -> int:
-    return sum(int(np.isfinite(table[0]).sum()) for _, _, table in graph.edges())
-
-
-def _solve_graph(
-    graph: ChoiceGraph, gap: float, seconds: float, start: State
-) -> tuple[dict[int, int], float]:
-    """Choices of every component, from `start` where HiGHS found none, and the bound on all."""
-    chosen, bound = dict(start.chosen), 0.0
-    size = max(abs(start.cost), 1e-3 * graph.scale())
-    deadline = time.monotonic() + seconds
-    for nodes in _components(graph):
-        if all(len(graph.kept[u]) == 1 for u in nodes):
-            # One choice: its edges are gone, and the reduction has checked its memory.
-            bound += float(np.sum([graph.costs[u] for u in nodes], axis=0).max())
-            chosen |= dict.fromkeys(nodes, 0)
-            continue
-        left = deadline - time.monotonic() if seconds < math.inf else math.inf
-        answer = _solve_component(graph, nodes, gap, left, size)
-        chosen |= answer.values or {}
-        bound += answer.bound
-    return chosen, bound
-
-
-def _solve_component(
-    graph: ChoiceGraph, nodes: list[int], gap: float, seconds: float, size: float
-) -> Answer:
-    program = build_program(graph, nodes, size)
-    times, n_entries = _binding_times(graph, nodes)
-    rows = times if n_entries <= _ALL_MEMORY_ENTRIES else []
-    deadline = time.monotonic() + seconds
-    while True:
-        answer = solve_program(graph, program, rows, gap, seconds)
-        if answer.infeasible:
-            raise NothingFitsError("no choice keeps the memory limit")
-        if answer.values is None or len(rows) == len(times):
-            return answer
-        used = State(graph, dict.fromkeys(graph.alive, 0) | answer.values).used
-        broken = [t for t in times if used[t] > graph.limit * (1 + 1e-9) and t not in rows]
-        if not broken or (seconds < math.inf and time.monotonic() > deadline):
-            return answer
-        rows = sorted([*rows, *broken])
-        seconds = max(deadline - time.monotonic(), 0.0) if seconds < math.inf else seconds
-
-
-def _binding_times(graph: ChoiceGraph, nodes: list[int]) -> tuple[list[int], int]:
-    """Times at which the limit can bind, and the number of entries of their memory rows.
-
-    A time up to the next of which nothing ends has its loads in the row of the next.
-    """
-    most, count = np.zeros(graph.n_times + 1), np.zeros(graph.n_times + 1, dtype=np.int64)
-    ends = np.zeros(graph.n_times + 1, dtype=bool)
-    for node in nodes:
-        for load in graph.loads[node]:
-            for total, amount in ((most, load.usages.max()), (count, len(load.usages))):
-                total[load.start] += amount
-                total[load.stop] -= amount
-            ends[load.stop] = True
-    binding = (most.cumsum()[:-1] > graph.limit * (1 + 1e-9)) & ends[1:]
-    return binding.nonzero()[0].tolist(), int(count.cumsum()[:-1][binding].sum())
-
-
-def _components(graph: ChoiceGraph) -> list[list[int]]:
-    """Sets of nodes that can be solved apart.
-
-    Nodes in one set are joined by edges, by memory, or by costs that differ in the two sums.
-    """
-    coupled: list[int] = []
-    components: list[list[int]] = []
-    seen: set[int] = set()
-    for root in graph.alive:
-        if root in seen:
-            continue
-        seen.add(root)
-        component = [root]
-        for u in component:
-            component.extend(v for v in graph.tables[u] if v not in seen)
-            seen.update(graph.tables[u])
-        apart = all(
-            not graph.loads[u]
-            and all((t == t[:1]).all() for t in (graph.costs[u], *graph.tables[u].values()))
-            for u in component
-        )
-        if apart:
-            components.append(sorted(component))
-        else:
-            coupled += component
-    return [*components, sorted(coupled)] if coupled else components
