@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op, Program
 
-__all__ = ["propagate", "splits_evenly"]
+__all__ = ["Propagator", "propagate", "splits_evenly"]
 
 _LEVELS = 4
 
@@ -37,37 +37,93 @@ def splits_evenly(sizes: Sequence[int], layout: Layout, axis_sizes: Sequence[int
 def propagate(
     program: Program, fixed: Mapping[int, Layout], axis_sizes: Sequence[int]
 ) -> tuple[Layout, ...]:
-    """Lay out every group.
+    """Lay out every group, once; see `Propagator`."""
+    return Propagator(program, axis_sizes).propagate(fixed)
+
+
+class Propagator:
+    """Propagates many layouts through one program.
+
+    What one op makes of the layouts around it is remembered, and ops that look alike (those of
+    different blocks do) share it, so that further layouts cost a table lookup an op.
 
     Args:
         program: the step.
-        fixed: group -> layout, for the groups of arguments.
         axis_sizes: devices along each mesh axis.
-
-    Returns:
-        One layout a group; a group that nothing reaches is whole on every device.
     """
-    whole = (WHOLE,) * len(axis_sizes)
-    state = [list(fixed.get(group, whole)) for group in range(len(program.groups))]
-    if not axis_sizes:
-        return tuple(tuple(layout) for layout in state)
-    touching: list[list[int]] = [[] for _ in program.groups]
-    for index, op in enumerate(program.ops):
-        for array in (*op.operands, *op.results):
-            touching[array.group].append(index)
-    sizes = [group.sizes for group in program.groups]
-    for level in range(_LEVELS):
-        queue = deque(i for i, op in enumerate(program.ops) if _may(op, level))
-        waiting = set(queue)
-        while queue:
-            index = queue.popleft()
-            waiting.discard(index)
-            for group in _spread(program.ops[index], level, state, fixed, sizes, axis_sizes):
-                for other in touching[group]:
-                    if other not in waiting and _may(program.ops[other], level):
-                        waiting.add(other)
-                        queue.append(other)
-    return tuple(tuple(layout) for layout in state)
+
+    def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
+        self._program = program
+        self._axis_sizes = tuple(axis_sizes)
+        self._touching: list[list[int]] = [[] for _ in program.groups]
+        looks: dict[tuple[object, ...], int] = {}
+        self._look_of: list[int] = []
+        self._groups_of: list[tuple[int, ...]] = []
+        for index, op in enumerate(program.ops):
+            groups = tuple(array.group for array in (*op.operands, *op.results))
+            self._groups_of.append(groups)
+            for group in set(groups):
+                self._touching[group].append(index)
+            self._look_of.append(looks.setdefault(_look(op, program), len(looks)))
+        self._levels = [[_may(op, level) for op in program.ops] for level in range(_LEVELS)]
+        self._spreads: dict[tuple[object, ...], tuple[tuple[int, Layout], ...]] = {}
+
+    def propagate(self, fixed: Mapping[int, Layout]) -> tuple[Layout, ...]:
+        """Lay out every group.
+
+        Args:
+            fixed: group -> layout, for the groups of arguments and of constrained outputs.
+
+        Returns:
+            One layout a group; a group that nothing reaches is whole on every device.
+        """
+        whole = (WHOLE,) * len(self._axis_sizes)
+        state = [fixed.get(group, whole) for group in range(len(self._program.groups))]
+        if not self._axis_sizes:
+            return tuple(state)
+        for level, may in enumerate(self._levels):
+            queue = deque(index for index, runs in enumerate(may) if runs)
+            waiting = set(queue)
+            while queue:
+                index = queue.popleft()
+                waiting.discard(index)
+                for group, layout in self._spread(index, level, state, fixed):
+                    state[group] = layout
+                    for other in self._touching[group]:
+                        if may[other] and other not in waiting:
+                            waiting.add(other)
+                            queue.append(other)
+        return tuple(state)
+
+    def _spread(
+        self, index: int, level: int, state: Sequence[Layout], fixed: Mapping[int, Layout]
+    ) -> list[tuple[int, Layout]]:
+        """What one op changes: groups and their new layouts."""
+        groups = self._groups_of[index]
+        around = tuple([state[group] for group in groups])
+        key = (self._look_of[index], level, around)
+        found = self._spreads.get(key)
+        if found is None:
+            op = self._program.ops[index]
+            sizes = [self._program.groups[group].sizes for group in groups]
+            found = tuple(_spread(op, level, around, sizes, self._axis_sizes))
+            self._spreads[key] = found
+        return [(groups[at], layout) for at, layout in found if groups[at] not in fixed]
+
+
+def _look(op: Op, program: Program) -> tuple[object, ...]:
+    """All that decides how an op spreads layouts."""
+    arrays = (*op.operands, *op.results)
+    groups = [array.group for array in arrays]
+    return (
+        op.kind,
+        len(op.operands),
+        op.reduced,
+        tuple(
+            (array.factors, array.n_bytes, program.groups[array.group].sizes) for array in arrays
+        ),
+        tuple(groups.index(group) for group in groups),
+    )
 
 
 def _may(op: Op, level: int) -> bool:
@@ -77,52 +133,44 @@ def _may(op: Op, level: int) -> bool:
 def _spread(
     op: Op,
     level: int,
-    state: list[list[int]],
-    fixed: Mapping[int, Layout],
+    around: Sequence[Layout],
     sizes: Sequence[tuple[int, ...]],
     axis_sizes: Sequence[int],
-) -> list[int]:
-    """Spread the layouts through one op; return the groups that changed."""
-    wanted = _wanted(op, level, state)
-    if not wanted:
-        return []
-    targets: tuple[Array, ...] = (*op.operands, *op.results)
-    if op.kind == "broadcast" and level < _LEVELS - 1:
-        targets = op.operands
+) -> list[tuple[int, Layout]]:
+    """Spread the layouts through one op; return the arrays, by position, that changed."""
+    arrays: tuple[Array, ...] = (*op.operands, *op.results)
+    n_operands = len(op.operands)
+    wanted = _wanted(op, level, around)
+    small_side = op.kind == "broadcast" and level < _LEVELS - 1
     changed = []
-    for array in targets:
-        if array.group in fixed:
-            continue
-        layout = state[array.group]
+    for at in range(n_operands if small_side else len(arrays)):
+        layout = list(around[at])
         for factor, axes in wanted:
-            if factor not in array.factors:
+            if factor not in arrays[at].factors:
                 continue
-            dim = array.factors.index(factor)
+            dim = arrays[at].factors.index(factor)
             for axis in axes:
-                if layout[axis] != WHOLE:
-                    continue
-                layout[axis] = dim
-                if splits_evenly(sizes[array.group], tuple(layout), axis_sizes):
-                    changed.append(array.group)
-                else:
-                    layout[axis] = WHOLE
+                if layout[axis] == WHOLE:
+                    layout[axis] = dim
+                    if not splits_evenly(sizes[at], tuple(layout), axis_sizes):
+                        layout[axis] = WHOLE
+        if tuple(layout) != around[at]:
+            changed.append((at, tuple(layout)))
     return changed
 
 
-def _wanted(op: Op, level: int, state: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+def _wanted(op: Op, level: int, around: Sequence[Layout]) -> list[tuple[int, list[int]]]:
     """The factors to split and over which axes, the strongest first."""
-    sources: tuple[Array, ...] = (*op.operands, *op.results)
-    if op.kind == "broadcast" and level < _LEVELS - 1:
-        sources = op.results
+    arrays: tuple[Array, ...] = (*op.operands, *op.results)
+    small_side = op.kind == "broadcast" and level < _LEVELS - 1
     masks: dict[int, list[tuple[int, int, int]]] = {}
-    for position, array in enumerate(sources):
-        layout = state[array.group]
-        for dim, factor in enumerate(array.factors):
+    for at in range(len(op.operands) if small_side else 0, len(arrays)):
+        for dim, factor in enumerate(arrays[at].factors):
             if factor is None or (level < 2 and factor in op.reduced):
                 continue
-            mask = sum(1 << axis for axis, split in enumerate(layout) if split == dim)
+            mask = sum(1 << axis for axis, split in enumerate(around[at]) if split == dim)
             if mask:
-                masks.setdefault(factor, []).append((mask, array.n_bytes, position))
+                masks.setdefault(factor, []).append((mask, arrays[at].n_bytes, at))
     wanted = []
     for factor, found in masks.items():
         union = 0
@@ -130,7 +178,7 @@ def _wanted(op: Op, level: int, state: Sequence[Sequence[int]]) -> list[tuple[in
             union |= mask
         # Arrays that split a factor in ways that are not nested pull in two directions: XLA
         # follows neither.
-        holders = [(-n_bytes, position) for mask, n_bytes, position in found if mask == union]
+        holders = [(-n_bytes, at) for mask, n_bytes, at in found if mask == union]
         if holders:
             axes = [axis for axis in range(union.bit_length()) if union >> axis & 1]
             wanted.append((min(holders), factor, axes))

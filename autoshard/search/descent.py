@@ -13,7 +13,7 @@ from functools import partial
 
 from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
-from autoshard.graph.propagation import propagate
+from autoshard.graph.propagation import Propagator
 from autoshard.mesh import Mesh, Spec, shard_shape
 from autoshard.search.candidates import Choices, fixed_layouts
 
@@ -57,6 +57,10 @@ class Scorer:
     mesh: Mesh
     memory_limit: int | None
     seen: dict[Key, Scored] = field(default_factory=dict)
+    propagator: Propagator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.propagator = Propagator(self.pricer.program, self.pricer.machine.axis_sizes)
 
     def score(self, assignment: Mapping[str, Spec]) -> Scored:
         """Propagate an assignment through the program and price what comes out."""
@@ -64,8 +68,7 @@ class Scorer:
         found = self.seen.get(key)
         if found is None:
             fixed = fixed_layouts(self.pricer.program, assignment, self.mesh)
-            layouts = propagate(self.pricer.program, fixed, self.pricer.machine.axis_sizes)
-            cost = self.pricer.price(layouts)
+            cost = self.pricer.price(self.propagator.propagate(fixed))
             limit = math.inf if self.memory_limit is None else self.memory_limit
             excess = max(0.0, cost.memory.peak_bytes - limit)
             found = Scored(assignment=key, cost=cost, excess_bytes=int(excess))
