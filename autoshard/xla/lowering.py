@@ -47,7 +47,8 @@ def target_devices(target: Target) -> tuple[Any, ...]:
         topology = topologies.get_topology_desc(**target.topology_options())
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise XlaError(f"the TPU compiler does not know the slice '{target}': {reason}") from error
+        compiler = target.chip.kind.upper()
+        raise XlaError(f"the {compiler} compiler does not know '{target}': {reason}") from error
     return tuple(topology.devices)
 
 
