@@ -34,6 +34,7 @@ __all__ = [
     "Planning",
     "Setup",
     "Stopwatch",
+    "make_pricer",
     "make_setup",
     "run_planner",
     "score_rules",
@@ -188,6 +189,34 @@ def run_planner(
         whole = build(model, dtype=setup.workload.dtype, lora_rank=setup.workload.lora_rank)
         table = whole.table()
         folded = fold(whole)
+    pricer = make_pricer(folded, setup, watch)
+    with watch.stage("search"):
+        rivals = tuple(_rivals(whole, table, setup, pricer))
+        starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
+        result = search(pricer, setup.mesh, setup.memory_limit, top=2 * top, starts=starts)
+    with watch.stage("write the rules"):
+        candidates = tuple(_expressible(table, result.ranked, top))
+    return Planning(
+        setup=setup,
+        table=table,
+        task=folded.task,
+        unknown=pricer.program.unknown,
+        result=result,
+        candidates=candidates,
+        rivals=rivals,
+        pricer=pricer,
+    )
+
+
+def make_pricer(folded: AbstractModel, setup: Setup, watch: Stopwatch | None = None) -> StepPricer:
+    """What prices layouts of a model's step.
+
+    Args:
+        folded: the model, with fewer blocks.
+        setup: mesh, target, workload.
+        watch: measures the stages.
+    """
+    watch = watch or Stopwatch()
     with watch.stage("trace the step"):
         step = make_step(folded, setup.workload)
         closed = trace(step)
@@ -200,23 +229,7 @@ def run_planner(
             links=tuple(links[axis] for axis in setup.mesh.parallel_axes),
             matmul_dtype=_MATMUL_DTYPES.get(dtype, dtype),
         )
-        pricer = StepPricer(program, machine)
-    with watch.stage("search"):
-        rivals = tuple(_rivals(whole, table, setup, pricer))
-        starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
-        result = search(pricer, setup.mesh, setup.memory_limit, top=2 * top, starts=starts)
-    with watch.stage("write the rules"):
-        candidates = tuple(_expressible(table, result.ranked, top))
-    return Planning(
-        setup=setup,
-        table=table,
-        task=folded.task,
-        unknown=program.unknown,
-        result=result,
-        candidates=candidates,
-        rivals=rivals,
-        pricer=pricer,
-    )
+        return StepPricer(program, machine)
 
 
 def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
