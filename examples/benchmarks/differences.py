@@ -4,15 +4,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from partitioned import target_collectives
 from tabulate import tabulate
 
 from autoshard.cost.values import StepCost
 from autoshard.hardware.collectives import wire_bytes
-from autoshard.settling import summed_first
-from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
 
-__all__ = ["difference_table", "target_collectives"]
+__all__ = ["difference_table"]
 
 HEADERS = ("collective", "axis", "MB", "predicted", "compiled", "wire MB", "where")
 _MB = 1e6
@@ -26,22 +25,7 @@ class _Movement:
     where: dict[str, None] = field(default_factory=dict)
 
 
-def target_collectives(step: CompiledStep, cost: StepCost) -> tuple[Collective, ...]:
-    """The collectives of a program as the target runs them.
-
-    As in `autoshard.settling`: XLA's partitioner for CPUs reduces each of several partial sums in
-    one combined all-reduce, where a TPU's compiler adds them first.
-    """
-    if not step.target.startswith("cpu"):
-        return step.collectives
-    predicted = {(item.kind, item.axis, item.n_bytes) for item in cost.traffic}
-    return tuple(
-        summed_first(one) if (one.kind, one.axis, one.n_bytes) in predicted else one
-        for one in step.collectives
-    )
-
-
-def difference_table(step: CompiledStep, cost: StepCost) -> str:
+def difference_table(step: CompiledStep, cost: StepCost, data_axis: str) -> str:
     """Collectives of which there are not as many as predicted, those of most bytes first."""
     found: dict[tuple[str, str, int], _Movement] = defaultdict(_Movement)
     for item in cost.traffic:
@@ -49,7 +33,7 @@ def difference_table(step: CompiledStep, cost: StepCost) -> str:
         movement.predicted += item.count
         movement.wire += item.count * item.wire_bytes
         movement.where[f"p:{item.layer}{' (backward)' if item.backward else ''}"] = None
-    for one in target_collectives(step, cost):
+    for one in target_collectives(step, data_axis):
         movement = found[one.kind, one.axis, one.n_bytes]
         movement.compiled += one.count
         movement.wire -= one.count * wire_bytes(one.kind, one.n_bytes, one.group_size)

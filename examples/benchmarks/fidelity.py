@@ -20,9 +20,10 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
-from differences import difference_table, target_collectives
+from differences import difference_table
 from layouts import fixed_layouts
-from planned import scorer_of, shallow_planning
+from partitioned import partitioned_seconds, target_collectives, total_wire_bytes
+from planned import predicted_cost, setup_of
 from scores import Pair, Score, byte_error, score
 from tabulate import tabulate
 from verdicts import (
@@ -37,13 +38,10 @@ from verdicts import (
     rules_of,
 )
 
-from autoshard.hardware.collectives import wire_bytes
+from autoshard.cost.values import StepCost
 from autoshard.mesh import parse_mesh
 from autoshard.model.build import build
-from autoshard.planning import Candidate, score_rules
-from autoshard.settling import partitioned_seconds
 from autoshard.xla.clock import step_time
-from autoshard.xla.compiled import CompiledStep
 
 DEVELOPMENT = ("gemma_2b_en", "llama3_8b_en", "gpt2_large_en", "mixtral_8_7b_en")
 HELD_OUT = ("gemma2_2b_en", "qwen2.5_7b_en", "phi3_mini_4k_instruct_en", "bert_large_en_uncased")
@@ -169,38 +167,29 @@ def _texts(one: Score) -> list[str]:
     return [str(one.n), f"{one.spearman:.3f}", *texts]
 
 
-def _candidate(row: Row) -> Candidate:
+def _cost(row: Row) -> StepCost | None:
     """The prediction for the row's layout."""
-    planning = shallow_planning(row["model"], row["mesh"], row["workload"]["kind"])
-    return score_rules(
-        row["layout"], rules_of(row), planning.table, planning.setup.mesh, scorer_of(planning)
-    )
+    return predicted_cost(row["model"], row["mesh"], row["workload"]["kind"], rules_of(row))
 
 
 def _pair(row: Row) -> Pair | None:
     """A prediction beside its verdict; None where the planner refuses the layout."""
-    step, candidate = compiled(row), _candidate(row)
-    if step is None or candidate.scored is None:
+    step, cost = compiled(row), _cost(row)
+    if step is None or cost is None:
         return None
-    cost = candidate.scored.cost
-    moved = target_collectives(step, cost)
-    on_cpu = step.target == CPU
+    setup = setup_of(row["mesh"], row["workload"]["kind"])
+    on_cpu = step.estimated_cycles is None
     return Pair(
         layout=row["layout"],
         predicted_bytes=cost.collective_bytes,
-        compiled_bytes=sum(c.count * wire_bytes(c.kind, c.n_bytes, c.group_size) for c in moved),
+        compiled_bytes=total_wire_bytes(target_collectives(step, setup.mesh.data_axis)),
         predicted_seconds=cost.step_seconds,
-        compiled_seconds=_seconds(row, candidate, step),
+        compiled_seconds=partitioned_seconds(setup, cost, step)
+        if on_cpu
+        else step_time(step, setup.mesh).step_seconds,
         predicted_peak=cost.memory.peak_bytes,
         compiled_peak=0 if on_cpu else step.peak_bytes,
     )
-
-
-def _seconds(row: Row, candidate: Candidate, step: CompiledStep) -> float:
-    planning = shallow_planning(row["model"], row["mesh"], row["workload"]["kind"])
-    if step.estimated_cycles is None:
-        return partitioned_seconds(planning, candidate, step)
-    return step_time(step, planning.setup.mesh).step_seconds
 
 
 def worst(rows: Sequence[Row], n: int) -> str:
@@ -209,12 +198,12 @@ def worst(rows: Sequence[Row], n: int) -> str:
     pairs.sort(key=lambda found: -byte_error(found[0]))
     texts = []
     for pair, row in pairs[:n]:
-        step, scored = compiled(row), _candidate(row).scored
-        assert step is not None and scored is not None
+        step, cost = compiled(row), _cost(row)
+        assert step is not None and cost is not None
         rules = "\n".join(f"  {pattern}: {spec}" for pattern, spec in row["rules"])
         texts.append(
             f"\n{' '.join(_place(row))} {pair.layout}: byte error {byte_error(pair):.0%}\n{rules}\n"
-            + difference_table(step, scored.cost)
+            + difference_table(step, cost, parse_mesh(row["mesh"]).data_axis)
         )
     return "\n".join(texts)
 

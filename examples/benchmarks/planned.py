@@ -9,21 +9,17 @@ from functools import cache
 
 from verdicts import BATCH, PERIODS, SEQ_LEN, TARGET
 
-from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import Machine
-from autoshard.hardware.links import axis_links
+from autoshard.cost.values import StepCost
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, shard_bytes
 from autoshard.model.build import build
 from autoshard.model.folding import Folding
-from autoshard.model.step import make_step, trace
 from autoshard.model.variables import ModelTable, dtype_bytes
-from autoshard.planning import Planning, Setup, _program, make_setup
+from autoshard.planning import Setup, make_pricer, make_setup, score_rules
 from autoshard.search.descent import Scorer
-from autoshard.search.ranking import SearchResult
 
-__all__ = ["held_bytes", "scorer_of", "setup_of", "shallow_planning"]
+__all__ = ["held_bytes", "predicted_cost", "setup_of", "shallow_scorer"]
 
 # A weight, and Adam's two moments.
 _COPIES = {"train": 3, "prefill": 1}
@@ -35,33 +31,20 @@ def setup_of(mesh: str, workload: str) -> Setup:
 
 
 @cache
-def shallow_planning(model: str, mesh: str, workload: str) -> Planning:
-    """The program of two periods of blocks with its prices, nothing searched."""
+def shallow_scorer(model: str, mesh: str, workload: str) -> tuple[ModelTable, Scorer]:
+    """The variables of the copy with two periods of blocks, and what scores its layouts."""
     setup = setup_of(mesh, workload)
     shallow = build(model, dtype=setup.workload.dtype, repeats=PERIODS)
     shallow = replace(shallow, folding=Folding())
-    step = make_step(shallow, setup.workload)
-    program = _program(trace(step), step, shallow)
-    links = axis_links(setup.mesh, setup.target)
-    machine = Machine(
-        chip=setup.target.chip, links=tuple(links[axis] for axis in setup.mesh.parallel_axes)
-    )
-    pricer = StepPricer(program, machine)
-    return Planning(
-        setup=setup,
-        table=shallow.table(),
-        task=shallow.task,
-        unknown=pricer.program.unknown,
-        result=SearchResult(ranked=(), bound_seconds=0.0, n_scored=0, reasons=()),
-        candidates=(),
-        rivals=(),
-        pricer=pricer,
-    )
+    pricer = make_pricer(shallow, setup)
+    return shallow.table(), Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
 
 
-def scorer_of(planning: Planning) -> Scorer:
-    """Scores layouts of a planning's program, whatever their memory."""
-    return Scorer(pricer=planning.pricer, mesh=planning.setup.mesh, memory_limit=None)
+def predicted_cost(model: str, mesh: str, workload: str, rules: LayoutRules) -> StepCost | None:
+    """The cost of a layout of that copy; None where the planner refuses the layout."""
+    table, scorer = shallow_scorer(model, mesh, workload)
+    scored = score_rules("", rules, table, scorer.mesh, scorer).scored
+    return None if scored is None else scored.cost
 
 
 def held_bytes(table: ModelTable, rules: LayoutRules, mesh: Mesh, workload: str) -> int:

@@ -18,7 +18,8 @@ from itertools import groupby
 from pathlib import Path
 
 from maps import rivals
-from planned import held_bytes, scorer_of, setup_of, shallow_planning
+from partitioned import partitioned_seconds
+from planned import held_bytes, predicted_cost, setup_of
 from tables import Entry, rivals_table
 from verdicts import (
     BATCH,
@@ -40,8 +41,6 @@ from autoshard.mesh import Mesh, parse_mesh
 from autoshard.model.build import AbstractModel, build
 from autoshard.model.variables import ModelTable
 from autoshard.pipeline import make_plan
-from autoshard.planning import score_rules
-from autoshard.settling import partitioned_seconds
 from autoshard.xla.clock import step_time
 from autoshard.xla.compiled import CompiledStep
 
@@ -179,15 +178,13 @@ def _word(error: str) -> str:
     return words.get(error.partition(":")[0], "failed") if error else ""
 
 
-def _seconds(row: Row, step: CompiledStep, mesh: Mesh | None) -> float:
+def _seconds(row: Row, step: CompiledStep, mesh: Mesh | None) -> float | None:
     """The time of a program: its compiler's clock, or predicted compute where there is none."""
     if step.estimated_cycles is not None:
         return step_time(step, mesh).step_seconds
-    planning = shallow_planning(row["model"], row["mesh"], row["workload"]["kind"])
-    candidate = score_rules(
-        row["layout"], rules_of(row), planning.table, planning.setup.mesh, scorer_of(planning)
-    )
-    return partitioned_seconds(planning, candidate, step)
+    kind = row["workload"]["kind"]
+    cost = predicted_cost(row["model"], row["mesh"], kind, rules_of(row))
+    return None if cost is None else partitioned_seconds(setup_of(row["mesh"], kind), cost, step)
 
 
 if __name__ == "__main__":
