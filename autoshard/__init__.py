@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from autoshard.mesh import Mesh
     from autoshard.pipeline import check, inspect, plan
     from autoshard.sharding_plan import Plan, load
+    from autoshard.verification import verify
 
 __all__ = [
     "AutoshardError",
@@ -22,6 +23,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "verify",
 ]
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ _HOME = {
     "inspect": "autoshard.pipeline",
     "load": "autoshard.sharding_plan",
     "plan": "autoshard.pipeline",
+    "verify": "autoshard.verification",
 }
 
 

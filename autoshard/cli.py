@@ -16,7 +16,7 @@ import click
 from autoshard import __version__
 from autoshard.errors import AutoshardError, PlanFileError
 
-__all__ = ["chips", "check", "explain", "inspect", "main", "models", "plan"]
+__all__ = ["chips", "check", "explain", "inspect", "main", "models", "plan", "verify"]
 
 
 class _Group(click.Group):
@@ -196,6 +196,51 @@ def explain(plan_file: str) -> None:
     from autoshard.sharding_plan import load
 
     click.echo(reasons_text(load(plan_file)))
+
+
+@main.command()
+@click.argument("layout")
+@click.option("--model", help="The model of a LAYOUT that is no plan.")
+@click.option("--mesh", help="Devices along each axis, like 1x8, of a LAYOUT that is no plan.")
+@click.option("--axes", help="Names of the mesh axes, data axis first, joined by commas.")
+@click.option("--target", help="cpu, tpu:v3:2x2, gpu:h100-sxm:8, attached. [default: the plan's]")
+@click.option("--workload", help="As in plan, of a LAYOUT that is no plan.")
+@click.option("--batch", type=click.IntRange(min=1), help="As in plan.")
+@click.option("--seq-len", type=click.IntRange(min=1), help="As in plan.")
+@click.option("--lora-rank", type=click.IntRange(min=1), help="As in plan.")
+@click.option("--dtype", help="As in plan.")
+@click.option("--optimizer", help="As in plan.")
+@click.option("--memory-limit", help="Memory a device, like 15GiB. [default: the chip's]")
+@click.option(
+    "--blocks",
+    type=click.IntRange(min=1),
+    help="Only so many periods of each stack of repeated blocks. [default: all]",
+)
+@click.option("--no-cache", is_flag=True, help="Ask the compiler again.")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def verify(layout: str, axes: str | None, no_cache: bool, form: str, **options: Any) -> None:
+    """Compile the step of LAYOUT with its target's own compiler, and say what that makes of it.
+
+    LAYOUT is a plan file; with --model and --mesh also Python source with layout_map[...] = (...)
+    lines (read, never run), or the word kerashub.
+    """
+    _set_backend()
+    from autoshard.report.verify import verification_json, verification_text
+    from autoshard.verification import verify as compile_step
+
+    with _progress() as announce:
+        found = compile_step(
+            layout,
+            axes=axes.split(",") if axes else None,
+            cache=not no_cache,
+            on_progress=announce,
+            **options,
+        )
+    click.echo((verification_json if form == "json" else verification_text)(found))
+    if found.fits is False:
+        sys.exit(1)
 
 
 def _set_backend() -> None:

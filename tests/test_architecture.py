@@ -29,6 +29,7 @@ ROOMS = (
     "planning",
     "settling",
     "pipeline",
+    "verification",
     "report",
     "progress",
     "cli",

@@ -24,7 +24,7 @@ from autoshard.mesh import Mesh
 from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
 
-__all__ = ["StepTime", "collective_bytes", "collective_seconds", "step_time"]
+__all__ = ["StepTime", "collective_bytes", "collective_seconds", "ring_seconds", "step_time"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +64,27 @@ def step_time(step: CompiledStep, mesh: Mesh | None = None) -> StepTime:
     if step.estimated_cycles is None or clock is None:
         raise XlaError(f"the compiler for '{step.target}' estimates no time")
     link = _links(target, mesh) if mesh else _rings(target.chip)
+    return _timed(step, step.estimated_cycles / clock, link)
+
+
+def ring_seconds(step: CompiledStep, compute_seconds: float) -> StepTime:
+    """Time a program whose compiler counts no cycles, as the GPU's.
+
+    Args:
+        step: the program.
+        compute_seconds: what its computation takes, from elsewhere.
+    """
+    return _timed(step, compute_seconds, _rings(parse_target(step.target).chip))
+
+
+def _timed(
+    step: CompiledStep, compute_seconds: float, link: Callable[[Collective], AxisLink]
+) -> StepTime:
     by_overlap = {True: 0.0, False: 0.0}
     for collective in step.collectives:
         by_overlap[collective.overlapped] += collective_seconds(collective, link(collective))
     return StepTime(
-        compute_seconds=step.estimated_cycles / clock,
+        compute_seconds=compute_seconds,
         blocking_seconds=by_overlap[False],
         overlapped_seconds=by_overlap[True],
     )

@@ -32,6 +32,8 @@ __all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step"]
 
 # Steps that a child keeps for the next layout: of one model, shallow, deeper and whole.
 _KEPT_STEPS = 4
+# More than any model has: the stacks are counted, and nothing is left out.
+_ALL_PERIODS = 10**6
 
 
 def compile_in(
@@ -172,7 +174,9 @@ def compile_lowered(
 
 @lru_cache(maxsize=_KEPT_STEPS)
 def _built(name: str, workload: Workload, repeats: int | None) -> tuple[AbstractModel, Step]:
-    model = build(name, dtype=workload.dtype, lora_rank=workload.lora_rank, repeats=repeats)
+    model = build(
+        name, dtype=workload.dtype, lora_rank=workload.lora_rank, repeats=repeats or _ALL_PERIODS
+    )
     return model, make_step(model, workload)
 
 

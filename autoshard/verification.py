@@ -1,0 +1,293 @@
+"""Compiles the step of a plan, or of a map that somebody wrote, with the target's own compiler.
+
+The compiler's memory decides whether the step fits. Its program says which collectives there are;
+each is held against the rules to tell which one causes it. The prediction stands beside.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from autoshard.errors import OutOfMemoryError, UsageError
+from autoshard.hardware.collectives import wire_bytes
+from autoshard.hardware.targets import Target, parse_target
+from autoshard.layout.causes import Causes
+from autoshard.layout.reading import read_layout
+from autoshard.layout.resolve import resolve
+from autoshard.layout.rules import LayoutRules
+from autoshard.model.build import build
+from autoshard.model.fold import fold
+from autoshard.model.recipe import AbstractModel
+from autoshard.pipeline import prediction
+from autoshard.planning import Setup, make_pricer, make_setup, score_rules
+from autoshard.records.parts import Prediction, Versions
+from autoshard.records.verification import (
+    MemoryUse,
+    StepSeconds,
+    Verification,
+    VerifiedCollective,
+)
+from autoshard.search.descent import Scorer
+from autoshard.sharding_plan import Plan, load
+from autoshard.units import parse_bytes
+from autoshard.xla.attached import attached_target
+from autoshard.xla.cache import verdict_cache
+from autoshard.xla.children import Child, child_environment
+from autoshard.xla.clock import ring_seconds, step_time
+from autoshard.xla.collectives import merge_collectives
+from autoshard.xla.compile import compile_in
+from autoshard.xla.compiled import CompiledStep, CompileRequest
+
+__all__ = ["Subject", "subject_of", "verify"]
+
+_MEMORY_LIMIT_BYTES = 16 * 2**30
+_COMPILE_SECONDS = 1800.0
+_COMPILER_PACKAGES = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is verified.
+
+    Attributes:
+        name: by which a child builds the model.
+        model: the model, without values.
+        rules: the layout map.
+        setup: mesh, target, workload, memory.
+        predicted: what the plan says of that target, if it says anything.
+    """
+
+    name: str
+    model: AbstractModel
+    rules: LayoutRules
+    setup: Setup
+    predicted: Prediction | None
+
+
+def verify(
+    layout: Any,
+    *,
+    model: str | None = None,
+    target: str | None = None,
+    blocks: int | None = None,
+    memory_limit: str | int | None = None,
+    cache: bool = True,
+    on_progress: Callable[[str], None] = lambda stage: None,
+    **options: Any,
+) -> Verification:
+    """Compile the step of a layout with the compiler of its target.
+
+    Args:
+        layout: a `Plan` or the path of a plan file; with `model`, a layout as `check` takes it.
+        model: the name of the model of a layout that is no plan.
+        target: such as `tpu:v3:2x2`, `gpu:h100-sxm:8`, `cpu` or `attached` (what JAX sees); by
+            default the plan's.
+        blocks: compile only so many periods of each stack of repeated blocks.
+        memory_limit: bytes a device, or a text like `15GiB`; by default the chip's usable memory.
+        cache: whether a verdict may be read from the cache.
+        on_progress: called with the name of each stage.
+        **options: with `model`: `mesh`, `axes`, `workload`, `batch`, `seq_len`, `lora_rank`,
+            `dtype` and `optimizer`, as for `plan`.
+
+    Raises:
+        UsageError: a value is wrong, or a plan came with the options of a map.
+        PlanFileError: the plan was made for another model.
+        LayoutError: Keras refuses the map.
+        XlaError: the compiler is missing, failed, or its process died.
+    """
+    on_progress("build the model")
+    subject = subject_of(layout, model=model, target=target, memory_limit=memory_limit, **options)
+    predicted = subject.predicted
+    if predicted is None and subject.setup.target.chip.kind != "cpu":
+        on_progress("predict")
+        predicted = _predict(subject)
+    setup = subject.setup
+    on_progress(f"compile for {setup.target}")
+    request = CompileRequest(
+        model=subject.name,
+        workload=setup.workload,
+        mesh=setup.mesh,
+        rules=subject.rules,
+        target=str(setup.target),
+        repeats=blocks,
+    )
+    known = verdict_cache(subject.model) if cache else None
+    with Child(child_environment(setup.target), memory_limit_bytes=_MEMORY_LIMIT_BYTES) as child:
+        try:
+            step = compile_in(child, request, timeout_seconds=_COMPILE_SECONDS, cache=known)
+        except OutOfMemoryError as error:
+            return replace(_empty(subject, predicted), fits=False, refusal=str(error))
+    return _judged(subject, step, predicted)
+
+
+def subject_of(
+    layout: Any,
+    *,
+    model: str | None = None,
+    target: str | None = None,
+    memory_limit: str | int | None = None,
+    **options: Any,
+) -> Subject:
+    """Read what is to be verified: see `verify`."""
+    given = {name: value for name, value in options.items() if value is not None}
+    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    if model is None:
+        if given:
+            raise UsageError(
+                f"a plan states its own {', '.join(sorted(given))}; leave that out, or name the "
+                "model whose layout this is"
+            )
+        return _planned(layout if isinstance(layout, Plan) else load(layout), target, limit)
+    if not isinstance(model, str):
+        raise UsageError("the compiler's process builds the model itself: pass its name")
+    if "mesh" not in given:
+        raise UsageError("a layout that is no plan needs its mesh, such as 1x8")
+    setup = make_setup(**given, target=_named(target), memory_limit=limit)
+    if target == "cpu":
+        setup = _retargeted(setup, "cpu", limit)
+    workload = setup.workload
+    built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    rules = read_layout(layout, backbone=built.backbone, mesh=setup.mesh)
+    return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)
+
+
+def _planned(plan: Plan, target: str | None, limit: int | None) -> Subject:
+    workload = plan.workload
+    built = build(plan.model.name, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    plan.check_model(built.table())
+    own = parse_target(plan.target)
+    setup = Setup(
+        mesh=plan.mesh, target=own, workload=workload, memory_limit=limit or own.chip.hbm_bytes
+    )
+    if target is not None:
+        setup = _retargeted(setup, target, limit)
+    same = setup.target == own or setup.target.chip.kind == "cpu"
+    return Subject(
+        name=plan.model.name,
+        model=built,
+        rules=plan.rules,
+        setup=setup,
+        predicted=plan.predicted if same else None,
+    )
+
+
+def _named(target: str | None) -> str | None:
+    """A target by its name: what JAX sees for `attached`, and None where the mesh decides."""
+    if target == "attached":
+        return str(attached_target())
+    return None if target == "cpu" else target
+
+
+def _retargeted(setup: Setup, target: str, limit: int | None) -> Setup:
+    name = f"cpu:{setup.mesh.n_devices}" if target == "cpu" else _named(target)
+    assert name is not None
+    new = parse_target(name)
+    return replace(setup, target=new, memory_limit=limit or new.chip.hbm_bytes)
+
+
+def _predict(subject: Subject) -> Prediction | None:
+    """The formulas' word on a map; None where they cannot lay it out."""
+    setup, table = subject.setup, subject.model.table()
+    resolve(subject.rules, table, setup.mesh).checked()
+    pricer = make_pricer(fold(subject.model), setup)
+    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
+    scored = score_rules("the map", subject.rules, table, setup.mesh, scorer).scored
+    return prediction(scored.cost) if scored else None
+
+
+def _empty(subject: Subject, predicted: Prediction | None) -> Verification:
+    """A verification before the compiler has said anything."""
+    setup = subject.setup
+    return Verification(
+        model=subject.model.name,
+        mesh=setup.mesh,
+        rules=subject.rules,
+        workload=setup.workload,
+        target=str(setup.target),
+        blocks=None,
+        n_blocks=None,
+        fits=None,
+        memory_limit=setup.memory_limit,
+        predicted=predicted,
+        versions=Versions.installed(),
+        compiler=_compiler(setup.target),
+    )
+
+
+def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) -> Verification:
+    setup = subject.setup
+    on_cpu = setup.target.chip.kind == "cpu"
+    all_flops = (step.flops or 0) * setup.mesh.n_devices
+    repeated = None
+    if all_flops and step.model_flops is not None:
+        repeated = max(0.0, 1 - step.model_flops / all_flops)
+    return replace(
+        _empty(subject, predicted),
+        blocks=sum(stack.traced for stack in step.blocks) or None,
+        n_blocks=sum(stack.n_blocks for stack in step.blocks) or None,
+        fits=None if on_cpu else step.peak_bytes <= setup.memory_limit,
+        memory=MemoryUse(
+            arguments=step.argument_bytes,
+            temporaries=step.temporary_bytes,
+            outputs=step.output_bytes,
+            aliased=step.alias_bytes,
+            peak=step.peak_bytes,
+        ),
+        step_seconds=_seconds(step, setup.target, predicted),
+        collectives=tuple(_collectives(subject, step)),
+        flops_per_device=step.flops,
+        model_flops=step.model_flops,
+        repeated_share=repeated,
+    )
+
+
+def _seconds(
+    step: CompiledStep, target: Target, predicted: Prediction | None
+) -> StepSeconds | None:
+    """The compiler's cycles and the collectives on a ring; predicted compute for a GPU."""
+    if target.chip.kind == "tpu":
+        time = step_time(step)
+    elif target.chip.kind == "gpu" and predicted is not None and step.is_whole:
+        time = ring_seconds(step, predicted.compute_seconds)
+    else:
+        return None
+    return StepSeconds(
+        compute=time.compute_seconds,
+        compute_is_predicted=target.chip.kind == "gpu",
+        blocking=time.blocking_seconds,
+        overlapped=time.overlapped_seconds,
+        step=time.step_seconds,
+    )
+
+
+def _collectives(subject: Subject, step: CompiledStep) -> Sequence[VerifiedCollective]:
+    causes = Causes(rules=subject.rules, mesh=subject.setup.mesh, paths=_paths(subject.model))
+    found = [
+        VerifiedCollective(
+            kind=item.kind,
+            axis=item.axis,
+            n_bytes=item.n_bytes,
+            dtype=item.dtype,
+            count=item.count,
+            wire_bytes=round(item.count * wire_bytes(item.kind, item.n_bytes, item.group_size)),
+            phase=item.phase,
+            overlapped=item.overlapped,
+            layer=item.layer,
+            cause=causes.of(item.layer, item.axis),
+        )
+        for item in merge_collectives(step.collectives, [s.template for s in step.blocks])
+    ]
+    return sorted(found, key=lambda item: (-item.wire_bytes, item.layer, item.kind, item.phase))
+
+
+def _paths(model: AbstractModel) -> tuple[str, ...]:
+    return (*(variable.path for variable in model.table().variables), *model.output_paths)
+
+
+def _compiler(target: Target) -> str:
+    package = _COMPILER_PACKAGES[target.chip.kind]
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package
