@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoshard.cost.step import StepPricer
@@ -21,8 +21,9 @@ from autoshard.layout.synthesis import synthesise
 from autoshard.mesh import Mesh, Spec, parse_mesh
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
-from autoshard.model.step import make_step, trace
+from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.search.descent import Scored, Scorer
@@ -51,12 +52,14 @@ class Setup:
         target: the chips.
         workload: the step.
         memory_limit: bytes a device that the step may use.
+        generate: whether `generate` has to run under the plan too, where the model has it.
     """
 
     mesh: Mesh
     target: Target
     workload: Workload
     memory_limit: int
+    generate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,7 @@ class Planning:
         candidates: the best layouts that a LayoutMap can express, best first.
         rivals: maps that others published for this model.
         pricer: prices of the program, for more questions.
+        without_generate: a better layout under which `generate` fails, or None.
     """
 
     setup: Setup
@@ -117,6 +121,7 @@ class Planning:
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
     pricer: StepPricer
+    without_generate: Candidate | None = None
 
 
 def make_setup(
@@ -131,6 +136,7 @@ def make_setup(
     dtype: str = "bfloat16",
     optimizer: str = "adam",
     memory_limit: str | int | None = None,
+    generate: bool = True,
 ) -> Setup:
     """Fill in the defaults and check that mesh, target and batch go together.
 
@@ -169,6 +175,7 @@ def make_setup(
             lora_rank=lora_rank,
         ),
         memory_limit=memory_limit or target.chip.hbm_bytes,
+        generate=generate,
     )
 
 
@@ -187,10 +194,15 @@ def run_planner(
     with watch.stage("build the model"):
         whole = build(model, dtype=setup.workload.dtype, lora_rank=setup.workload.lora_rank)
         table = whole.table()
-        folded = fold(whole)
+        # Two periods price exactly as more do: nothing but the count of what repeats differs.
+        folded = fold(whole, periods=2)
     with watch.stage("trace the step"):
         step = make_step(folded, setup.workload)
-        closed = trace(step)
+        closed, at_outputs = trace(step)
+        shapes = _shapes(folded, at_outputs)
+        bound = shapes
+        if setup.generate and folded.generates:
+            bound = _also(shapes, _shapes(folded, generate_shapes(folded, setup.workload)))
     with watch.stage("build the op graph"):
         program = _program(closed, step, folded)
         links = axis_links(setup.mesh, setup.target)
@@ -204,9 +216,19 @@ def run_planner(
     with watch.stage("search"):
         rivals = tuple(_rivals(whole, table, setup, pricer))
         starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
-        result = search(pricer, setup.mesh, setup.memory_limit, top=2 * top, starts=starts)
+        result = search(
+            pricer,
+            setup.mesh,
+            setup.memory_limit,
+            top=2 * top,
+            starts=starts,
+            outputs=bound,
+            unbound_outputs=None if bound is shapes else shapes,
+        )
     with watch.stage("write the rules"):
         candidates = tuple(_expressible(table, result.ranked, top))
+        beyond = [result.unbound] if result.unbound else []
+        beyond = [replace(c, name="without generate") for c in _expressible(table, beyond, 1)]
     return Planning(
         setup=setup,
         table=table,
@@ -216,12 +238,26 @@ def run_planner(
         candidates=candidates,
         rivals=rivals,
         pricer=pricer,
+        without_generate=beyond[0] if beyond else None,
     )
+
+
+def _shapes(model: AbstractModel, at_outputs: OutputShapes) -> OutputShapes:
+    """The shapes by template instead of by path."""
+    templates, shapes = model.table().templates, OutputShapes()
+    for path, found in at_outputs.items():
+        shapes.setdefault(templates.get(path, path), set()).update(found)
+    return shapes
+
+
+def _also(shapes: OutputShapes, others: OutputShapes) -> OutputShapes:
+    return {template: found | others.get(template, set()) for template, found in shapes.items()}
 
 
 def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
     """The op graph of the traced copy, each op and argument with its count in the real model."""
-    variables = folded.table().variables
+    folded_table = folded.table()
+    variables = folded_table.variables
     family_of = {variable.path: variable.family for variable in variables}
     trainable = {variable.path for variable in variables if variable.trainable}
     multiplicity = folded.folding.multiplicity
@@ -235,7 +271,13 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
         for argument in step.arguments
     ]
     replaces = [result.argument for result in step.results]
-    return build_program(closed, inputs, replaces, lambda layer: _layer_count(layer, multiplicity))
+    return build_program(
+        closed,
+        inputs,
+        replaces,
+        lambda layer: _layer_count(layer, multiplicity),
+        folded_table.templates,
+    )
 
 
 def _layer_count(layer: str, multiplicity: Callable[[str], int]) -> int:
@@ -276,24 +318,31 @@ def score_rules(
         scorer: prices assignments.
     """
     try:
-        assignment = resolve(rules, table, mesh).checked().assignment
+        resolution = resolve(rules, table, mesh).checked()
     except LayoutError as error:
         return Candidate(name=name, rules=rules, scored=None, failure=str(error))
-    return Candidate(name=name, rules=rules, scored=scorer.score(_known(assignment, scorer)))
+    outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
+    assignment = _known({**resolution.assignment, **outputs}, scorer)
+    return Candidate(name=name, rules=rules, scored=scorer.score(assignment))
 
 
 def _known(assignment: Mapping[str, Spec], scorer: Scorer) -> dict[str, Spec]:
-    """The part of an assignment that the step has arguments for."""
-    families = {argument.family for argument in scorer.pricer.program.arguments}
-    return {family: spec for family, spec in assignment.items() if family in families}
+    """The part of an assignment that the step has arrays for."""
+    program = scorer.pricer.program
+    known = {argument.family for argument in program.arguments}
+    known |= {output.template for output in program.layer_outputs}
+    return {name: spec for name, spec in assignment.items() if name in known}
 
 
 def _expressible(table: ModelTable, ranked: Sequence[Scored], top: int) -> Iterator[Candidate]:
     """The layouts that rules can tell apart, at most `top`, with distinct rules."""
     seen: set[LayoutRules] = set()
+    families = {family.name for family in table.families()}
     for scored in ranked:
+        assignment = {name: spec for name, spec in scored.assignment if name in families}
+        outputs = {name: spec for name, spec in scored.assignment if name not in families}
         try:
-            rules = synthesise(table, dict(scored.assignment))
+            rules = synthesise(table, assignment, outputs)
         except LayoutError:
             continue
         if rules not in seen:
