@@ -227,8 +227,8 @@ def run_planner(
         )
     with watch.stage("write the rules"):
         candidates = tuple(_expressible(table, result.ranked, top))
-        beyond = [result.unbound] if result.unbound else []
-        beyond = [replace(c, name="without generate") for c in _expressible(table, beyond, 1)]
+        unbound = [result.unbound] if result.unbound else []
+        beyond = [replace(c, name="without generate") for c in _expressible(table, unbound, 1)]
     return Planning(
         setup=setup,
         table=table,
