@@ -8,7 +8,7 @@ from typing import Any
 
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import Machine
-from autoshard.errors import AutoshardError, LayoutError, MeshError
+from autoshard.errors import AutoshardError, LayoutError, MeshError, ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.hardware.links import axis_links
@@ -35,6 +35,7 @@ __all__ = [
     "Planning",
     "Setup",
     "Stopwatch",
+    "make_pricer",
     "make_setup",
     "run_planner",
     "score_rules",
@@ -196,34 +197,19 @@ def run_planner(
         table = whole.table()
         # Two periods price exactly as more do: nothing but the count of what repeats differs.
         folded = fold(whole, periods=2)
-    with watch.stage("trace the step"):
-        step = make_step(folded, setup.workload)
-        closed, at_outputs = trace(step)
-        shapes = _shapes(folded, at_outputs)
-        bound = shapes
-        if setup.generate and folded.generates:
-            bound = _also(shapes, _shapes(folded, generate_shapes(folded, setup.workload)))
-    with watch.stage("build the op graph"):
-        program = _program(closed, step, folded)
-        links = axis_links(setup.mesh, setup.target)
-        dtype = setup.workload.dtype
-        machine = Machine(
-            chip=setup.target.chip,
-            links=tuple(links[axis] for axis in setup.mesh.parallel_axes),
-            matmul_dtype=_MATMUL_DTYPES.get(dtype, dtype),
-        )
-        pricer = StepPricer(program, machine)
+    pricer = make_pricer(folded, setup, watch)
     with watch.stage("search"):
         rivals = tuple(_rivals(whole, table, setup, pricer))
         starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
+        shapes = _output_shapes(pricer.program)
         result = search(
             pricer,
             setup.mesh,
             setup.memory_limit,
             top=2 * top,
             starts=starts,
-            outputs=bound,
-            unbound_outputs=None if bound is shapes else shapes,
+            outputs=_bounded(shapes, folded, setup),
+            unbound_outputs=shapes if setup.generate and folded.generates else None,
         )
     with watch.stage("write the rules"):
         candidates = tuple(_expressible(table, result.ranked, top))
@@ -233,7 +219,7 @@ def run_planner(
         setup=setup,
         table=table,
         task=folded.task,
-        unknown=program.unknown,
+        unknown=pricer.program.unknown,
         result=result,
         candidates=candidates,
         rivals=rivals,
@@ -242,16 +228,51 @@ def run_planner(
     )
 
 
-def _shapes(model: AbstractModel, at_outputs: OutputShapes) -> OutputShapes:
-    """The shapes by template instead of by path."""
-    templates, shapes = model.table().templates, OutputShapes()
-    for path, found in at_outputs.items():
-        shapes.setdefault(templates.get(path, path), set()).update(found)
+def make_pricer(folded: AbstractModel, setup: Setup, watch: Stopwatch | None = None) -> StepPricer:
+    """What prices layouts of a model's step.
+
+    Args:
+        folded: the model, with fewer blocks.
+        setup: mesh, target, workload.
+        watch: measures the stages.
+    """
+    watch = watch or Stopwatch()
+    with watch.stage("trace the step"):
+        step = make_step(folded, setup.workload)
+        closed = trace(step)
+    with watch.stage("build the op graph"):
+        program = _program(closed, step, folded)
+        links = axis_links(setup.mesh, setup.target)
+        dtype = setup.workload.dtype
+        machine = Machine(
+            chip=setup.target.chip,
+            links=tuple(links[axis] for axis in setup.mesh.parallel_axes),
+            matmul_dtype=_MATMUL_DTYPES.get(dtype, dtype),
+        )
+        return StepPricer(program, machine)
+
+
+def _output_shapes(program: Program) -> OutputShapes:
+    """The shapes at each template of a layer output in the step."""
+    shapes = OutputShapes()
+    for output in program.layer_outputs:
+        shapes.setdefault(output.template, set()).add(output.shape)
     return shapes
 
 
-def _also(shapes: OutputShapes, others: OutputShapes) -> OutputShapes:
-    return {template: found | others.get(template, set()) for template, found in shapes.items()}
+def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> OutputShapes:
+    """With the shapes that the same outputs have in `generate`, where that has to run."""
+    if not (setup.generate and folded.generates):
+        return shapes
+    try:
+        generated = generate_shapes(folded, setup.workload)
+    except ModelError:
+        return OutputShapes()
+    bounded = {template: set(found) for template, found in shapes.items()}
+    templates = folded.table().templates
+    for path, found in generated.items():
+        bounded.setdefault(templates.get(path, path), set()).update(found)
+    return bounded
 
 
 def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:

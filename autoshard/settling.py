@@ -2,7 +2,7 @@
 
 `cpu`: XLA's partitioner, which decides for CPU devices as it does for the target's, says which
 collectives there are; their time is that of the target's links, and compute is the prediction.
-`target`: the target's own compiler says that too, and memory and cycles.
+`target`: the target's own compiler says that too, and memory, and the cycles of a TPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -154,10 +154,14 @@ def _judge(
             step_seconds=partitioned_seconds(planning, candidate, compiled),
             fits=None,
         )
+    # The GPU compiler counts no cycles: its collectives, with predicted compute.
+    on_gpu = compiler.chip.kind == "gpu"
     return Verdict(
         candidate=candidate,
         compiled=compiled,
-        step_seconds=step_time(compiled).step_seconds,
+        step_seconds=partitioned_seconds(planning, candidate, compiled)
+        if on_gpu
+        else step_time(compiled).step_seconds,
         fits=compiled.peak_bytes <= planning.setup.memory_limit,
     )
 

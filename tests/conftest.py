@@ -1,6 +1,7 @@
 """What every test runs under: Keras on JAX, eight virtual CPU devices, repeatable examples."""
 
 import os
+import tempfile
 
 from hypothesis import settings
 
@@ -8,6 +9,9 @@ from hypothesis import settings
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# No test reads a verdict that another run left.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="autoshard-tests-")
 
 # A busy machine makes no test fail, and a failure comes back on the next run.
 settings.register_profile("autoshard", deadline=None, derandomize=True)

@@ -42,6 +42,7 @@ LIBRARIES = {
     "jax": {"model", "graph", "sharding_plan", "xla", "pipeline"},
     "networkx": {"graph", "search"},
     "scipy": {"search"},
+    "platformdirs": {"xla"},
     "tabulate": {"report"},
     "jinja2": {"report"},
     "click": {"cli"},

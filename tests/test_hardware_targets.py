@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from autoshard.errors import MeshError, UnknownNameError, UsageError
 from autoshard.hardware.chips import known_chips
+from autoshard.hardware.gpu_config import gpu_target_config
 from autoshard.hardware.links import device_coordinates
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
 from autoshard.mesh import Mesh, parse_mesh
@@ -226,3 +227,14 @@ def test_the_compiler_lists_the_devices_of_every_target_as_we_do() -> None:
         assert theirs == device_coordinates(target), str(target)
         assert kind in target.chip.jax_device_kinds
         assert len(rows) == target.n_devices
+
+
+def test_every_gpu_is_described_to_its_compiler() -> None:
+    for chip in known_chips():
+        if chip.kind == "gpu":
+            text = gpu_target_config(chip)
+            assert text.count("{") == text.count("}") == 3
+            assert f"memory_bandwidth: {chip.hbm_bytes_per_second:.0f}" in text
+            # JAX takes three quarters of the card's memory.
+            whole = chip.device_info["device_memory_size"]
+            assert 0.69 < chip.hbm_bytes / whole < 0.78

@@ -186,11 +186,10 @@ def test_the_environment_of_a_target_sets_devices_and_keeps_the_callers_flags(mo
     assert environment["XLA_FLAGS"] == (
         "--xla_some_flag=1 --xla_force_host_platform_device_count=6"
     )
-    with pytest.raises(XlaError, match="no compiler for target 'gpu:h100-sxm:8'"):
-        child_environment(parse_target("gpu:h100-sxm:8"))
 
 
-def test_without_libtpu_the_error_has_the_pip_command(monkeypatch):
+@pytest.mark.parametrize(("target", "extra"), [("tpu:v5e:2x4", "tpu"), ("gpu:h100-sxm:8", "cuda")])
+def test_without_the_compiler_the_error_has_the_pip_command(monkeypatch, target, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(XlaError, match=r'pip install "autoshard\[tpu\]"'):
-        child_environment(parse_target("tpu:v5e:2x4"))
+    with pytest.raises(XlaError, match=rf'pip install "autoshard\[{extra}\]"'):
+        child_environment(parse_target(target))

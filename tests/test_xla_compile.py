@@ -280,7 +280,7 @@ def test_a_step_that_does_not_fit_the_target_is_refused_with_sizes():
     target = "tpu:v5e:2x2"
     with (
         Child(child_environment(parse_target(target))) as child,
-        pytest.raises(OutOfMemoryError, match=f"does not fit {target}: Ran out of memory"),
+        pytest.raises(OutOfMemoryError, match=f"does not fit {target}: a device needs .* TiB"),
     ):
         # Logits of 512 x 2048 x 256000 in float32 alone are 1 TB.
         compiled(
@@ -292,3 +292,17 @@ def test_a_step_that_does_not_fit_the_target_is_refused_with_sizes():
             target=target,
             repeats=1,
         )
+
+
+@pytest.mark.gpu
+def test_the_gpu_compiler_decides_as_the_others_do_and_states_memory():
+    pytest.importorskip("jax_cuda12_plugin")
+    target = "gpu:h100-sxm:8"
+    with Child(child_environment(parse_target(target))) as child:
+        step = compiled(child, target=target)
+    # As on CPU devices: two a block and one for the embedding, each (8, 32, 64) bfloat16.
+    assert [(c.kind, c.n_bytes) for c in step.collectives] == [("all-reduce", 32768)] * 5
+    # A device's share: 1/8 of (512 x 64 + 2 x (4 x 64 x 128 + 3 x 64 x 128)) weights, norms whole.
+    weights = (512 * 64 + 2 * (4 * 64 * 128 + 3 * 64 * 128)) // 8 + 5 * 64
+    tokens_and_mask = 8 * 32 * 4 + 8 * 32 * 4
+    assert abs(step.argument_bytes - 2 * weights - tokens_and_mask) < 2048

@@ -54,6 +54,7 @@ class Chip:
         on_chip_bytes_per_second: between the two devices of one chip.
         devices_per_node: devices of a GPU node at most; 0 for TPUs and the CPU.
         topology_options: what the compiler needs beside the slice's name.
+        device_info: what the CUDA compiler asks a GPU's driver, under the names of its proto.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Chip:
     on_chip_bytes_per_second: float | None = None
     devices_per_node: int = 0
     topology_options: Mapping[str, str] = field(hash=False, default_factory=dict)
+    device_info: Mapping[str, float] = field(hash=False, repr=False, default_factory=dict)
 
     def flops_per_second(self, dtype: str) -> float:
         """Peak of one device in `dtype`; a dtype without a row computes as bfloat16.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.chips import Chip, get_chip, known_chips
+from autoshard.hardware.gpu_config import gpu_target_config
 from autoshard.mesh import Mesh
 
 __all__ = ["Target", "check_devices", "default_target", "parse_target"]
@@ -77,15 +78,25 @@ class Target:
         return not self.chip.slices or self.topology in self.chip.slices
 
     def topology_options(self) -> dict[str, object]:
-        """The arguments by which `jax.experimental.topologies.get_topology_desc` makes a TPU slice.
+        """The arguments by which `jax.experimental.topologies.get_topology_desc` makes the machine.
 
-        The compiler deals slices out to hosts of 2x2 chips and refuses what these do not tile;
-        one chip a host makes any slice compile, 1x1 and 2x3 too.
+        The TPU compiler deals slices out to hosts of 2x2 chips and refuses what these do not tile;
+        one chip a host makes any slice compile, 1x1 and 2x3 too. The CUDA compiler counts slices,
+        nodes and GPUs of a node, and is told what a GPU is.
 
         >>> parse_target("tpu:v5e:2x3").topology_options()["chips_per_host_bounds"]
         (1, 1, 1)
+        >>> parse_target("gpu:h100-sxm:2x8").topology_options()["topology"]
+        '1x2x8'
         """
-        assert self.chip.kind == "tpu", self
+        assert self.chip.kind != "cpu", self
+        if self.chip.kind == "gpu":
+            return {
+                "platform": "cuda",
+                "topology_name": "",
+                "target_config": gpu_target_config(self.chip),
+                "topology": f"1x{self.n_slices}x{self.topology[0]}",
+            }
         sizes = "x".join(str(size) for size in self.topology)
         options: dict[str, object] = {
             "platform": "tpu",

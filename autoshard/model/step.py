@@ -31,17 +31,21 @@ def make_step(model: AbstractModel, workload: Workload) -> Step:
     return decode_step(model, workload)
 
 
-def trace(step: Step) -> tuple[Any, OutputShapes]:
+def trace(step: Step) -> Any:
     """Trace a step on shapes alone.
 
     Returns:
         A `jax.core.ClosedJaxpr` whose equations keep their name stacks, for example
-        `jvp(gemma_backbone)/decoder_block_0/attention`, with a mark at every layer output; and the
-        shapes at the marks.
+        `jvp(gemma_backbone)/decoder_block_0/attention`, with a mark at every layer output.
 
     Raises:
         ModelError: the model refuses data of these shapes.
     """
+    return _traced(step)[0]
+
+
+def _traced(step: Step) -> tuple[Any, OutputShapes]:
+    """The jaxpr, and the shapes at its marks."""
     import jax
 
     shapes = [jax.ShapeDtypeStruct(a.shape, jax.numpy.dtype(a.dtype)) for a in step.arguments]
@@ -74,6 +78,6 @@ def generate_shapes(model: AbstractModel, workload: Workload) -> OutputShapes:
     alone = replace(workload, kind="decode", batch=1)
     with marking_scope() as outputs:
         step = decode_step(model, alone)
-    for path, shapes in trace(step)[1].items():
+    for path, shapes in _traced(step)[1].items():
         outputs.setdefault(path, set()).update(shapes)
     return outputs

@@ -33,7 +33,11 @@ __all__ = ["Child", "child_environment"]
 
 _POLL_SECONDS = 0.1
 _KEPT_WORDS = 400
-_INSTALL_TPU = 'the TPU compiler is not installed; pip install "autoshard[tpu]"'
+# Kind of chip -> the module that its compiler comes in, and what to do without it.
+_COMPILERS = {
+    "tpu": ("libtpu", 'pip install "autoshard[tpu]"'),
+    "gpu": ("jax_cuda12_plugin", 'pip install "autoshard[cuda]"'),
+}
 
 
 def child_environment(target: Target) -> dict[str, str]:
@@ -52,10 +56,12 @@ def child_environment(target: Target) -> dict[str, str]:
         flags = os.environ.get("XLA_FLAGS", "")
         count = f"--xla_force_host_platform_device_count={target.n_devices}"
         return environment | {"XLA_FLAGS": f"{flags} {count}".strip()}
-    if target.chip.kind != "tpu":
-        raise XlaError(f"no compiler for target '{target}'; cpu:N and tpu:... have one")
-    if importlib.util.find_spec("libtpu") is None:
-        raise XlaError(_INSTALL_TPU)
+    module, advice = _COMPILERS[target.chip.kind]
+    if importlib.util.find_spec(module) is None:
+        kind = target.chip.kind.upper()
+        raise XlaError(f"the {kind} compiler is not installed; {advice}")
+    if target.chip.kind == "gpu":
+        return environment
     return environment | {
         # Without these libtpu asks the cloud's metadata server what it runs on, and a second
         # process aborts on the lock file of the first.

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +16,13 @@ from autoshard.model.build import AbstractModel, build
 from autoshard.model.folding import BlockStack
 from autoshard.model.step import Step, make_step
 from autoshard.model.workload import Workload
+from autoshard.xla.cache import VerdictCache
 from autoshard.xla.children import Child
 from autoshard.xla.collectives import estimated_cycles, read_collectives
 from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.exhausted import exhausted_sentence
 from autoshard.xla.extrapolate import extrapolate
+from autoshard.xla.flops import matmul_flops
 from autoshard.xla.hlo import parse_hlo
 from autoshard.xla.lowering import lower
 from autoshard.xla.names import layer_paths
@@ -30,22 +34,39 @@ __all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step"]
 _KEPT_STEPS = 4
 
 
-def compile_in(child: Child, request: CompileRequest, *, timeout_seconds: float) -> CompiledStep:
-    """Compile a step in a child.
+def compile_in(
+    child: Child,
+    request: CompileRequest,
+    *,
+    timeout_seconds: float,
+    cache: VerdictCache | None = None,
+) -> CompiledStep:
+    """Compile a step in a child, unless the verdict is known.
 
     Args:
         child: made with `child_environment` of the request's target.
         request: what to compile.
         timeout_seconds: the limit, the child's start included.
+        cache: asked first, and told the verdict.
 
     Raises:
         OutOfMemoryError: the target's compiler says that the program does not fit its memory.
         LayoutError: Keras refuses the layout.
         XlaError: it failed otherwise, or the child died or ran out of time.
     """
-    step: CompiledStep = child.call(
-        "autoshard.xla.compile:compile_step", request, timeout_seconds=timeout_seconds
-    )
+    known = cache.get(request) if cache else None
+    if known is not None:
+        return known
+    try:
+        step: CompiledStep = child.call(
+            "autoshard.xla.compile:compile_step", request, timeout_seconds=timeout_seconds
+        )
+    except OutOfMemoryError as error:
+        if cache:
+            cache.put(request, error)
+        raise
+    if cache:
+        cache.put(request, step)
     return step
 
 
@@ -55,6 +76,7 @@ def compile_deep(
     *,
     periods: int = 2,
     timeout_seconds: float,
+    cache: VerdictCache | None = None,
 ) -> CompiledStep:
     """The whole model's program, from copies with `periods` and twice as many periods of blocks.
 
@@ -65,16 +87,22 @@ def compile_deep(
         request: what to compile; its `repeats` is not used.
         periods: periods of blocks in the shallower copy.
         timeout_seconds: the limit of each compilation.
+        cache: as for `compile_in`.
 
     Raises:
         OutOfMemoryError: not even a copy fits.
         LayoutError: Keras refuses the layout.
         XlaError: as for `compile_in`.
     """
-    small = compile_in(child, request.with_repeats(periods), timeout_seconds=timeout_seconds)
+
+    def compiled(periods: int) -> CompiledStep:
+        copy = request.with_repeats(periods)
+        return compile_in(child, copy, timeout_seconds=timeout_seconds, cache=cache)
+
+    small = compiled(periods)
     if small.is_whole:
         return small
-    large = compile_in(child, request.with_repeats(2 * periods), timeout_seconds=timeout_seconds)
+    large = compiled(2 * periods)
     return large if large.is_whole else extrapolate(small, large)
 
 
@@ -94,9 +122,10 @@ def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> Co
     progress("build")
     model, step = _built(request.model, request.workload, request.repeats)
     progress("lower")
-    lowered = lower(step, request.rules, request.mesh, target)
+    lowered, jaxpr = lower(step, request.rules, request.mesh, target)
     progress("compile")
-    return compile_lowered(lowered, request.mesh, target, step, model.folding.blocks)
+    compiled = compile_lowered(lowered, request.mesh, target, step, model.folding.blocks)
+    return replace(compiled, model_flops=matmul_flops(jaxpr))
 
 
 def compile_lowered(
@@ -149,10 +178,10 @@ def _built(name: str, workload: Workload, repeats: int | None) -> tuple[Abstract
 
 def _refused(error: Exception, target: Target) -> XlaError:
     """The compiler's refusal as one line."""
-    reason = str(error).strip().partition("\n")[0]
-    if "RESOURCE_EXHAUSTED" in reason:
-        what = reason.partition("RESOURCE_EXHAUSTED:")[2].strip() or reason
-        return OutOfMemoryError(f"the step does not fit {target}: {what}")
+    message = str(error).strip()
+    reason = message.partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" in message:
+        return OutOfMemoryError(exhausted_sentence(message, str(target)))
     return XlaError(f"the compiler for {target} refused the step: {reason}")
 
 

@@ -84,6 +84,7 @@ class CompiledStep:
         estimated_cycles: the TPU compiler's estimate of a device's cycles of computation.
         flops: floating point operations of a device as XLA counts them, where it does; those of
             loops are counted once.
+        model_flops: those of the model's matmuls, all devices together, nothing twice.
     """
 
     target: str
@@ -95,6 +96,7 @@ class CompiledStep:
     collectives: tuple[Collective, ...]
     estimated_cycles: int | None = None
     flops: int | None = None
+    model_flops: int | None = None
 
     @property
     def is_whole(self) -> bool:

@@ -63,6 +63,7 @@ def extrapolate(small: CompiledStep, large: CompiledStep) -> CompiledStep:
         collectives=tuple(collectives),
         estimated_cycles=maybe(small.estimated_cycles, large.estimated_cycles),
         flops=maybe(small.flops, large.flops),
+        model_flops=maybe(small.model_flops, large.model_flops),
     )
 
 

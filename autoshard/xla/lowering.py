@@ -47,12 +47,13 @@ def target_devices(target: Target) -> tuple[Any, ...]:
         topology = topologies.get_topology_desc(**target.topology_options())
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise XlaError(f"the TPU compiler does not know the slice '{target}': {reason}") from error
+        compiler = target.chip.kind.upper()
+        raise XlaError(f"the {compiler} compiler does not know '{target}': {reason}") from error
     return tuple(topology.devices)
 
 
-def lower(step: Step, rules: LayoutRules, mesh: Mesh, target: Target) -> Any:
-    """Lower a step for a target under the layout that `rules` give it.
+def lower(step: Step, rules: LayoutRules, mesh: Mesh, target: Target) -> tuple[Any, Any]:
+    """Trace and lower a step for a target under the layout that `rules` give it.
 
     Args:
         step: the step, of an abstract model.
@@ -61,7 +62,7 @@ def lower(step: Step, rules: LayoutRules, mesh: Mesh, target: Target) -> Any:
         target: what to compile for.
 
     Returns:
-        A `jax.stages.Lowered`.
+        The `jax.stages.Lowered`, and the jaxpr that it was lowered from.
 
     Raises:
         LayoutError: a rule does not fit an argument's shape, or two rules match one path.
@@ -86,7 +87,8 @@ def lower(step: Step, rules: LayoutRules, mesh: Mesh, target: Target) -> Any:
     function.__name__ = "step"
     with distribution.scope():
         jitted = jax.jit(function, out_shardings=results, donate_argnums=step.donated)
-        return jitted.lower(*arguments)
+        traced = jitted.trace(*arguments)
+        return traced.lower(), traced.jaxpr
 
 
 def _distribution(rules: LayoutRules, mesh: Mesh, devices: Sequence[Any]) -> Any:

@@ -1,0 +1,130 @@
+"""Compiled verdicts on disk, so that no compiler is asked the same question twice.
+
+A verdict is a program's summary or the sentence by which the compiler refused it for its memory.
+Its key is a hash of all that decides it: the model (its table of variables and its configuration),
+the layout rules, mesh, workload, target and depth, the versions of the packages, this package's own
+source, and the flags given to XLA. A model whose code is not KerasHub's has no key: its code may
+change where neither table nor configuration shows it.
+
+Entries are written whole or not at all, and one that cannot be read is as good as none.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_dir
+
+from autoshard.errors import OutOfMemoryError
+from autoshard.model.recipe import AbstractModel
+from autoshard.xla.compiled import CompiledStep, CompileRequest
+
+__all__ = ["VerdictCache", "verdict_cache"]
+
+_PACKAGES = ("keras", "keras-hub", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictCache:
+    """The verdicts on one model.
+
+    Attributes:
+        folder: where the entries lie.
+        model_key: what stands for the model.
+    """
+
+    folder: Path
+    model_key: str
+
+    def get(self, request: CompileRequest) -> CompiledStep | None:
+        """The verdict on a request, or None where there is none.
+
+        Raises:
+            OutOfMemoryError: the verdict is that the program does not fit.
+        """
+        try:
+            entry = json.loads(self._path(request).read_text(encoding="utf-8"))
+            refusal: str | None = entry["refusal"]
+            if refusal is None:
+                return CompiledStep.from_json(entry["step"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        raise OutOfMemoryError(refusal)
+
+    def put(self, request: CompileRequest, verdict: CompiledStep | OutOfMemoryError) -> None:
+        """Keep a verdict. A folder that cannot be written keeps nothing."""
+        refused = isinstance(verdict, OutOfMemoryError)
+        entry = {
+            "refusal": str(verdict) if refused else None,
+            "step": None if isinstance(verdict, OutOfMemoryError) else verdict.to_json(),
+        }
+        path = self._path(request)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".tmp", delete=False
+            ) as file:
+                beside = Path(file.name)
+                file.write(json.dumps(entry))
+            try:
+                os.replace(beside, path)
+            finally:
+                beside.unlink(missing_ok=True)
+
+    def _path(self, request: CompileRequest) -> Path:
+        question = request.to_json() | {"model": self.model_key, "installed": _installed()}
+        question["flags"] = [os.environ.get(name, "") for name in _FLAGS]
+        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{digest}.json"
+
+
+def verdict_cache(model: AbstractModel) -> VerdictCache | None:
+    """The cache for a model, in the user's cache directory; None for one that has no key.
+
+    Args:
+        model: the whole model.
+    """
+    backbone = type(model.backbone)
+    config = model.recipe.config if model.recipe else None
+    if config is None or not backbone.__module__.startswith("keras_hub."):
+        return None
+    described = [
+        model.table().fingerprint,
+        f"{backbone.__module__}.{backbone.__qualname__}",
+        model.task,
+        json.dumps(config, sort_keys=True, default=str),
+    ]
+    return VerdictCache(
+        folder=Path(user_cache_dir("autoshard")) / "verdicts",
+        model_key=hashlib.sha256("\n".join(described).encode()).hexdigest(),
+    )
+
+
+@cache
+def _installed() -> dict[str, Any]:
+    """Versions of the packages that compile, and a hash of this package's source."""
+    source = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.json"))):
+        source.update(path.read_bytes())
+    return {
+        "format": _FORMAT,
+        "autoshard": source.hexdigest(),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

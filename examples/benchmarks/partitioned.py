@@ -1,0 +1,69 @@
+"""XLA's partitioner for CPU devices, read as the partitioner of the target.
+
+It decides on the same collectives. But where the gradients of several matmuls that read one array
+are partial sums (those of query, key and value), it reduces each, and the target's compiler adds
+them first. Such are all-reduces of equal bytes in the backward pass, between the devices of one
+data shard, of layers that stand side by side; gradients of weights are sums over the data axis.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+
+from autoshard.cost.values import StepCost
+from autoshard.hardware.collectives import wire_bytes
+from autoshard.hardware.links import group_link
+from autoshard.planning import Setup
+from autoshard.xla.clock import collective_seconds
+from autoshard.xla.collectives import Collective
+from autoshard.xla.compiled import CompiledStep
+
+__all__ = ["partitioned_seconds", "target_collectives", "total_wire_bytes"]
+
+
+def target_collectives(step: CompiledStep, data_axis: str) -> tuple[Collective, ...]:
+    """The collectives of a program as the target runs them.
+
+    Args:
+        step: the program.
+        data_axis: name of the mesh axis that splits the data.
+    """
+    if not step.target.startswith("cpu"):
+        return step.collectives
+    apart: list[Collective] = []
+    siblings: dict[tuple[object, ...], list[Collective]] = defaultdict(list)
+    for one in step.collectives:
+        if _may_be_added(one, data_axis):
+            beside = one.layer.rpartition("/")[0]
+            siblings[one.axis, one.n_bytes, one.dtype, beside].append(one)
+        else:
+            apart.append(one)
+    added = [max(several, key=lambda one: one.count) for several in siblings.values()]
+    # Each moves on its own: how XLA for CPUs combines them into one launch is its own affair.
+    return tuple(replace(one, launches=one.count) for one in (*apart, *added))
+
+
+def _may_be_added(one: Collective, data_axis: str) -> bool:
+    within = data_axis not in one.axis.split(",")
+    return one.kind == "all-reduce" and one.phase == "backward" and within
+
+
+def total_wire_bytes(collectives: tuple[Collective, ...]) -> float:
+    """Wire bytes through one device, by the ring formulas."""
+    return sum(c.count * wire_bytes(c.kind, c.n_bytes, c.group_size) for c in collectives)
+
+
+def partitioned_seconds(setup: Setup, cost: StepCost, step: CompiledStep) -> float:
+    """Predicted compute, with the partitioner's collectives on the target's links.
+
+    Which of them the target hides behind compute is predicted too, or goes by their kind.
+    """
+    predicted = {(item.kind, item.axis, item.n_bytes): item.overlapped for item in cost.traffic}
+    hidden = blocking = 0.0
+    for one in target_collectives(step, setup.mesh.data_axis):
+        link = group_link(one.axis.split(","), setup.mesh, setup.target)
+        by_kind = one.kind in setup.target.chip.overlapped_collectives
+        if predicted.get((one.kind, one.axis, one.n_bytes), by_kind):
+            hidden += collective_seconds(one, link)
+        else:
+            blocking += collective_seconds(one, link)
+    return cost.compute_seconds + blocking + max(0.0, hidden - cost.compute_seconds)

@@ -1,0 +1,58 @@
+"""What the planner predicts for the program that a verdict is of: two periods of blocks, no more.
+
+The planner itself prices a copy of the model in which one block stands for many. Here the copy
+stands for itself alone, so that prediction and compiler speak of the same program.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+from verdicts import BATCH, PERIODS, SEQ_LEN, TARGET
+
+from autoshard.cost.values import StepCost
+from autoshard.layout.resolve import resolve
+from autoshard.layout.rules import LayoutRules
+from autoshard.mesh import Mesh, shard_bytes
+from autoshard.model.build import build
+from autoshard.model.folding import Folding
+from autoshard.model.variables import ModelTable, dtype_bytes
+from autoshard.planning import Setup, make_pricer, make_setup, score_rules
+from autoshard.search.descent import Scorer
+
+__all__ = ["held_bytes", "predicted_cost", "setup_of", "shallow_scorer"]
+
+# A weight, and Adam's two moments.
+_COPIES = {"train": 3, "prefill": 1}
+
+
+def setup_of(mesh: str, workload: str) -> Setup:
+    """The setting of every benchmark: `TARGET`, batch 8 x 512, bfloat16, Adam."""
+    return make_setup(mesh, target=TARGET, workload=workload, batch=BATCH, seq_len=SEQ_LEN)
+
+
+@cache
+def shallow_scorer(model: str, mesh: str, workload: str) -> tuple[ModelTable, Scorer]:
+    """The variables of the copy with two periods of blocks, and what scores its layouts."""
+    setup = setup_of(mesh, workload)
+    shallow = build(model, dtype=setup.workload.dtype, repeats=PERIODS)
+    shallow = replace(shallow, folding=Folding())
+    pricer = make_pricer(shallow, setup)
+    return shallow.table(), Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
+
+
+def predicted_cost(model: str, mesh: str, workload: str, rules: LayoutRules) -> StepCost | None:
+    """The cost of a layout of that copy; None where the planner refuses the layout."""
+    table, scorer = shallow_scorer(model, mesh, workload)
+    scored = score_rules("", rules, table, scorer.mesh, scorer).scored
+    return None if scored is None else scored.cost
+
+
+def held_bytes(table: ModelTable, rules: LayoutRules, mesh: Mesh, workload: str) -> int:
+    """Bytes of weights and optimizer on a device, of the whole model: exact, and below the peak."""
+    assignment = resolve(rules, table, mesh).assignment
+    return _COPIES[workload] * sum(
+        shard_bytes(
+            variable.shape, dtype_bytes(variable.dtype), assignment.get(variable.family, ()), mesh
+        )
+        for variable in table.variables
+    )

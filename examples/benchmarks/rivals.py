@@ -1,0 +1,191 @@
+"""autoshard's plans against the maps that people use today, on the target's own compiler.
+
+    python examples/benchmarks/rivals.py [--models NAME...] [--meshes MESH...] [--only ours|rivals]
+    python examples/benchmarks/rivals.py --table
+
+A verdict is the program of two periods of blocks, batch 8 x 512, compiled for `tpu:v5e:2x4`, on the
+clock of `autoshard.xla.clock`: the compiler's cycles and its collectives over a plain ring. Where
+libtpu is not installed it is predicted compute with the collectives of XLA's partitioner for CPUs.
+
+Verdicts are kept in results/rivals.jsonl, and a run asks only for those that are missing. The table
+marks with `!` a layout whose weights and optimizer alone exceed the memory of a device at full
+depth: it is no rival. What Keras refuses is `refused`, what the compiler cannot hold `too big`.
+"""
+
+import argparse
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from maps import rivals
+from partitioned import partitioned_seconds
+from planned import held_bytes, predicted_cost, setup_of
+from tables import Entry, rivals_table
+from verdicts import (
+    BATCH,
+    SEQ_LEN,
+    TARGET,
+    Question,
+    Results,
+    Row,
+    answer_all,
+    compiled,
+    plan_here,
+    rules_of,
+    verdict_target,
+)
+
+from autoshard.hardware.targets import parse_target
+from autoshard.layout.rules import LayoutRules
+from autoshard.mesh import Mesh, parse_mesh
+from autoshard.model.build import AbstractModel, build
+from autoshard.model.variables import ModelTable
+from autoshard.pipeline import make_plan
+from autoshard.xla.clock import step_time
+from autoshard.xla.compiled import CompiledStep
+
+MODELS = (
+    "gemma_2b_en",
+    "gemma_7b_en",
+    "gemma2_2b_en",
+    "gemma3_4b_text",
+    "llama3_8b_en",
+    "mistral_7b_en",
+    "qwen2.5_7b_en",
+    "qwen3_8b_en",
+    "phi3_mini_4k_instruct_en",
+    "mixtral_8_7b_en",
+    "gpt2_large_en",
+    "vit_large_patch16_224_imagenet",
+    "bert_large_en_uncased",
+)
+TRAINED = ("gemma_2b_en", "llama3_8b_en", "qwen3_8b_en")
+MESHES = ("1x8", "2x4", "4x2", "8x1")
+WORKLOADS = ("prefill", "train")
+OURS = "autoshard"
+HAND = "megatron"
+RIVALS = ("announcement", "kerashub", "largest dimension", HAND)
+RESULTS = Path(__file__).parent / "results" / "rivals.jsonl"
+KEY = ("model", "mesh", "workload", "layout", "rules", "target", "versions")
+
+
+def main() -> None:
+    arguments = _arguments()
+    results = Results(path=RESULTS, fields=KEY)
+    plan_here()
+    if not arguments.table:
+        answer_all(_questions(arguments), results, retry_errors=arguments.retry_errors)
+    print(rivals_table(_entries(results, arguments), OURS, RIVALS, HAND))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
+    parser.add_argument("--meshes", nargs="+", default=MESHES, metavar="MESH")
+    parser.add_argument("--workload", nargs="+", default=WORKLOADS, choices=WORKLOADS)
+    parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
+    parser.add_argument("--table", action="store_true", help="compile nothing, print the table")
+    parser.add_argument(
+        "--links", action="store_true", help="time collectives on the mesh's links, not a ring"
+    )
+    parser.add_argument("--retry-errors", action="store_true", help="ask again where that failed")
+    return parser.parse_args()
+
+
+def _questions(arguments: argparse.Namespace) -> Iterator[Question]:
+    """All that is to be compiled, the forward passes first, model by model."""
+    for workload in arguments.workload:
+        for name in arguments.models:
+            if workload == "prefill" or name in TRAINED:
+                model = build(name)
+                for mesh in arguments.meshes:
+                    for layout, rules in _layouts(model, mesh, workload, arguments.only):
+                        yield Question(
+                            model=name,
+                            mesh=mesh,
+                            workload=workload,
+                            layout=layout,
+                            rules=rules,
+                            target=verdict_target(),
+                        )
+
+
+def _layouts(
+    model: AbstractModel, mesh: str, workload: str, only: str | None
+) -> Iterator[tuple[str, LayoutRules]]:
+    if only != "ours":
+        yield from rivals(model, parse_mesh(mesh))
+    if only != "rivals":
+        setup = setup_of(mesh, workload)
+        outcome = make_plan(
+            model.name,
+            mesh,
+            target=setup.target,
+            workload=workload,
+            batch=BATCH,
+            seq_len=SEQ_LEN,
+            verify="none",
+        )
+        yield OURS, outcome.plan.rules
+
+
+def _entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
+    """The verdicts that the table shows, in its order."""
+    places = {name: place for place, name in enumerate(MODELS)}
+    rows = [
+        row
+        for row in results.rows.values()
+        if row["target"] == verdict_target()
+        and row["model"] in arguments.models
+        and row["mesh"] in arguments.meshes
+        and row["workload"]["kind"] in arguments.workload
+    ]
+    # The sort is stable: of two plans for one place the later verdict stays the later.
+    rows.sort(
+        key=lambda row: (
+            WORKLOADS.index(row["workload"]["kind"]),
+            places[row["model"]],
+            MESHES.index(row["mesh"]),
+        )
+    )
+    for name, several in groupby(rows, key=lambda row: row["model"]):
+        table = build(name).table()
+        yield from (_entry(row, table, arguments.links) for row in several)
+
+
+def _entry(row: Row, table: ModelTable, links: bool) -> Entry:
+    mesh, kind = parse_mesh(row["mesh"]), row["workload"]["kind"]
+    step = compiled(row)
+    seconds, note, fits = None, _word(row.get("error", "")), True
+    if step is not None:
+        seconds = _seconds(row, step, mesh if links else None)
+        held = held_bytes(table, rules_of(row), mesh, kind)
+        fits = held <= parse_target(TARGET).chip.hbm_bytes
+    return Entry(
+        model=row["model"],
+        mesh=row["mesh"],
+        workload=kind,
+        layout=row["layout"],
+        seconds=seconds,
+        note=note,
+        fits=fits,
+    )
+
+
+def _word(error: str) -> str:
+    """An error as a word of the table."""
+    words = {"LayoutError": "refused", "OutOfMemoryError": "too big"}
+    return words.get(error.partition(":")[0], "failed") if error else ""
+
+
+def _seconds(row: Row, step: CompiledStep, mesh: Mesh | None) -> float | None:
+    """The time of a program: its compiler's clock, or predicted compute where there is none."""
+    if step.estimated_cycles is not None:
+        return step_time(step, mesh).step_seconds
+    kind = row["workload"]["kind"]
+    cost = predicted_cost(row["model"], row["mesh"], kind, rules_of(row))
+    return None if cost is None else partitioned_seconds(setup_of(row["mesh"], kind), cost, step)
+
+
+if __name__ == "__main__":
+    main()

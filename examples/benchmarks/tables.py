@@ -1,0 +1,116 @@
+"""The table of `rivals.py`, from values."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+__all__ = ["Cell", "Entry", "cells", "rivals_table"]
+
+# An answer within this of the best is as good.
+_AS_GOOD = 1.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One layout's verdict.
+
+    Attributes:
+        model, mesh, workload, layout: what was compiled.
+        seconds: the step; None where there is no program.
+        note: why there is none, in a word, or "".
+        fits: whether the whole model's weights and optimizer fit a device.
+    """
+
+    model: str
+    mesh: str
+    workload: str
+    layout: str
+    seconds: float | None
+    note: str = ""
+    fits: bool = True
+
+    @property
+    def text(self) -> str:
+        """Milliseconds, marked where it does not fit."""
+        if self.seconds is None:
+            return self.note
+        return f"{1e3 * self.seconds:.2f}{'' if self.fits else '!'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """All verdicts on one model, mesh and workload, by layout."""
+
+    model: str
+    mesh: str
+    workload: str
+    entries: dict[str, Entry]
+
+    def seconds(self, layout: str) -> float | None:
+        """The step under a layout; None where it has no program or does not fit."""
+        entry = self.entries.get(layout)
+        return entry.seconds if entry and entry.fits else None
+
+    def best(self, layouts: Sequence[str]) -> float | None:
+        """The fastest of some layouts, of those that run."""
+        return min((s for name in layouts if (s := self.seconds(name)) is not None), default=None)
+
+    def ratio(self, ours: str, layouts: Sequence[str]) -> float | None:
+        """Our step over the best of others; below 1 is faster. None where one does not run."""
+        mine, best = self.seconds(ours), self.best(layouts)
+        return None if mine is None or best is None else mine / best
+
+
+def cells(entries: Iterable[Entry]) -> tuple[Cell, ...]:
+    """Group verdicts by model, mesh and workload, the last one of a layout counting."""
+    found: dict[tuple[str, str, str], dict[str, Entry]] = {}
+    for entry in entries:
+        found.setdefault((entry.model, entry.mesh, entry.workload), {})[entry.layout] = entry
+    return tuple(
+        Cell(model=model, mesh=mesh, workload=workload, entries=by_layout)
+        for (model, mesh, workload), by_layout in found.items()
+    )
+
+
+def rivals_table(entries: Iterable[Entry], ours: str, rivals: Sequence[str], hand: str) -> str:
+    """Milliseconds of every layout, our ratio to the best rival, and the means.
+
+    Args:
+        entries: the verdicts.
+        ours: name of our layout.
+        rivals: names of the others, in the order of the columns.
+        hand: the rival that the mean speed-up is over.
+    """
+    grouped = cells(entries)
+    rows = []
+    names = (ours, *rivals)
+    for cell in grouped:
+        ratio = cell.ratio(ours, rivals)
+        shown = [
+            cell.entries[name].text if name in cell.entries else "" for name in (ours, *rivals)
+        ]
+        rows.append([cell.model, cell.mesh, cell.workload, *shown, f"{ratio:.3f}" if ratio else ""])
+    headers = ["model", "mesh", "workload", *names, "ours / best rival"]
+    text = tabulate(rows, headers=headers, disable_numparse=True, stralign="right")
+    return "\n".join([text, "", *_means(grouped, ours, rivals, hand)])
+
+
+def _means(grouped: Sequence[Cell], ours: str, rivals: Sequence[str], hand: str) -> list[str]:
+    """What the table comes to, in words."""
+    ratios = [ratio for cell in grouped if (ratio := cell.ratio(ours, rivals)) is not None]
+    lost = sum(ratio > _AS_GOOD for ratio in ratios)
+    lines = [f"rows with ours and a rival that fits: {len(ratios)}; slower by more than 1%: {lost}"]
+    for workload in dict.fromkeys(cell.workload for cell in grouped):
+        gains = [
+            1 / ratio
+            for cell in grouped
+            if cell.workload == workload and (ratio := cell.ratio(ours, [hand])) is not None
+        ]
+        if gains:
+            mean = statistics.geometric_mean(gains)
+            lines.append(
+                f"{workload}: {mean:.3f} x as fast as {hand} (geometric mean of {len(gains)} rows)"
+            )
+    return lines

@@ -1,0 +1,216 @@
+"""The parts of the benchmarks that compile nothing: layouts, results, tables and statistics."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from layout_tables import MESH, gemma_table
+
+from autoshard.layout.resolve import resolve
+from autoshard.layout.rules import Rule
+from autoshard.mesh import parse_mesh
+from autoshard.model.catalogue import names
+from autoshard.model.variables import make_table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+
+import catalogue  # noqa: E402
+import fidelity  # noqa: E402
+import layouts  # noqa: E402
+import maps  # noqa: E402
+import rivals  # noqa: E402
+from scores import Pair, byte_error, quantile, score, spearman  # noqa: E402
+from tables import Entry, cells, rivals_table  # noqa: E402
+from verdicts import Question, Results  # noqa: E402
+
+
+class GemmaBackbone:
+    """Stands for KerasHub's: the maps look at the name of the class."""
+
+
+GEMMA = SimpleNamespace(backbone=GemmaBackbone(), table=gemma_table)
+SPLIT = (Rule(pattern=r"decoder_block_\d+/ffw_gating/kernel", spec=(None, "model")),)
+
+
+def question(**changes):
+    given = {
+        "model": "gemma_7b_en",
+        "mesh": "1x8",
+        "workload": "prefill",
+        "layout": "by hand",
+        "rules": SPLIT,
+        "target": "cpu:8",
+    }
+    return Question(**{**given, **changes})
+
+
+def entry(layout, seconds, **changes):
+    given = {"model": "m", "mesh": "1x8", "workload": "prefill"}
+    return Entry(**{**given, "layout": layout, "seconds": seconds, **changes})
+
+
+def pair(predicted_bytes, compiled_bytes, predicted_seconds=1.0, compiled_seconds=1.0):
+    return Pair(
+        layout="one",
+        predicted_bytes=predicted_bytes,
+        compiled_bytes=compiled_bytes,
+        predicted_seconds=predicted_seconds,
+        compiled_seconds=compiled_seconds,
+    )
+
+
+def test_every_model_of_the_benchmarks_is_in_the_catalogue() -> None:
+    used = {*rivals.MODELS, *rivals.TRAINED, *fidelity.DEVELOPMENT, *fidelity.HELD_OUT}
+    assert used <= set(names())
+    assert not set(fidelity.DEVELOPMENT) & set(fidelity.HELD_OUT)
+
+
+def test_megatron_leaves_out_what_does_not_divide() -> None:
+    rules = maps.megatron_rules("GemmaBackbone", gemma_table(), MESH)
+    # 16 heads over 8 devices divide, over 32 they do not; 256,000 and 24,576 divide by 32.
+    wide = maps.megatron_rules("GemmaBackbone", gemma_table(), parse_mesh("1x32"))
+    assert {r.pattern for r in rules} - {r.pattern for r in wide} == {
+        r"decoder_block_\d+/attention/query/kernel",
+        r"decoder_block_\d+/attention/(key|value)/kernel",
+        r"decoder_block_\d+/attention/attention_output/kernel",
+    }
+
+
+def test_the_shape_rule_takes_the_later_of_two_equal_dimensions() -> None:
+    table = make_table(
+        "toy",
+        [
+            ("square/kernel", (512, 512), "bfloat16", True),
+            ("odd/kernel", (1001, 512), "bfloat16", True),
+            ("tiny/kernel", (8, 8), "bfloat16", True),
+            ("norm/scale", (65536,), "bfloat16", True),
+        ],
+        [],
+        [],
+    )
+    rules = maps.largest_dimension_rules(table, MESH)
+    assert rules == (Rule(pattern="(square|odd)/kernel", spec=(None, "model")),)
+
+
+@pytest.mark.parametrize("mesh", fidelity.MESHES)
+def test_there_are_twenty_legal_layouts_and_always_the_same(mesh: str, monkeypatch) -> None:
+    monkeypatch.setattr(layouts, "rivals", lambda model, mesh: [("by hand", SPLIT)])
+    found = layouts.fixed_layouts(GEMMA, parse_mesh(mesh))
+    assert found == layouts.fixed_layouts(GEMMA, parse_mesh(mesh))
+    assert len(found) >= 20
+    assert len({rules for _, rules in found}) == len(found)
+    for _, rules in found:
+        resolve(rules, gemma_table(), parse_mesh(mesh)).checked()
+
+
+def test_legal_specs_put_an_axis_on_one_dimension_and_a_dimension_under_one_axis() -> None:
+    # Two axes on two dimensions: each on none or one of two, less the 2 where they meet.
+    assert len(layouts.legal_specs((8, 8), parse_mesh("2x4"))) == 3 * 3 - 2
+
+
+def test_an_answer_is_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "some.jsonl"
+    fields = ("model", "mesh", "workload", "layout", "rules", "target", "versions")
+    first = Results(path=path, fields=fields)
+    row = question().row()
+    first.add(row | {"error": "XlaError: no", "seconds": 1.0})
+    first.add(row | {"compiled": {"collectives": []}, "seconds": 2.0})
+    again = Results(path=path, fields=fields)
+    assert len(path.read_text().splitlines()) == 2
+    assert list(again.rows.values()) == [json.loads(path.read_text().splitlines()[1])]
+    assert again.key(question(mesh="2x4").row()) not in again.rows
+
+
+def test_the_plan_of_a_newer_planner_is_the_last_of_its_name() -> None:
+    results = Results(path=Path("none"), fields=("layout", "rules"))
+    old, new = (question(rules=rules).row() for rules in (SPLIT, ()))
+    results.rows = {results.key(row): row for row in (old, new)}
+    assert results.is_last(new)
+    assert not results.is_last(old)
+
+
+def test_axes_of_one_device_make_no_other_program() -> None:
+    results = Results(path=Path("none"), fields=("layout", "rules"))
+    row = question(mesh="8x1").row() | {"compiled": {"collectives": []}}
+    results.rows = {results.key(row): row}
+    assert results.same_program(question(mesh="8x1", rules=(), layout="nothing").row())
+    assert results.same_program(question(rules=(), layout="nothing").row()) is None
+
+
+def test_a_rival_that_does_not_fit_is_no_rival() -> None:
+    (cell,) = cells(
+        [
+            entry("ours", 3.0),
+            entry("ours", 2.0),
+            entry("shape", 1.0, fits=False),
+            entry("hand", 2.5),
+            entry("kerashub", None, note="refused"),
+        ]
+    )
+    # The later of our two verdicts counts: 2.0 against 2.5.
+    assert cell.ratio("ours", ("shape", "hand", "kerashub")) == 2.0 / 2.5
+    assert cell.ratio("ours", ("kerashub",)) is None
+
+
+def test_the_table_shows_marks_and_means() -> None:
+    text = rivals_table(
+        [
+            entry("ours", 2e-3),
+            entry("hand", 4e-3),
+            entry("ours", 5e-3, mesh="8x1"),
+            entry("hand", 5e-3, mesh="8x1"),
+            entry("ours", 5e-3, mesh="2x4"),
+            entry("hand", 1e-3, mesh="2x4", fits=False),
+            entry("ours", 5e-3, mesh="4x2"),
+            entry("hand", None, mesh="4x2", note="refused"),
+        ],
+        "ours",
+        ("hand",),
+        "hand",
+    )
+    assert "1.00!" in text
+    assert "refused" in text
+    assert "rows with ours and a rival that fits: 2; slower by more than 1%: 0" in text
+    # Twice as fast and as fast: the root of 2 x 1.
+    assert "prefill: 1.414 x as fast as hand (geometric mean of 2 rows)" in text
+
+
+def test_spearman_shares_ranks_and_knows_no_constant() -> None:
+    assert spearman([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == 1.0
+    assert spearman([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == -1.0
+    assert math.isnan(spearman([1.0, 1.0], [1.0, 2.0]))
+
+
+def test_a_byte_error_is_relative_to_a_mebibyte_at_least() -> None:
+    assert byte_error(pair(3 * 2**20, 2 * 2**20)) == 0.5
+    assert byte_error(pair(2**19, 0)) == 0.5
+
+
+def test_a_quantile_is_a_value_of_the_set() -> None:
+    assert quantile([float(n) for n in range(1, 11)], 0.9) == 9.0
+
+
+def test_regret_is_what_the_choice_costs_over_the_best() -> None:
+    found = score([pair(0, 0, 1.0, 3.0), pair(0, 0, 2.0, 2.0), pair(0, 0, 3.0, 4.0)])
+    assert found.regret == 0.5
+    assert found.median_error == 0.0
+    assert math.isnan(found.peak_error)
+
+
+def test_presets_of_one_configuration_are_planned_once() -> None:
+    groups = catalogue.distinct(["gemma_2b_en", "gemma_7b_en", "code_gemma_2b_en"])
+    assert groups == [("gemma_2b_en", "code_gemma_2b_en"), ("gemma_7b_en",)]
+
+
+def test_a_preset_that_cannot_be_planned_is_a_row(monkeypatch) -> None:
+    def fails(*args, **kwargs):
+        raise ZeroDivisionError("no")
+
+    monkeypatch.setattr(catalogue, "make_plan", fails)
+    line, seconds = catalogue.planned(("one", "two"), "1x8", "train")
+    assert len(line) == len(catalogue.HEADERS)
+    assert (line[0], line[-1], seconds) == ("one and 1 like it", "ZeroDivisionError: no", None)
+    assert catalogue.summary([], 1) == "0 of 1 configurations planned"
