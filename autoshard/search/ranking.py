@@ -1,6 +1,6 @@
 """The search as a whole: the best layouts of a program, and why each family got its spec."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.cost.step import StepPricer
@@ -113,7 +113,9 @@ def search(
         points = [*own, *({**own[1], **start} for start in starts)]
         best = descend(scorer, [*families, *bound], points)
     reasons = [_reason(scorer, best, choices) for choices in [*families, *bound]]
-    ranked = sorted(scorer.seen.values(), key=lambda scored: scored.rank)
+    names = {choices.family for choices in families}
+    worthy = [scored for scored in list(scorer.seen.values()) if _gains(scored, names, scorer)]
+    ranked = sorted(worthy, key=lambda scored: scored.rank)
     free = output_choices(program, mesh, unbound_outputs or {})
     beyond = descend(scorer, [*families, *free], [dict(best.assignment)]) if free else best
     return SearchResult(
@@ -123,6 +125,14 @@ def search(
         reasons=tuple(reason for reason in reasons if reason.spec != NO_RULE),
         unbound=beyond if beyond.rank < best.rank else None,
     )
+
+
+def _gains(scored: Scored, families: Collection[str], scorer: Scorer) -> bool:
+    """Whether the rules for layer outputs, if any, make the layout better than it is without."""
+    if not scored.n_outputs:
+        return True
+    alone = {name: spec for name, spec in scored.assignment if name in families}
+    return scored.rank < scorer.score(alone).rank
 
 
 def _distinct(ranked: Sequence[Scored], top: int) -> tuple[Scored, ...]:
