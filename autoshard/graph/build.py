@@ -233,7 +233,9 @@ def _op(
 
     operands = tuple(array(*pair) for pair in used)
     results = tuple(array(*pair) for pair in made)
-    broadcast = link.kind == "elementwise" and equation.primitive != "copy"
+    # What grouping left of an elementwise op reads an argument, or broadcasts.
+    read, made_of = ({f for a in arrays for f in a.factors} for arrays in (operands, results))
+    broadcast = link.kind == "elementwise" and read < made_of
     return Op(
         primitive=equation.primitive,
         kind="broadcast" if broadcast else link.kind,
