@@ -247,7 +247,10 @@ def _op(
         layer=equation.layer,
         backward=equation.backward,
         count=count_of(equation.layer),
-        sum_into=sums.get(equation.results[0], equation.results[0]),
+        # A lookup's gradient is reduced on its own, before what it is added to.
+        sum_into=equation.results[0]
+        if link.kind == "scatter"
+        else sums.get(equation.results[0], equation.results[0]),
     )
 
 
