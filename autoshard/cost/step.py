@@ -138,11 +138,11 @@ def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
 def _barred(op: Op, layouts: Sequence[Layout]) -> set[tuple[int, int]]:
     """The choices, axis and factor, that XLA's partitioner does not make however cheap.
 
-    It does not cut an argument along the contracted dimension to fit the other operand: that one is
-    gathered, or the matmul is done whole on every device.
+    It does not cut an argument along the contracted dimension to fit an array that the step makes:
+    that one is gathered, or the matmul is done whole on every device.
     """
     barred: set[tuple[int, int]] = set()
-    if op.kind == "contraction":
+    if op.kind == "contraction" and not all(array.is_held for array in op.operands):
         for array, layout in zip(op.operands, layouts, strict=False):
             if array.is_held:
                 for factor in op.reduced & set(array.factors):
