@@ -60,6 +60,13 @@ def main() -> None:
 @click.option("--optimizer", default="adam", show_default=True, help="Keras optimizer.")
 @click.option("--memory-limit", help="Memory a device, like 15GiB. [default: the chip's]")
 @click.option(
+    "--no-generate",
+    "generate",
+    flag_value=False,
+    default=True,
+    help="Take a faster layout under which fit and predict run, but not generate.",
+)
+@click.option(
     "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Layouts to rank."
 )
 @click.option(

@@ -91,6 +91,7 @@ def plan(
     dtype: str = "bfloat16",
     optimizer: str = "adam",
     memory_limit: str | int | None = None,
+    generate: bool = True,
     verify: Verify = "none",
 ) -> Plan:
     """Find the layout map that runs a model fastest on a mesh.
@@ -107,6 +108,7 @@ def plan(
         dtype: Keras dtype policy.
         optimizer: Keras optimizer, by name.
         memory_limit: bytes a device, or a text like `15GiB`; by default the chip's usable memory.
+        generate: False to allow rules for layer outputs under which `generate` fails.
         verify: `none`, `cpu` (XLA's partitioner) or `target` (the target's compiler).
 
     Raises:
@@ -126,6 +128,7 @@ def plan(
         dtype=dtype,
         optimizer=optimizer,
         memory_limit=memory_limit,
+        generate=generate,
         verify=verify,
     )
     if outcome.failure:

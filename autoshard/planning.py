@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import Machine
-from autoshard.errors import AutoshardError, LayoutError, MeshError
+from autoshard.errors import AutoshardError, LayoutError, MeshError, ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.hardware.links import axis_links
@@ -21,8 +21,9 @@ from autoshard.layout.synthesis import synthesise
 from autoshard.mesh import Mesh, Spec, parse_mesh
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
-from autoshard.model.step import make_step, trace
+from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.search.descent import Scored, Scorer
@@ -52,12 +53,14 @@ class Setup:
         target: the chips.
         workload: the step.
         memory_limit: bytes a device that the step may use.
+        generate: whether `generate` has to run under the plan too, where the model has it.
     """
 
     mesh: Mesh
     target: Target
     workload: Workload
     memory_limit: int
+    generate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,7 @@ class Planning:
         candidates: the best layouts that a LayoutMap can express, best first.
         rivals: maps that others published for this model.
         pricer: prices of the program, for more questions.
+        without_generate: a better layout under which `generate` fails, or None.
     """
 
     setup: Setup
@@ -118,6 +122,7 @@ class Planning:
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
     pricer: StepPricer
+    without_generate: Candidate | None = None
 
 
 def make_setup(
@@ -132,6 +137,7 @@ def make_setup(
     dtype: str = "bfloat16",
     optimizer: str = "adam",
     memory_limit: str | int | None = None,
+    generate: bool = True,
 ) -> Setup:
     """Fill in the defaults and check that mesh, target and batch go together.
 
@@ -170,6 +176,7 @@ def make_setup(
             lora_rank=lora_rank,
         ),
         memory_limit=memory_limit or target.chip.hbm_bytes,
+        generate=generate,
     )
 
 
@@ -188,14 +195,26 @@ def run_planner(
     with watch.stage("build the model"):
         whole = build(model, dtype=setup.workload.dtype, lora_rank=setup.workload.lora_rank)
         table = whole.table()
-        folded = fold(whole)
+        # Two periods price exactly as more do: nothing but the count of what repeats differs.
+        folded = fold(whole, periods=2)
     pricer = make_pricer(folded, setup, watch)
     with watch.stage("search"):
         rivals = tuple(_rivals(whole, table, setup, pricer))
         starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
-        result = search(pricer, setup.mesh, setup.memory_limit, top=2 * top, starts=starts)
+        shapes = _output_shapes(pricer.program)
+        result = search(
+            pricer,
+            setup.mesh,
+            setup.memory_limit,
+            top=2 * top,
+            starts=starts,
+            outputs=_bounded(shapes, folded, setup),
+            unbound_outputs=shapes if setup.generate and folded.generates else None,
+        )
     with watch.stage("write the rules"):
         candidates = tuple(_expressible(table, result.ranked, top))
+        unbound = [result.unbound] if result.unbound else []
+        beyond = [replace(c, name="without generate") for c in _expressible(table, unbound, 1)]
     return Planning(
         setup=setup,
         table=table,
@@ -205,6 +224,7 @@ def run_planner(
         candidates=candidates,
         rivals=rivals,
         pricer=pricer,
+        without_generate=beyond[0] if beyond else None,
     )
 
 
@@ -232,9 +252,33 @@ def make_pricer(folded: AbstractModel, setup: Setup, watch: Stopwatch | None = N
         return StepPricer(program, machine)
 
 
+def _output_shapes(program: Program) -> OutputShapes:
+    """The shapes at each template of a layer output in the step."""
+    shapes = OutputShapes()
+    for output in program.layer_outputs:
+        shapes.setdefault(output.template, set()).add(output.shape)
+    return shapes
+
+
+def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> OutputShapes:
+    """With the shapes that the same outputs have in `generate`, where that has to run."""
+    if not (setup.generate and folded.generates):
+        return shapes
+    try:
+        generated = generate_shapes(folded, setup.workload)
+    except ModelError:
+        return OutputShapes()
+    bounded = {template: set(found) for template, found in shapes.items()}
+    templates = folded.table().templates
+    for path, found in generated.items():
+        bounded.setdefault(templates.get(path, path), set()).update(found)
+    return bounded
+
+
 def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
     """The op graph of the traced copy, each op and argument with its count in the real model."""
-    variables = folded.table().variables
+    folded_table = folded.table()
+    variables = folded_table.variables
     family_of = {variable.path: variable.family for variable in variables}
     trainable = {variable.path for variable in variables if variable.trainable}
     multiplicity = folded.folding.multiplicity
@@ -248,7 +292,13 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
         for argument in step.arguments
     ]
     replaces = [result.argument for result in step.results]
-    return build_program(closed, inputs, replaces, lambda layer: _layer_count(layer, multiplicity))
+    return build_program(
+        closed,
+        inputs,
+        replaces,
+        lambda layer: _layer_count(layer, multiplicity),
+        folded_table.templates,
+    )
 
 
 def _layer_count(layer: str, multiplicity: Callable[[str], int]) -> int:
@@ -289,24 +339,31 @@ def score_rules(
         scorer: prices assignments.
     """
     try:
-        assignment = resolve(rules, table, mesh).checked().assignment
+        resolution = resolve(rules, table, mesh).checked()
     except LayoutError as error:
         return Candidate(name=name, rules=rules, scored=None, failure=str(error))
-    return Candidate(name=name, rules=rules, scored=scorer.score(_known(assignment, scorer)))
+    outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
+    assignment = _known({**resolution.assignment, **outputs}, scorer)
+    return Candidate(name=name, rules=rules, scored=scorer.score(assignment))
 
 
 def _known(assignment: Mapping[str, Spec], scorer: Scorer) -> dict[str, Spec]:
-    """The part of an assignment that the step has arguments for."""
-    families = {argument.family for argument in scorer.pricer.program.arguments}
-    return {family: spec for family, spec in assignment.items() if family in families}
+    """The part of an assignment that the step has arrays for."""
+    program = scorer.pricer.program
+    known = {argument.family for argument in program.arguments}
+    known |= {output.template for output in program.layer_outputs}
+    return {name: spec for name, spec in assignment.items() if name in known}
 
 
 def _expressible(table: ModelTable, ranked: Sequence[Scored], top: int) -> Iterator[Candidate]:
     """The layouts that rules can tell apart, at most `top`, with distinct rules."""
     seen: set[LayoutRules] = set()
+    families = {family.name for family in table.families()}
     for scored in ranked:
+        assignment = {name: spec for name, spec in scored.assignment if name in families}
+        outputs = {name: spec for name, spec in scored.assignment if name not in families}
         try:
-            rules = synthesise(table, dict(scored.assignment))
+            rules = synthesise(table, assignment, outputs)
         except LayoutError:
             continue
         if rules not in seen:

@@ -78,8 +78,10 @@ def test_the_gradient_of_a_lookup_reduces_what_the_indices_run_over() -> None:
 
 def test_elementwise_ops_and_transpositions_leave_no_op_behind() -> None:
     program = program_of(lambda x, y: jnp.tanh(x).T + y * 2, (4, 8), (8, 4))
-    # x and y are arguments with specs of their own, so one joins the sum and one is copied to it.
-    assert [op.kind for op in program.ops] == ["broadcast"]
+    # x and y are arguments with specs of their own: what is made of them is laid out apart, and all
+    # of that together.
+    assert [op.kind for op in program.ops] == ["elementwise", "elementwise"]
+    assert len({op.results[0].group for op in program.ops}) == 1
 
 
 def test_a_primitive_without_a_rule_is_named_and_needs_everything_whole() -> None:

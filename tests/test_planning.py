@@ -1,5 +1,7 @@
 """The planner on real models, and its search against exhaustive search."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,8 +12,9 @@ from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.hardware.links import axis_links
 from autoshard.hardware.targets import parse_target
+from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
-from autoshard.planning import Planning, make_setup, run_planner
+from autoshard.planning import Planning, make_setup, run_planner, score_rules
 from autoshard.search.candidates import family_choices
 from autoshard.search.descent import Scorer, descend, exhaust, n_assignments, starting_points
 from autoshard.search.lower_bound import relax
@@ -62,6 +65,45 @@ def test_kerashubs_map_fails_on_gemma_2b_and_a_plan_does_not() -> None:
     best = planning.candidates[0].scored
     assert best is not None
     assert best.excess_bytes == 0
+
+
+def residual_rules(*spec: str | None) -> LayoutRules:
+    """Heads, ffn and vocabulary by hand, and the outputs that add to the residual stream."""
+    block = r"decoder_block_\d+"
+    return (
+        Rule(pattern="token_embedding/embeddings", spec=("model", None)),
+        Rule(pattern=rf"{block}/attention/.*/kernel", spec=("model", None, None)),
+        Rule(pattern=rf"{block}/ffw_gating(_2)?/kernel", spec=(None, "model")),
+        Rule(pattern=rf"{block}/ffw_linear/kernel", spec=("model", None)),
+        Rule(pattern=rf"{block}/(attention/attention_output|ffw_linear)/output", spec=spec),
+    )
+
+
+def test_a_rule_for_an_output_turns_all_reduces_into_reduce_scatters() -> None:
+    planning = run_planner("gemma_7b_en", make_setup("1x8", workload="prefill"))
+    mesh = planning.setup.mesh
+    scorer = Scorer(pricer=planning.pricer, mesh=mesh, memory_limit=None)
+    rules = residual_rules("batch", None, "model")
+    scored = score_rules("hidden", rules, planning.table, mesh, scorer).scored
+    assert scored is not None
+    # As XLA's partitioner does: 28 x (attention, ffn) + the embedding, each reduce-scattered and
+    # gathered again; what is left to all-reduce is the norms' statistics, [8, 512] float32.
+    large = Counter(
+        t.kind for t in scored.cost.traffic for _ in range(t.count) if t.n_bytes > 2**20
+    )
+    assert large == {"reduce-scatter": 57, "all-gather": 57}
+
+
+def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
+    planning = run_planner("gemma_2b_en", make_setup("1x8", workload="prefill"))
+    outputs = {output.template for output in planning.pricer.program.layer_outputs}
+    assert "decoder_block_*/ffw_linear/output" in outputs
+    best, beyond = planning.candidates[0].scored, planning.without_generate
+    assert best is not None and beyond is not None and beyond.scored is not None
+    for name, spec in best.assignment:
+        # A single prompt, one token at a time: neither of the first two dimensions can be split.
+        assert name not in outputs or spec[:2] == ("batch", None)
+    assert beyond.scored.rank < best.rank
 
 
 def step_program(*widths: int) -> Program:

@@ -4,7 +4,7 @@
 - A step with gradients keeps, from the forward to the backward half, the results of contractions
   and lookups; elementwise results are fused into their readers or recomputed there.
 - A gradient dies at its update, so only the largest is alive.
-- Beside that one op's own operands and results are alive.
+- Beside that one op's own results are alive, those that the step returns counted once.
 """
 
 from collections.abc import Sequence
@@ -58,12 +58,13 @@ def _activations(program: Program, layouts: Sequence[Layout], axis_sizes: Sequen
     """What is kept for the backward half, and the largest working set of one op."""
     has_backward = any(op.backward for op in program.ops)
     weights = {argument.group for argument in program.arguments}
+    returned = {(out.group, out.n_bytes) for out in program.outputs}
     kept = working = 0
     for op in program.ops:
         n_bytes = sum(
             local_bytes(array.n_bytes, layouts[array.group], axis_sizes)
             for array in op.results
-            if array.group not in weights
+            if array.group not in weights and (array.group, array.n_bytes) not in returned
         )
         if has_backward and not op.backward and op.kind in _KEPT:
             kept += n_bytes * op.count

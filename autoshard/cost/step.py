@@ -41,12 +41,13 @@ class StepPricer:
         price = self._prices.get(key)
         if price is None:
             choices = candidate_choices(op, [(lay,) for lay in around], self.machine.axis_sizes)
-            forced = _forced(op, around)
+            forced, barred = _forced(op, around), _barred(op, around)
             price = min(
                 (
                     cost_of_choice(op, choice, around, self.machine)
                     for choice in choices
                     if all(choice[axis] == factor for axis, factor in forced.items())
+                    and barred.isdisjoint(enumerate(choice))
                 ),
                 key=lambda cost: cost.total_seconds,
             )
@@ -114,9 +115,16 @@ def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
     """The choices that XLA's partitioner makes whatever they cost.
 
     Where every operand of a matmul is split along the contracting dimension over one axis, it
-    multiplies the shards and sums, even if gathering a small operand were cheaper.
+    multiplies the shards and sums, even if gathering a small operand were cheaper. So it does with
+    the gradient of a lookup where the updates are split along what they are summed over.
     """
     forced: dict[int, int] = {}
+    if op.kind == "scatter":
+        updates = op.operands[-1]
+        for axis, dim in enumerate(layouts[len(op.operands) - 1]):
+            factor = updates.factors[dim] if dim != WHOLE else None
+            if factor is not None and factor in op.reduced:
+                forced[axis] = factor
     if op.kind == "contraction" and len(op.operands) == 2:
         left, right = op.operands
         for axis, (a, b) in enumerate(zip(layouts[0], layouts[1], strict=True)):
@@ -125,6 +133,22 @@ def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
                 if factor is not None and factor in op.reduced and factor == right.factors[b]:
                     forced[axis] = factor
     return forced
+
+
+def _barred(op: Op, layouts: Sequence[Layout]) -> set[tuple[int, int]]:
+    """The choices, axis and factor, that XLA's partitioner does not make however cheap.
+
+    It does not cut an argument along the contracted dimension to fit an array that the step makes:
+    that one is gathered, or the matmul is done whole on every device.
+    """
+    barred: set[tuple[int, int]] = set()
+    if op.kind == "contraction" and not all(array.is_held for array in op.operands):
+        for array, layout in zip(op.operands, layouts, strict=False):
+            if array.is_held:
+                for factor in op.reduced & set(array.factors):
+                    dim = array.factors.index(factor)
+                    barred |= {(axis, factor) for axis, d in enumerate(layout) if d != dim}
+    return barred
 
 
 def _once(op: Op, transfer: Transfer) -> tuple[object, ...]:

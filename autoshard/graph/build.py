@@ -1,5 +1,6 @@
 """Turns a traced step into the `Program` that the planner lays out."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
-from autoshard.graph.program import Argument, Array, Group, Op, Place, Program
+from autoshard.graph.program import Argument, Array, Group, LayerOutput, Op, Place, Program
 
 __all__ = ["StepInput", "build_program"]
 
@@ -37,6 +38,7 @@ def build_program(
     inputs: Sequence[StepInput],
     replaces: Sequence[int | None],
     count_of: Callable[[str], int] = lambda layer: 1,
+    templates: Mapping[str, str] | None = None,
 ) -> Program:
     """Read a traced step.
 
@@ -45,6 +47,7 @@ def build_program(
         inputs: one an argument, in order.
         replaces: for each result, the index of the argument whose memory it takes, or None.
         count_of: how many times the whole model has a layer of the traced copy.
+        templates: path of a layer output -> its template.
 
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
@@ -65,6 +68,7 @@ def build_program(
     ]
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
+    layer_outputs = _layer_outputs(flat, numbering, templates or {})
     groups = tuple(
         Group(sizes=grouping.sizes[root], argument=argument_of.get(number))
         for root, number in numbering.numbers.items()
@@ -75,6 +79,7 @@ def build_program(
         arguments=arguments,
         outputs=outputs,
         unknown=flat.unknown,
+        layer_outputs=layer_outputs,
     )
 
 
@@ -126,6 +131,38 @@ def _ends(
         for index, (identity, info) in enumerate(zip(flat.inputs, inputs, strict=True))
     )
     return outputs, arguments
+
+
+def _layer_outputs(
+    flat: FlatJaxpr, numbering: _Numbering, templates: Mapping[str, str]
+) -> tuple[LayerOutput, ...]:
+    made_by = {result: equation for equation in flat.equations for result in equation.results}
+    return tuple(
+        LayerOutput(
+            template=templates.get(mark.path, mark.path),
+            group=numbering.number(mark.identity),
+            dims=numbering.grouping.dims[mark.identity],
+            shape=flat.arrays[mark.identity].shape,
+            n_bytes=flat.arrays[mark.identity].n_bytes,
+            backward=mark.backward,
+            is_sum=_is_sum(mark.identity, made_by, flat),
+        )
+        for mark in flat.marks
+    )
+
+
+def _is_sum(identity: int, made_by: Mapping[int, Equation], flat: FlatJaxpr) -> bool:
+    """Whether an array is a contraction's result, moves, casts and a bias behind it aside."""
+    equation = made_by.get(identity)
+    while equation is not None and equation.link.kind in ("elementwise", "reshape"):
+        size = math.prod(flat.arrays[identity].shape)
+        wide = [i for i in equation.operands if math.prod(flat.arrays[i].shape) == size]
+        wide = [i for i in wide if i in made_by and made_by[i].link.kind != "broadcast"]
+        if len(wide) != 1:
+            return False
+        (identity,) = wide
+        equation = made_by[identity]
+    return equation is not None and equation.link.kind == "contraction"
 
 
 def _replacements(
@@ -196,7 +233,9 @@ def _op(
 
     operands = tuple(array(*pair) for pair in used)
     results = tuple(array(*pair) for pair in made)
-    broadcast = link.kind == "elementwise" and equation.primitive != "copy"
+    # What grouping left of an elementwise op reads an argument, or broadcasts.
+    read, made_of = ({f for a in arrays for f in a.factors} for arrays in (operands, results))
+    broadcast = link.kind == "elementwise" and read < made_of
     return Op(
         primitive=equation.primitive,
         kind="broadcast" if broadcast else link.kind,
@@ -208,7 +247,10 @@ def _op(
         layer=equation.layer,
         backward=equation.backward,
         count=count_of(equation.layer),
-        sum_into=sums.get(equation.results[0], equation.results[0]),
+        # A lookup's gradient is reduced on its own, before what it is added to.
+        sum_into=equation.results[0]
+        if link.kind == "scatter"
+        else sums.get(equation.results[0], equation.results[0]),
     )
 
 

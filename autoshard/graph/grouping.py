@@ -47,8 +47,7 @@ class Grouping:
         ga, gb = self.group_of[a], self.group_of[b]
         if ga == gb:
             return all(x == y for y, x in mapping.items())
-        owners = {self.owner[ga], self.owner[gb]} - {None}
-        if len(owners) > 1:
+        if self.owner[ga] != self.owner[gb]:
             return False
         if len(self._members[ga]) < len(self._members[gb]):
             ga, gb = gb, ga
@@ -58,7 +57,6 @@ class Grouping:
             self.dims[member] = tuple(None if d is None else mapping[d] for d in self.dims[member])
         self._members[ga] += self._members[gb]
         self._members[gb] = []
-        self.owner[ga] = next(iter(owners), None)
         return True
 
     def factors(self, identity: int, labels: tuple[Label | None, ...]) -> tuple[Label | None, ...]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from autoshard.graph.link import Label, Link
 from autoshard.graph.rules import link_of, unknown_link
+from autoshard.model.outputs import MARK
 
-__all__ = ["ArrayType", "Equation", "FlatJaxpr", "read_jaxpr"]
+__all__ = ["ArrayType", "Equation", "FlatJaxpr", "Mark", "read_jaxpr"]
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat",
           "checkpoint", "remat2", "custom_vjp_call_jaxpr"}  # fmt: skip
@@ -54,6 +55,21 @@ class Equation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """An array that Keras would ask a LayoutMap about.
+
+    Attributes:
+        path: path of the layer output.
+        identity: the array.
+        backward: whether it is the output's gradient.
+    """
+
+    path: str
+    identity: int
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlatJaxpr:
     """A step without calls.
 
@@ -63,6 +79,7 @@ class FlatJaxpr:
         inputs: identity of each argument.
         outputs: identity of each result, or None for a constant.
         unknown: names of primitives without a rule.
+        marks: the layer outputs.
     """
 
     arrays: tuple[ArrayType, ...]
@@ -70,6 +87,7 @@ class FlatJaxpr:
     inputs: tuple[int, ...]
     outputs: tuple[int | None, ...]
     unknown: tuple[str, ...]
+    marks: tuple[Mark, ...] = ()
 
 
 class _Reader:
@@ -79,6 +97,7 @@ class _Reader:
         self.arrays: list[ArrayType] = []
         self.equations: list[Equation] = []
         self.unknown: set[str] = set()
+        self.marks: list[Mark] = []
 
     def new(self, variable: Any) -> int:
         aval = variable.aval
@@ -111,18 +130,21 @@ class _Reader:
         if link is None:
             self.unknown.add(name)
             link = unknown_link(shapes, out_shapes)
-        results = []
+        results: list[int] = []
         for variable in equation.outvars:
-            known[variable] = self.new(variable)
-            results.append(known[variable])
+            results.append(self.new(variable))
+            known[variable] = results[-1]
         identities = [_identity(v, known) for v in equation.invars]
         present = [i for i, identity in enumerate(identities) if identity is not None]
         layer, backward = _layer(stack)
+        if name == MARK:
+            path = equation.params["path"]
+            self.marks.append(Mark(path=path, identity=results[0], backward=backward))
         self.equations.append(
             Equation(
                 primitive=name,
                 operands=tuple(identities[i] for i in present),  # type: ignore[misc]
-                results=tuple(results),  # type: ignore[arg-type]
+                results=tuple(results),
                 link=Link(
                     kind=link.kind,
                     operands=tuple(link.operands[i] for i in present if i < len(link.operands)),
@@ -201,6 +223,7 @@ def read_jaxpr(closed: Any) -> FlatJaxpr:
         inputs=inputs,
         outputs=tuple(outputs),
         unknown=tuple(sorted(reader.unknown)),
+        marks=tuple(reader.marks),
     )
 
 

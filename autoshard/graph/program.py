@@ -12,7 +12,7 @@ axis splits, or `WHOLE`.
 import math
 from dataclasses import dataclass
 
-__all__ = ["WHOLE", "Argument", "Array", "Group", "Layout", "Op", "Place", "Program"]
+__all__ = ["WHOLE", "Argument", "Array", "Group", "LayerOutput", "Layout", "Op", "Place", "Program"]
 
 WHOLE = -1
 Layout = tuple[int, ...]
@@ -129,6 +129,30 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOutput:
+    """An array that Keras would ask a LayoutMap about: the output of a layer or its gradient.
+
+    Attributes:
+        template: path of the layer, `*` for the number of its block, and `/output`.
+        group: index of its group.
+        dims: for each dimension of the array, the group's dimension, or None for size 1.
+        shape: shape of the array.
+        n_bytes: bytes of the whole array.
+        backward: whether it is the gradient.
+        is_sum: whether a contraction makes it, so that a layout of it can turn an all-reduce into
+            a reduce-scatter.
+    """
+
+    template: str
+    group: int
+    dims: tuple[int | None, ...]
+    shape: tuple[int, ...]
+    n_bytes: int
+    backward: bool
+    is_sum: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """The step as the planner sees it.
 
@@ -138,6 +162,7 @@ class Program:
         arguments: the inputs of the step.
         outputs: results that take no argument's place (loss, logits).
         unknown: primitives without a rule, by name; they are taken to need everything whole.
+        layer_outputs: where a LayoutMap could lay out an activation.
     """
 
     groups: tuple[Group, ...]
@@ -145,3 +170,4 @@ class Program:
     arguments: tuple[Argument, ...]
     outputs: tuple[Place, ...]
     unknown: tuple[str, ...]
+    layer_outputs: tuple[LayerOutput, ...] = ()

@@ -19,6 +19,7 @@ from typing import Any
 
 from autoshard.graph.link import Label, Link, Rule, Shape, drop_ones, numbered
 from autoshard.graph.lookups import gather_rule, scatter_rule
+from autoshard.model.outputs import MARK
 
 __all__ = ["LINK_RULES", "link_of", "unknown_link"]
 
@@ -225,6 +226,7 @@ _ELEMENTWISE = (
     "or", "pow", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sharding_constraint", "sign", "sin", "sinh",
     "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "name",
+    MARK,
 )
 # fmt: on
 

@@ -24,8 +24,8 @@ class OutputRecorder:
     def __init__(self) -> None:
         self.paths: dict[str, None] = {}
 
-    def get_tensor_layout(self, path: str) -> None:
-        """Answer as a map without a rule for `path` does."""
+    def get_tensor_layout(self, path: str) -> Any:
+        """Answer as a map without a rule for `path` does: None."""
         self.paths[path] = None
 
     def get_variable_layout(self, variable: Any) -> None:
@@ -47,14 +47,21 @@ def _global_attributes(**values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def recording_scope() -> Iterator[OutputRecorder]:
+def recording_scope(recorder: OutputRecorder | None = None) -> Iterator[OutputRecorder]:
     """Record the layer outputs that Keras would ask a LayoutMap for, and apply no layout.
 
     Layer names count from zero inside: Keras numbers unnamed layers over the whole process, so
     that a second Mixtral would otherwise get other paths than the first.
+
+    Args:
+        recorder: what records; by default the one of the scope around this one, or a new one.
     """
     import_keras()
-    recorder = OutputRecorder()
+    from keras.src.backend.common import global_state
+
+    outer = global_state.get_global_attribute(_DISTRIBUTION)
+    if recorder is None:
+        recorder = outer if isinstance(outer, OutputRecorder) else OutputRecorder()
     counters: dict[str, int] = collections.defaultdict(int)
     with (
         without_tensorflow(),

@@ -1,16 +1,17 @@
 """The step: one flat function of arrays, the same for tracing, lowering and sharded execution."""
 
+from dataclasses import replace
 from typing import Any
 
 from autoshard.errors import AutoshardError, ModelError
-from autoshard.model.abstract import recording_scope
 from autoshard.model.inference import decode_step, prefill_step
+from autoshard.model.outputs import OutputShapes, marking_scope
 from autoshard.model.recipe import AbstractModel, one_line
 from autoshard.model.signature import Argument, Result, Step
 from autoshard.model.training import train_step
 from autoshard.model.workload import Workload
 
-__all__ = ["Argument", "Result", "Step", "make_step", "trace"]
+__all__ = ["Argument", "Result", "Step", "generate_shapes", "make_step", "trace"]
 
 
 def make_step(model: AbstractModel, workload: Workload) -> Step:
@@ -35,18 +36,23 @@ def trace(step: Step) -> Any:
 
     Returns:
         A `jax.core.ClosedJaxpr` whose equations keep their name stacks, for example
-        `jvp(gemma_backbone)/decoder_block_0/attention`.
+        `jvp(gemma_backbone)/decoder_block_0/attention`, with a mark at every layer output.
 
     Raises:
         ModelError: the model refuses data of these shapes.
     """
+    return _traced(step)[0]
+
+
+def _traced(step: Step) -> tuple[Any, OutputShapes]:
+    """The jaxpr, and the shapes at its marks."""
     import jax
 
     shapes = [jax.ShapeDtypeStruct(a.shape, jax.numpy.dtype(a.dtype)) for a in step.arguments]
     # A distribution of the caller's would put its constraints into the jaxpr.
-    with recording_scope():
+    with marking_scope() as outputs:
         try:
-            return jax.make_jaxpr(step.function)(*shapes)
+            return jax.make_jaxpr(step.function)(*shapes), outputs
         except AutoshardError:
             raise
         except Exception as error:
@@ -54,3 +60,24 @@ def trace(step: Step) -> Any:
             raise ModelError(
                 f"{step.task} cannot be traced: {one_line(error)} (fed {fed})"
             ) from error
+
+
+def generate_shapes(model: AbstractModel, workload: Workload) -> OutputShapes:
+    """The shapes that layer outputs have while `generate` answers a single prompt.
+
+    Args:
+        model: a model that generates.
+        workload: its sequence length is that of the cache.
+
+    Returns:
+        Path of a layer output -> the shapes at it, in the pass over the prompt and in decoding.
+
+    Raises:
+        ModelError: the model has no cache.
+    """
+    alone = replace(workload, kind="decode", batch=1)
+    with marking_scope() as outputs:
+        step = decode_step(model, alone)
+    for path, shapes in _traced(step)[1].items():
+        outputs.setdefault(path, set()).update(shapes)
+    return outputs

@@ -112,7 +112,9 @@ def _cost(outcome: Outcome) -> str:
 def _ranking(outcome: Outcome) -> str:
     said = {verdict.candidate.name: verdict for verdict in outcome.verdicts}
     rows = []
-    for candidate in (*outcome.planning.candidates, *outcome.planning.rivals):
+    planning = outcome.planning
+    beyond = (planning.without_generate,) if planning.without_generate else ()
+    for candidate in (*planning.candidates, *beyond, *planning.rivals):
         name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     headers = ("layout", "step", "compute", "collectives", "wire", "memory", "compiled", "")
@@ -151,11 +153,19 @@ def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ..
 
 def _differences(outcome: Outcome) -> Iterator[str]:
     """Each other candidate by the rules in which it differs."""
-    winner = set(outcome.winner.rules)
-    for candidate in outcome.planning.candidates:
+    planning, winner = outcome.planning, outcome.winner.rules
+    for candidate in planning.candidates:
         if candidate is not outcome.winner:
             own = tuple(rule for rule in candidate.rules if rule not in winner)
-            yield f"{candidate.name} differs by\n{format_rules(own)}"
+            gone = tuple(rule for rule in winner if rule not in candidate.rules)
+            differs = f"differs by\n{format_rules(own)}" if own else f"lacks\n{format_rules(gone)}"
+            yield f"{candidate.name} {differs}"
+    if planning.without_generate:
+        own = tuple(rule for rule in planning.without_generate.rules if rule not in winner)
+        yield (
+            "without generate (taken with --no-generate: fit and predict run under it, generate "
+            f"does not) differs by\n{format_rules(own)}"
+        )
 
 
 def _verification(outcome: Outcome) -> Iterator[str]:

@@ -2,16 +2,31 @@
 
 A spec puts each mesh axis on at most one dimension, and on each dimension at most one axis (Keras'
 TensorLayout takes no more); a dimension must be a multiple of its axis (JAX pads nothing).
+
+Beside the variables a map can lay out the outputs of layers. Of the outputs that are laid out
+together only those that a contraction makes are asked about: there partial sums can become a
+reduce-scatter, and propagation carries the layout to the rest. Every array that a rule would hit
+has to bear it, the gradient's and those of `generate` included.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from autoshard.graph.program import WHOLE, Layout, Program
+from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
 from autoshard.mesh import Mesh, Spec, divides
 
-__all__ = ["Assignment", "Choices", "family_choices", "fixed_layouts", "legal_specs", "replicated"]
+__all__ = [
+    "NO_RULE",
+    "Assignment",
+    "Choices",
+    "Shapes",
+    "family_choices",
+    "fixed_layouts",
+    "legal_specs",
+    "output_choices",
+    "replicated",
+]
 
 Assignment = Mapping[str, Spec]
 
@@ -19,15 +34,21 @@ Assignment = Mapping[str, Spec]
 # than its gain.
 _NEGLIGIBLE_SHARE = 1e-3
 
+# What stands for a layer output that no rule names.
+NO_RULE: Spec = ()
+
+# Template of a layer output -> the shapes of all arrays that a rule for it would hit.
+Shapes = Mapping[str, Collection[tuple[int, ...]]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """What is to be decided for one family.
+    """What is to be decided for one family, or for one layer output.
 
     Attributes:
-        family: its name.
+        family: its name, or the template of the output.
         shape: shape of each of its variables.
-        specs: the legal ones, the replicated one first.
+        specs: the legal ones, the replicated one first; of an output `NO_RULE` first.
         siblings: name shared by families that are read by the same op shapes (query, key and
             value; gate and up), and so are moved together before they are moved alone.
         n_bytes: bytes of all its variables, whole.
@@ -92,13 +113,66 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
     )
 
 
+def output_choices(program: Program, mesh: Mesh, shapes: Shapes) -> tuple[Choices, ...]:
+    """The layer outputs that a rule may lay out, with the specs that every array there can bear.
+
+    Data stays on the data axis: a rule that did not say so would gather it.
+
+    Args:
+        program: the step.
+        mesh: the mesh.
+        shapes: of the arrays at each template; an output that is absent gets no rule.
+    """
+    found: dict[str, LayerOutput] = {}
+    for output in program.layer_outputs:
+        free = program.groups[output.group].argument is None
+        if output.is_sum and not output.backward and free and output.template in shapes:
+            found.setdefault(output.template, output)
+    choices = []
+    for template, output in found.items():
+        layer = template.removesuffix("output")
+        # Of nested layers that return one array the innermost: others return caches too, at times.
+        inner = any(o != template and o.startswith(layer) for o in found)
+        specs = () if inner else _output_specs(output.shape, mesh, shapes[template])
+        if len(specs) > 0:
+            choices.append(
+                Choices(
+                    family=template,
+                    shape=output.shape,
+                    specs=(NO_RULE, *specs),
+                    siblings=f"output {output.group}",
+                    n_bytes=output.n_bytes,
+                )
+            )
+    return tuple(choices)
+
+
+def _output_specs(
+    shape: tuple[int, ...], mesh: Mesh, shapes: Collection[tuple[int, ...]]
+) -> tuple[Spec, ...]:
+    """Specs of an activation that all of `shapes` can bear."""
+    data, others = mesh.data_axis, [a for a in mesh.parallel_axes if a != mesh.data_axis]
+    specs = []
+    for dims in itertools.product(range(-1, len(shape)), repeat=len(others)):
+        entries: list[str | None] = [data, *[None] * (len(shape) - 1)]
+        placed = [dim for dim in dims if dim >= 0]
+        if len(set(placed)) < len(placed) or (0 in placed and data in mesh.parallel_axes):
+            continue
+        for dim, axis in zip(dims, others, strict=True):
+            if dim >= 0:
+                entries[dim] = axis
+        if all(len(s) == len(shape) and divides(s, tuple(entries), mesh) for s in shapes):
+            specs.append(tuple(entries))
+    return tuple(specs)
+
+
 def _parent(family: str) -> str:
     """The block a family's layer stands in: its path less the layer and the variable."""
     return family.rsplit("/", 2)[0]
 
 
 def fixed_layouts(program: Program, assignment: Assignment, mesh: Mesh) -> dict[int, Layout]:
-    """The layouts of the argument groups under an assignment.
+    """The layouts of the groups of arguments and of constrained outputs under an assignment.
 
     Data is split on dimension 0 over the data axis, as Keras does; a KV cache is left free, since
     Keras makes it inside the step; what has no family is whole.
@@ -113,9 +187,18 @@ def fixed_layouts(program: Program, assignment: Assignment, mesh: Mesh) -> dict[
             spec = (mesh.data_axis,)
         elif argument.family is not None:
             spec = assignment.get(argument.family, ())
-        layout = [WHOLE] * len(axes)
-        for axis, dim in zip(spec, argument.dims, strict=False):
-            if axis in axes and dim is not None:
-                layout[axes.index(axis)] = dim
-        fixed[argument.group] = tuple(layout)
+        fixed[argument.group] = _layout(spec, argument.dims, axes)
+    for output in program.layer_outputs:
+        spec = assignment.get(output.template, NO_RULE)
+        if spec and program.groups[output.group].argument is None:
+            fixed[output.group] = _layout(spec, output.dims, axes)
     return fixed
+
+
+def _layout(spec: Spec, dims: Sequence[int | None], axes: Sequence[str]) -> Layout:
+    """A spec of an array as the layout of its group."""
+    layout = [WHOLE] * len(axes)
+    for axis, dim in zip(spec, dims, strict=False):
+        if axis in axes and dim is not None:
+            layout[axes.index(axis)] = dim
+    return tuple(layout)

@@ -15,11 +15,14 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.graph.propagation import Propagator
 from autoshard.mesh import Mesh, Spec, shard_shape
-from autoshard.search.candidates import Choices, fixed_layouts
+from autoshard.search.candidates import NO_RULE, Choices, fixed_layouts
 
 __all__ = ["Scored", "Scorer", "descend", "exhaust", "n_assignments", "starting_points"]
 
 Key = tuple[tuple[str, Spec], ...]
+
+# A rule for an output has to win this share of the step, or it is not worth its line.
+_RULE_SHARE = 2.5e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,19 +30,22 @@ class Scored:
     """One assignment and the cost of its propagated program.
 
     Attributes:
-        assignment: family -> spec, as sorted pairs.
+        assignment: family, or template of a layer output -> spec, as sorted pairs.
         cost: the step.
         excess_bytes: bytes a device above the memory limit; 0 where it fits.
+        n_outputs: how many layer outputs it lays out.
     """
 
     assignment: Key
     cost: StepCost
     excess_bytes: int
+    n_outputs: int = 0
 
     @property
     def rank(self) -> tuple[int, float, int]:
         """What fits before what does not; then the faster; then the smaller."""
-        return self.excess_bytes, self.cost.step_seconds, self.cost.memory.peak_bytes
+        seconds = self.cost.step_seconds * (1 + _RULE_SHARE * self.n_outputs)
+        return self.excess_bytes, seconds, self.cost.memory.peak_bytes
 
 
 @dataclass(slots=True)
@@ -57,21 +63,28 @@ class Scorer:
     mesh: Mesh
     memory_limit: int | None
     seen: dict[Key, Scored] = field(default_factory=dict)
-    propagator: Propagator = field(init=False)
+    _propagator: Propagator = field(init=False)
+    _outputs: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.propagator = Propagator(self.pricer.program, self.pricer.machine.axis_sizes)
+        self._outputs = frozenset(o.template for o in self.pricer.program.layer_outputs)
+        self._propagator = Propagator(self.pricer.program, self.pricer.machine.axis_sizes)
 
     def score(self, assignment: Mapping[str, Spec]) -> Scored:
         """Propagate an assignment through the program and price what comes out."""
-        key = tuple(sorted(assignment.items()))
+        key = tuple(sorted(item for item in assignment.items() if item[1] != NO_RULE))
         found = self.seen.get(key)
         if found is None:
             fixed = fixed_layouts(self.pricer.program, assignment, self.mesh)
-            cost = self.pricer.price(self.propagator.propagate(fixed))
+            cost = self.pricer.price(self._propagator.propagate(fixed))
             limit = math.inf if self.memory_limit is None else self.memory_limit
             excess = max(0.0, cost.memory.peak_bytes - limit)
-            found = Scored(assignment=key, cost=cost, excess_bytes=int(excess))
+            found = Scored(
+                assignment=key,
+                cost=cost,
+                excess_bytes=int(excess),
+                n_outputs=sum(name in self._outputs for name, _ in key),
+            )
             self.seen[key] = found
         return found
 
@@ -139,21 +152,29 @@ def _moves(
 ) -> Iterator[Callable[[Mapping[str, Spec]], dict[str, Spec]]]:
     """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
 
-    First whole sibling groups, then single families, then two sibling groups at once.
+    First whole sibling groups, then single families, then two sibling groups at once. The outputs
+    of one group are laid out together, each spec in turn.
     """
-    free = [choices for choices in families if len(choices.specs) > 1]
-    groups: dict[str, list[Choices]] = {}
-    for choices in free:
-        groups.setdefault(choices.siblings, []).append(choices)
+    weights: dict[str, list[Choices]] = {}
+    outputs: dict[str, list[Choices]] = {}
+    for choices in families:
+        if len(choices.specs) > 1:
+            kind = outputs if choices.specs[0] == NO_RULE else weights
+            kind.setdefault(choices.siblings, []).append(choices)
+    singles = [[choices] for members in weights.values() for choices in members]
     for axis in mesh.parallel_axes:
-        for members in [*groups.values(), *([choices] for choices in free)]:
+        for members in [*weights.values(), *singles]:
             for dim in range(-1, len(members[0].shape)):
                 yield partial(_put, ((members, dim),), axis)
-        for first, second in itertools.combinations(groups.values(), 2):
+        for first, second in itertools.combinations(weights.values(), 2):
             for dims in itertools.product(
                 range(-1, len(first[0].shape)), range(-1, len(second[0].shape))
             ):
                 yield partial(_put, ((first, dims[0]), (second, dims[1])), axis)
+    for members in outputs.values():
+        for spec in members[0].specs:
+            laid = {choices.family: spec for choices in members if spec in choices.specs}
+            yield lambda now, laid=laid: laid  # type: ignore[misc]
 
 
 def _put(

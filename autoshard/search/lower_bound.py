@@ -13,9 +13,8 @@ alike. With the solver's two sums
     serial = compute + blocking collectives,  parallel = overlapped + blocking collectives
 
 the objective is their maximum, the step time of `autoshard.cost.values`. Memory counts what is
-held throughout: weights and optimizer slots. Where several mesh axes make the tables too large to
-solve, every node takes its cheapest strategy as if there were no edges: a bound still, but a weak
-one, and no assignment.
+held throughout: weights and optimizer slots. It is bounded by dual ascent, not solved: the answer
+is only where the search starts.
 """
 
 import itertools
@@ -42,7 +41,6 @@ from autoshard.search.solver import solve
 __all__ = ["Relaxed", "relax"]
 
 _GAP = 0.02
-_MAX_ENTRIES = 30_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +48,12 @@ class Relaxed:
     """The answer of the relaxed problem.
 
     Attributes:
-        assignment: family -> spec; empty where nothing fits the memory, or it was too large.
+        assignment: family -> spec; empty where nothing fits the memory.
         bound_seconds: no layout of the model has a faster step, by the cost model.
-        proven: whether the solver closed its gap.
     """
 
     assignment: dict[str, Spec]
     bound_seconds: float
-    proven: bool
 
 
 def relax(
@@ -75,9 +71,6 @@ def relax(
         The families' specs of its best answer, and its bound in seconds.
     """
     builder = _Builder(pricer, families, mesh)
-    if sum(len(edge.costs) * len(edge.costs[0]) for edge in builder.edges) > _MAX_ENTRIES:
-        alone = sum(min(node.costs) for node in builder.nodes)
-        return Relaxed(assignment={}, bound_seconds=alone, proven=False)
     solution = solve(
         Problem(
             nodes=tuple(builder.nodes),
@@ -85,12 +78,13 @@ def relax(
             memory_limit=None if memory_limit is None else float(memory_limit),
         ),
         gap=_GAP,
+        exact=False,
     )
     assignment = {}
     if solution.feasible:
         for choices, node in zip(families, builder.family_nodes, strict=True):
             assignment[choices.family] = choices.specs[solution.choices[node]]
-    return Relaxed(assignment=assignment, bound_seconds=solution.bound, proven=solution.proven)
+    return Relaxed(assignment=assignment, bound_seconds=solution.bound)
 
 
 class _Builder:
@@ -104,6 +98,7 @@ class _Builder:
         self.nodes: list[Node] = []
         self.edges: list[Edge] = []
         self.family_nodes: list[int] = []
+        self._moves: dict[tuple[object, ...], tuple[float, float]] = {}
         self.stands_for, ops = tie_blocks(self.program)
         self.node_of: list[int] = [-1] * len(self.program.groups)
         self.layouts_of: list[tuple[Layout, ...]] = [()] * len(self.program.groups)
@@ -195,15 +190,19 @@ class _Builder:
         share: float,
     ) -> None:
         """What moving one array costs, by the op's choice and the group's layout."""
+        factors = [factor for factor in array.factors if factor is not None]
+        dims = {factor: (array.factors.index(factor), factor in op.reduced) for factor in factors}
+        reduced = frozenset(op.reduced)
         serial, parallel = [], []
         for choice in choices:
-            blocking, hidden = [], []
-            for layout in self.layouts_of[group]:
-                moves = array_transfers(op, array, operand, choice, layout, self.machine)
-                blocking.append(sum(m.seconds for m in moves if not m.overlapped) * share)
-                hidden.append(sum(m.seconds for m in moves if m.overlapped) * share)
-            serial.append(tuple(blocking))
-            parallel.append(tuple(map(sum, zip(blocking, hidden, strict=True))))
+            # All of a choice that its moves depend on.
+            made = tuple(dims.get(factor, (WHOLE, factor in reduced)) for factor in choice)
+            rows = [
+                self.move_seconds(op, array, operand, choice, made, layout)
+                for layout in self.layouts_of[group]
+            ]
+            serial.append(tuple(blocking * share for blocking, _ in rows))
+            parallel.append(tuple((blocking + hidden) * share for blocking, hidden in rows))
         if any(map(any, parallel)):
             self.edges.append(
                 Edge(
@@ -213,6 +212,28 @@ class _Builder:
                     parallel_costs=tuple(parallel),
                 )
             )
+
+    def move_seconds(
+        self,
+        op: Op,
+        array: Array,
+        operand: int | None,
+        choice: Choice,
+        made: tuple[tuple[int, bool], ...],
+        layout: Layout,
+    ) -> tuple[float, float]:
+        """Blocking and hidden seconds between a choice and a layout, each case priced once."""
+        waits = frozenset(f for f in array.factors if f in op.reduced and not array.is_held)
+        key = (array.n_bytes, array.factors, operand is None, waits, made, layout)
+        found = self._moves.get(key)
+        if found is None:
+            moves = array_transfers(op, array, operand, choice, layout, self.machine)
+            found = (
+                sum(move.seconds for move in moves if not move.overlapped),
+                sum(move.seconds for move in moves if move.overlapped),
+            )
+            self._moves[key] = found
+        return found
 
     def add_node(self, costs: tuple[float, ...], usages: tuple[float, ...] = ()) -> int:
         """A node whose costs are compute: they do not count in the parallel sum."""

@@ -1,11 +1,17 @@
 """The search as a whole: the best layouts of a program, and why each family got its spec."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.cost.step import StepPricer
 from autoshard.mesh import Mesh, Spec
-from autoshard.search.candidates import Choices, family_choices
+from autoshard.search.candidates import (
+    NO_RULE,
+    Choices,
+    Shapes,
+    family_choices,
+    output_choices,
+)
 from autoshard.search.descent import (
     Scored,
     Scorer,
@@ -53,13 +59,16 @@ class SearchResult:
         ranked: layouts from best to worst, distinct in cost.
         bound_seconds: no layout has a faster step, by the cost model.
         n_scored: how many assignments were propagated and priced.
-        reasons: one a family, for the best layout.
+        reasons: one a family and laid out output, for the best layout.
+        unbound: a layout that is better than all of these, but breaks the bounds on layer outputs;
+            None where there is none.
     """
 
     ranked: tuple[Scored, ...]
     bound_seconds: float
     n_scored: int
     reasons: tuple[Reason, ...]
+    unbound: Scored | None = None
 
     @property
     def gap(self) -> float:
@@ -75,6 +84,8 @@ def search(
     *,
     top: int = 5,
     starts: Sequence[Mapping[str, Spec]] = (),
+    outputs: Shapes | None = None,
+    unbound_outputs: Shapes | None = None,
 ) -> SearchResult:
     """Find the layouts with the fastest step within the memory limit.
 
@@ -84,26 +95,44 @@ def search(
         memory_limit: bytes a device, or None.
         top: how many layouts to return.
         starts: assignments to start from beside the search's own.
+        outputs: layer outputs that may be laid out, with the shapes that bound their specs.
+        unbound_outputs: the same with fewer bounds, to look for what these cost.
 
     Returns:
         The ranked layouts. Where nothing fits, the one nearest to fitting comes first.
     """
-    families = family_choices(pricer.program, mesh)
+    program = pricer.program
+    families = family_choices(program, mesh)
+    bound = output_choices(program, mesh, outputs or {})
     scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit)
     relaxed = relax(pricer, families, mesh, memory_limit)
-    if n_assignments(families) <= _EXHAUSTIVE:
-        best = exhaust(scorer, families)
+    if n_assignments([*families, *bound]) <= _EXHAUSTIVE:
+        best = exhaust(scorer, [*families, *bound])
     else:
         own = starting_points(families, relaxed.assignment, mesh)
-        best = descend(scorer, families, [*own, *({**own[1], **start} for start in starts)])
-    reasons = tuple(_reason(scorer, best, choices) for choices in families)
-    ranked = sorted(scorer.seen.values(), key=lambda scored: scored.rank)
+        points = [*own, *({**own[1], **start} for start in starts)]
+        best = descend(scorer, [*families, *bound], points)
+    reasons = [_reason(scorer, best, choices) for choices in [*families, *bound]]
+    names = {choices.family for choices in families}
+    worthy = [scored for scored in list(scorer.seen.values()) if _gains(scored, names, scorer)]
+    ranked = sorted(worthy, key=lambda scored: scored.rank)
+    free = output_choices(program, mesh, unbound_outputs or {})
+    beyond = descend(scorer, [*families, *free], [dict(best.assignment)]) if free else best
     return SearchResult(
         ranked=_distinct(ranked, top),
         bound_seconds=min(relaxed.bound_seconds, best.cost.step_seconds),
         n_scored=len(scorer.seen),
-        reasons=reasons,
+        reasons=tuple(reason for reason in reasons if reason.spec != NO_RULE),
+        unbound=beyond if beyond.rank < best.rank else None,
     )
+
+
+def _gains(scored: Scored, families: Collection[str], scorer: Scorer) -> bool:
+    """Whether the rules for layer outputs, if any, make the layout better than it is without."""
+    if not scored.n_outputs:
+        return True
+    alone = {name: spec for name, spec in scored.assignment if name in families}
+    return scored.rank < scorer.score(alone).rank
 
 
 def _distinct(ranked: Sequence[Scored], top: int) -> tuple[Scored, ...]:
@@ -130,7 +159,7 @@ def _same(a: Scored, b: Scored) -> bool:
 def _reason(scorer: Scorer, best: Scored, choices: Choices) -> Reason:
     """Price every other spec of one family, all else equal."""
     assignment = dict(best.assignment)
-    spec = assignment[choices.family]
+    spec = assignment.get(choices.family, NO_RULE)
     others = [
         (scorer.score({**assignment, choices.family: other}), other)
         for other in choices.specs

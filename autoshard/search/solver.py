@@ -24,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 
 from autoshard.errors import NothingFitsError
-from autoshard.search.choice_graph import ChoiceGraph
+from autoshard.search.choice_graph import Array, ChoiceGraph
 from autoshard.search.components import solve_graph
 from autoshard.search.local_search import State, ball_around, free_ball
 from autoshard.search.problem import Problem, Solution, cost_of, peak_usage, sums_of
@@ -49,7 +49,13 @@ _SMALLEST_BALL = 20
 _RANK_EVERY = 20
 
 
-def solve(problem: Problem, *, gap: float = _PROVEN, time_limit: float | None = None) -> Solution:
+def solve(
+    problem: Problem,
+    *,
+    gap: float = _PROVEN,
+    time_limit: float | None = None,
+    exact: bool = True,
+) -> Solution:
     """Choose a strategy for every node, at least cost within the memory limit.
 
     Args:
@@ -57,6 +63,8 @@ def solve(problem: Problem, *, gap: float = _PROVEN, time_limit: float | None = 
         gap: stop when `(cost - bound) / cost` is no more than this.
         time_limit: seconds after which to return the best answer so far, about; None to stop by
             gap alone.
+        exact: False to stop after dual ascent, which is quick: the bound is mostly within some
+            percent of the best one, the answer only a good start.
 
     Returns:
         The choices with their bound; `status` says `infeasible` where it is proven that nothing
@@ -76,8 +84,10 @@ def solve(problem: Problem, *, gap: float = _PROVEN, time_limit: float | None = 
         graph = ChoiceGraph.of(problem)
         reduce_graph(graph)
         search.n_nodes, search.n_edges = len(graph.alive), len(graph.edges())
-        two_sums = graph.n_sums == 2
-        if two_sums and graph.n_entries() <= _TOO_LARGE:
+        if not exact:
+            search.relax(graph)
+            return search.solution()
+        if graph.n_sums == 2 and graph.n_entries() <= _TOO_LARGE:
             search.weigh(graph)
         if search.relative_gap() > gap and graph.n_entries() > _LARGE:
             graph = search.tighten(graph)
@@ -99,7 +109,7 @@ class _Search:
         self.cost = math.inf if problem.nodes else 0.0
         self.bound = -math.inf if problem.nodes else 0.0
         self.state: State | None = None
-        self.weights = np.array([0.5, 0.5])
+        self.weights: Array | None = None
         self.n_nodes = self.n_edges = 0
 
     def left(self) -> float:
@@ -219,7 +229,8 @@ class _Search:
     def relax(self, graph: ChoiceGraph) -> Ascent:
         """Raise the bound by dual ascent; the choices met on the way start descents."""
         self.offer(self._first_state(graph))
-        weights = self.weights if graph.n_sums == 2 else np.ones(1)
+        # Mostly the first sum is the larger, and so the one to bound.
+        weights = np.eye(graph.n_sums)[0] if self.weights is None else self.weights
         ascent, over = Ascent(graph, weights), self.until(0.3)
         while ascent.improving() and not over() and self.relative_gap() > self.gap:
             chosen = ascent.step(self.cost)
