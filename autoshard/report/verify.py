@@ -27,7 +27,7 @@ def verification_text(verification: Verification) -> str:
     parts = [
         _head(verification),
         format_rules(verification.rules) or "no rule: every variable is whole on every device",
-        verdict_line(verification),
+        _verdict_line(verification),
         *_comparison(verification),
         *_flops(verification),
         *_collectives(verification),
@@ -52,7 +52,7 @@ def _head(found: Verification) -> str:
     )
 
 
-def verdict_line(found: Verification) -> str:
+def _verdict_line(found: Verification) -> str:
     """Whether it fits, in one line."""
     limit = format_bytes(found.memory_limit)
     if found.refusal:
