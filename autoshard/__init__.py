@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from autoshard.comparison import compare
     from autoshard.errors import AutoshardError
     from autoshard.mesh import Mesh
     from autoshard.pipeline import check, inspect, plan
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "__version__",
     "check",
+    "compare",
     "inspect",
     "load",
     "plan",
@@ -33,6 +35,7 @@ _HOME = {
     "Mesh": "autoshard.mesh",
     "Plan": "autoshard.sharding_plan",
     "check": "autoshard.pipeline",
+    "compare": "autoshard.comparison",
     "inspect": "autoshard.pipeline",
     "load": "autoshard.sharding_plan",
     "plan": "autoshard.pipeline",

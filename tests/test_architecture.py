@@ -29,6 +29,7 @@ ROOMS = (
     "planning",
     "settling",
     "pipeline",
+    "comparison",
     "verification",
     "report",
     "progress",
