@@ -33,7 +33,9 @@ __all__ = [
     "candidate_choices",
     "compute_seconds",
     "cost_of_choice",
+    "layout_of",
     "local_bytes",
+    "n_parts",
 ]
 
 Choice = tuple[int, ...]
@@ -101,8 +103,12 @@ class OpCost:
 
 def local_bytes(n_bytes: int, layout: Layout, axis_sizes: Sequence[int]) -> int:
     """Bytes of one device's shard."""
-    parts = math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
-    return -(-n_bytes // parts)
+    return -(-n_bytes // n_parts(layout, axis_sizes))
+
+
+def n_parts(layout: Layout, axis_sizes: Sequence[int]) -> int:
+    """Into how many shards a layout cuts an array."""
+    return math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
 
 
 def candidate_choices(
@@ -178,7 +184,7 @@ def _window_seconds(
         and transfer.operand is not None
         and _is_contracted(op, transfer.operand, choice, transfer)
     )
-    n_bytes = local_bytes(result.n_bytes, _layout_of(result, choice), machine.axis_sizes)
+    n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
     return 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
 
 
@@ -202,7 +208,7 @@ def array_transfers(
         layout: how the array lies outside of the op.
         machine: the chips and links.
     """
-    made = _layout_of(array, choice)
+    made = layout_of(array, choice)
     if operand is not None:
         waits = {array.factors.index(factor) for factor in op.reduced if factor in array.factors}
         return list(
@@ -216,7 +222,7 @@ def array_transfers(
     ]
 
 
-def _layout_of(array: Array, choice: Choice) -> Layout:
+def layout_of(array: Array, choice: Choice) -> Layout:
     """How an array lies where its op makes this choice."""
     factors = array.factors
     return tuple(
@@ -293,7 +299,7 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     sizes = machine.axis_sizes
     # A lookup reads the rows it returns, not the table.
     read, written = (
-        sum(local_bytes(a.n_bytes, _layout_of(a, choice), sizes) for a in arrays)
+        sum(local_bytes(a.n_bytes, layout_of(a, choice), sizes) for a in arrays)
         for arrays in (op.results if op.kind == "gather" else op.operands, op.results)
     )
     moving = memory_seconds(machine.chip, read, written)
