@@ -1,7 +1,7 @@
 """A plan and how it came about, as text."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
@@ -10,9 +10,11 @@ from autoshard.layout.rules import format_rules
 from autoshard.mesh import format_spec
 from autoshard.pipeline import Outcome
 from autoshard.planning import Candidate
-from autoshard.settling import Verdict, summed_first
+from autoshard.settling import Verdict
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_count, format_seconds
+from autoshard.xla.collectives import Collective
+from autoshard.xla.partitioned import target_collectives
 
 __all__ = ["plan_text", "reasons_text"]
 
@@ -176,14 +178,9 @@ def _verification(outcome: Outcome) -> Iterator[str]:
     compiled = verdict.compiled
     assert compiled is not None and outcome.winner.scored is not None
     predicted = _predicted_counts(outcome.winner.scored.cost)
-    found: Counter[tuple[str, str, int]] = Counter()
-    arrays: Counter[tuple[str, str, int]] = Counter()
+    found = _counts(target_collectives(compiled, outcome.plan.mesh.data_axis))
+    arrays = _counts(compiled.collectives)
     on_cpu = compiled.target.startswith("cpu")
-    for item in compiled.collectives:
-        key = (item.kind, item.axis, item.n_bytes)
-        merged = summed_first(item) if on_cpu and key in predicted else item
-        found[key] += merged.count
-        arrays[key] += item.count
     keys = sorted(predicted | found, key=lambda key: -key[2] * max(predicted[key], found[key]))
     rows = [
         (key[0], key[1], format_bytes(key[2]), predicted[key], found[key], arrays[key])
@@ -201,6 +198,13 @@ def _verification(outcome: Outcome) -> Iterator[str]:
             f"{format_bytes(compiled.temporary_bytes)}, outputs "
             f"{format_bytes(compiled.output_bytes)}, aliased {format_bytes(compiled.alias_bytes)})"
         )
+
+
+def _counts(collectives: Iterable[Collective]) -> Counter[tuple[str, str, int]]:
+    counts: Counter[tuple[str, str, int]] = Counter()
+    for item in collectives:
+        counts[item.kind, item.axis, item.n_bytes] += item.count
+    return counts
 
 
 def _predicted_counts(cost: StepCost) -> Counter[tuple[str, str, int]]:
