@@ -26,13 +26,13 @@ class _Share:
 
     Attributes:
         compute_seconds: of all its runs.
-        transfers: each with what makes it the same as another's.
+        transfers: each with what makes it the same as another's, and what compute pays for it.
         kept_bytes: what it leaves for the backward half.
         working_bytes: what is alive while it runs.
     """
 
     compute_seconds: float
-    transfers: tuple[tuple[tuple[object, ...], Traffic], ...]
+    transfers: tuple[tuple[tuple[object, ...], Traffic, float], ...]
     kept_bytes: int
     working_bytes: int
 
@@ -74,10 +74,12 @@ class StepPricer:
             compute += share.compute_seconds
             kept += share.kept_bytes
             working = max(working, share.working_bytes)
-            for once, moved in share.transfers:
+            for once, moved, seconds in share.transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once.
-                traffic.setdefault(once, moved)
+                if once not in traffic:
+                    traffic[once] = moved
+                    compute += seconds
         return StepCost(
             compute_seconds=compute,
             blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
@@ -92,7 +94,10 @@ class StepPricer:
         kept, working = self._peak.op_bytes(op, around, cost)
         return _Share(
             compute_seconds=cost.compute_seconds * op.count,
-            transfers=tuple((_once(op, t), self._traffic(op, t)) for t in cost.transfers),
+            transfers=tuple(
+                (_once(op, t), self._traffic(op, t), t.memory_seconds * op.count)
+                for t in cost.transfers
+            ),
             kept_bytes=kept,
             working_bytes=working,
         )

@@ -193,9 +193,8 @@ class _Builder:
         factors = [factor for factor in array.factors if factor is not None]
         dims = {factor: (array.factors.index(factor), factor in op.reduced) for factor in factors}
         reduced = frozenset(op.reduced)
-        waits = frozenset(f for f in array.factors if f in op.reduced and not array.is_held)
         layouts = self.layouts_of[group]
-        like = (array.n_bytes, array.factors, operand is None, waits, layouts)
+        like = (array.n_bytes, array.factors, array.is_held, operand is None, layouts)
         # Arrays that look alike share their rows, by all of a choice that its moves depend on.
         known = self._moves.setdefault(like, {})
         serial, parallel = [], []
@@ -204,8 +203,8 @@ class _Builder:
             row = known.get(made)
             if row is None:
                 row = known[made] = self.move_seconds(op, array, operand, choice, layouts)
-            serial.append(tuple(blocking * share for blocking, _ in row))
-            parallel.append(tuple((blocking + hidden) * share for blocking, hidden in row))
+            serial.append(tuple(seconds * share for seconds, _ in row))
+            parallel.append(tuple(seconds * share for _, seconds in row))
         if any(map(any, parallel)):
             self.edges.append(
                 Edge(
@@ -224,16 +223,13 @@ class _Builder:
         choice: Choice,
         layouts: Sequence[Layout],
     ) -> list[tuple[float, float]]:
-        """Blocking and hidden seconds between a choice and each layout."""
+        """The two sums of moving an array between a choice and each layout."""
         row = []
         for layout in layouts:
             moves = array_transfers(op, array, operand, choice, layout, self.machine)
-            row.append(
-                (
-                    sum(move.seconds for move in moves if not move.overlapped),
-                    sum(move.seconds for move in moves if move.overlapped),
-                )
-            )
+            blocking = sum(move.seconds for move in moves if not move.overlapped)
+            written = sum(move.memory_seconds for move in moves)
+            row.append((blocking + written, sum(move.seconds for move in moves)))
         return row
 
     def add_node(self, costs: tuple[float, ...], usages: tuple[float, ...] = ()) -> int:
