@@ -82,7 +82,10 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @click.argument("model")
-@click.option("--mesh", required=True, help="Devices along each axis, like 1x8.")
+@click.option("--mesh", help="Devices along each axis, like 1x8.")
+@click.option(
+    "--devices", type=click.IntRange(min=1), help="Instead of --mesh: choose the mesh's shape too."
+)
 @_step_options
 @click.option(
     "--no-generate",
@@ -112,7 +115,7 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("-o", "--output", help="Write the plan file here.")
 def plan(
     model: str,
-    mesh: str,
+    mesh: str | None,
     axes: str | None,
     form: str,
     timings: bool,

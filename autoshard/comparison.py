@@ -12,15 +12,20 @@ from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
-from autoshard.model.build import build
-from autoshard.model.fold import fold
-from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
-from autoshard.pipeline import make_plan, prediction
-from autoshard.planning import Setup, make_pricer, make_setup, score_rules
+from autoshard.pipeline import prediction
+from autoshard.planning import (
+    Stopwatch,
+    TracedModel,
+    make_pricer,
+    run_planner,
+    score_rules,
+    trace_model,
+)
 from autoshard.records.comparison import ComparedLayout, Comparison, CostlyCollective
 from autoshard.records.parts import Versions
 from autoshard.search.descent import Scorer
+from autoshard.setup import Setup, make_setup
 from autoshard.sharding_plan import Plan
 
 __all__ = ["PLANNED", "compare"]
@@ -59,22 +64,16 @@ def compare(
     if not layouts:
         raise UsageError("name at least one layout to compare")
     setup = make_setup(mesh, **options)
-    on_progress("build the model")
-    workload = setup.workload
-    whole = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    table = whole.table()
-    read = [
-        (_name(layout), _rules(layout, model, whole, setup, on_progress, options))
-        for layout in layouts
-    ]
-    on_progress("price the layouts")
-    pricer = make_pricer(fold(whole, periods=2), setup)
+    traced = trace_model(model, setup.workload, Stopwatch(progress=on_progress))
+    table = traced.table
+    read = [(_name(layout), _rules(layout, traced, setup, on_progress)) for layout in layouts]
+    pricer = make_pricer(traced.program, setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
     compared = [_compared(name, rules, table, scorer) for name, rules in read]
     return Comparison(
         model=table.name,
         mesh=setup.mesh,
-        workload=workload,
+        workload=setup.workload,
         target=str(setup.target),
         memory_limit=setup.memory_limit,
         layouts=tuple(sorted(compared, key=lambda layout: layout.rank)),
@@ -91,20 +90,18 @@ def _name(layout: str | os.PathLike[str] | Plan) -> str:
 
 def _rules(
     layout: str | os.PathLike[str] | Plan,
-    model: Any,
-    built: AbstractModel,
+    traced: TracedModel,
     setup: Setup,
     on_progress: Callable[[str], None],
-    options: dict[str, Any],
 ) -> LayoutRules | str:
     """The rules of a layout, or why there are none: KerasHub ships no map, or refuses the mesh."""
     if isinstance(layout, Plan):
         return layout.rules
     if layout == PLANNED:
-        named = {name: value for name, value in options.items() if name != "axes"}
-        return make_plan(model, setup.mesh, on_progress=on_progress, **named).plan.rules
+        watch = Stopwatch(progress=on_progress)
+        return run_planner(traced, setup, top=1, watch=watch).candidates[0].rules
     try:
-        return read_layout(layout, backbone=built.backbone, mesh=setup.mesh)
+        return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh)
     except AutoshardError as error:
         if layout == "kerashub":
             return str(error)

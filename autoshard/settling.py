@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from autoshard.errors import AutoshardError, OutOfMemoryError, XlaError
 from autoshard.hardware.targets import Target, parse_target
-from autoshard.planning import Candidate, Planning, Setup
+from autoshard.planning import Candidate, Planning
+from autoshard.setup import Setup
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_deep, compile_in

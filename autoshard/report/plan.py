@@ -8,6 +8,7 @@ from tabulate import tabulate
 from autoshard.cost.values import StepCost
 from autoshard.layout.rules import format_rules
 from autoshard.mesh import format_spec
+from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import Outcome
 from autoshard.planning import Candidate
 from autoshard.settling import Verdict
@@ -33,6 +34,7 @@ def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
         if outcome.plan.rules
         else "no rule: every variable is whole on every device",
         _cost(outcome),
+        *_shapes(outcome),
         _ranking(outcome),
         *_verification(outcome),
         reasons_text(outcome.plan),
@@ -108,6 +110,33 @@ def _cost(outcome: Outcome) -> str:
             f"searched {result.n_scored} layouts; no layout can be faster than "
             f"{format_seconds(result.bound_seconds)} by the same formulas (gap {gap:.0%})",
         )
+    )
+
+
+def _shapes(outcome: Outcome) -> Iterator[str]:
+    """The shapes of the mesh, and what memory costs in time over all of them."""
+    if not outcome.shapes:
+        return
+    rows = []
+    for planning in outcome.shapes:
+        mark = "-> " if planning is outcome.planning else "   "
+        *cost, _, note = _ranking_row(planning.candidates[0], None)
+        rows.append((mark + str(planning.setup.mesh), *cost, note))
+    headers = ("mesh", "step", "compute", "collectives", "wire", "memory", "")
+    yield tabulate(rows, headers=headers, disable_numparse=True) + (
+        f"\n(the best layout of each shape, batch {outcome.plan.workload.batch})"
+    )
+    lines = [
+        (
+            str(one.mesh),
+            format_seconds(one.scored.cost.step_seconds),
+            format_bytes(one.scored.cost.memory.peak_bytes),
+            f"--mesh {one.mesh} --memory-limit {one.scored.cost.memory.peak_bytes}",
+        )
+        for one in tradeoffs(outcome.shapes)
+    ]
+    yield tabulate(lines, headers=("mesh", "step", "memory", "asked for with")) + (
+        "\n(no layout found is both faster and smaller than one of these)"
     )
 
 
