@@ -163,6 +163,7 @@ def make_plan(
     devices: int | None = None,
     verify: Verify = "none",
     top: int = 5,
+    advise: bool = True,
     on_progress: Callable[[str], None] = lambda stage: None,
     **options: Any,
 ) -> Outcome:
@@ -174,6 +175,7 @@ def make_plan(
         devices: as for `plan`.
         verify: as for `plan`.
         top: how many layouts to keep.
+        advise: whether to look for what would make the step fit, where it does not.
         on_progress: called with the name of each stage.
         **options: the other arguments of `plan`.
     """
@@ -190,7 +192,7 @@ def make_plan(
     traced = trace_model(model, setup.workload, watch)
     shapes = plan_shapes(traced, setups, top=top, watch=watch)
     planning = shapes[0]
-    nothing_fits = planning.result.ranked[0].excess_bytes > 0
+    ask = advise and planning.result.ranked[0].excess_bytes > 0
     verdicts: tuple[Verdict, ...] = ()
     failure = ""
     if verify != "none":
@@ -210,7 +212,7 @@ def make_plan(
         timings=watch.seconds,
         failure=failure,
         shapes=() if mesh else shapes,
-        remedies=remedies(model, traced, planning.setup, watch) if nothing_fits else (),
+        remedies=remedies(model, traced, planning.setup, watch) if ask else (),
     )
 
 
