@@ -246,7 +246,10 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
         StepInput(
             role=argument.role,
             family=family_of.get(argument.layout_path or ""),
-            count=multiplicity(argument.layout_path or argument.path),
+            # A cache holds the keys and values of all blocks, in one array or in several.
+            count=folded.folding.depth_ratio
+            if argument.role == "cache"
+            else multiplicity(argument.layout_path or argument.path),
             trainable=argument.path in trainable and argument.role == "weight",
         )
         for argument in step.arguments
