@@ -11,6 +11,7 @@ from autoshard.cost.strategies import Machine
 from autoshard.errors import AutoshardError, LayoutError, ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
+from autoshard.graph.propagation import propagate
 from autoshard.hardware.links import axis_links
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
@@ -25,6 +26,7 @@ from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
+from autoshard.search.candidates import fixed_layouts
 from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
 from autoshard.setup import Setup
@@ -92,6 +94,8 @@ class Planning:
         candidates: the best layouts that a LayoutMap can express, best first.
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` fails, or None.
+        cache_specs: how the best layout lays out each array of a KV cache, which Keras makes inside
+            the step and XLA lays out by propagation.
     """
 
     setup: Setup
@@ -102,6 +106,7 @@ class Planning:
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
     without_generate: Candidate | None = None
+    cache_specs: tuple[Spec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +184,21 @@ def run_planner(
         candidates=candidates,
         rivals=rivals,
         without_generate=beyond[0] if beyond else None,
+        cache_specs=tuple(_cache_specs(traced.program, result.ranked[0], setup.mesh)),
     )
+
+
+def _cache_specs(program: Program, best: Scored, mesh: Mesh) -> Iterator[Spec]:
+    caches = [argument for argument in program.arguments if argument.role == "cache"]
+    if not caches:
+        return
+    axes = mesh.parallel_axes
+    sizes = [mesh.sizes[axis] for axis in axes]
+    layouts = propagate(program, fixed_layouts(program, dict(best.assignment), mesh), sizes)
+    for cache in caches:
+        if cache.group is not None:
+            axis_of = dict(zip(layouts[cache.group], axes, strict=True))
+            yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)
 
 
 def make_program(

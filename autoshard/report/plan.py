@@ -110,6 +110,8 @@ def _cost(outcome: Outcome) -> str:
         ("KV cache", memory.kv_cache),
     )
     shown = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts if n)
+    caches = Counter(outcome.planning.cache_specs)
+    laid = [f"KV cache, laid out by XLA: {n} x {format_spec(spec)}" for spec, n in caches.items()]
     gap = max(0.0, (cost.step_seconds - result.bound_seconds) / cost.step_seconds)
     return "\n".join(
         (
@@ -119,6 +121,7 @@ def _cost(outcome: Outcome) -> str:
             f"{format_seconds(cost.overlapped_seconds)}; "
             f"{format_bytes(cost.collective_bytes)} on the wire a device",
             f"predicted memory {format_bytes(memory.peak_bytes)} a device at the peak: {shown}",
+            *laid,
             f"searched {result.n_scored} layouts; no layout can be faster than "
             f"{format_seconds(result.bound_seconds)} by the same formulas (gap {gap:.0%})",
         )
