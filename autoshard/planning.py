@@ -25,7 +25,7 @@ from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import Workload
+from autoshard.model.workload import QUANTIZED, Workload
 from autoshard.search.candidates import fixed_layouts
 from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
@@ -43,7 +43,11 @@ __all__ = [
     "trace_model",
 ]
 
-_MATMUL_DTYPES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
+_MATMUL_DTYPES = {
+    "mixed_bfloat16": "bfloat16",
+    "mixed_float16": "float16",
+    QUANTIZED: "bfloat16",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -192,3 +192,17 @@ except BackendError as error:
         "Keras runs on the numpy backend, which ignores layouts; set the environment variable "
         "KERAS_BACKEND=jax before keras is imported"
     )
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_int8_gives_the_variables_that_quantize_gives() -> None:
+    real = import_keras_hub().models.GemmaBackbone(**SMALL, dtype="bfloat16")
+    real.quantize("int8")
+    expected = {(v.path, tuple(v.shape), str(v.dtype)) for v in real.weights}
+    table = build(small_gemma, dtype="int8").table()
+    assert {(v.path, v.shape, v.dtype) for v in table.variables} == expected
+
+
+def test_int8_is_refused_where_there_are_no_policies_by_layer() -> None:
+    with pytest.raises(UsageError, match="int8 needs a KerasHub backbone"):
+        build(plain_network, dtype="int8")
