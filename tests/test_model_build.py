@@ -133,6 +133,7 @@ def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
 
 # Keras' saving reads a variable in a way that numpy 2 warns about.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
 def test_files_are_read(tmp_path: Path) -> None:
     keras = import_keras()
     backbone = small_gemma().backbone
@@ -195,6 +196,7 @@ except BackendError as error:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
 def test_int8_gives_the_variables_that_quantize_gives() -> None:
     real = import_keras_hub().models.GemmaBackbone(**SMALL, dtype="bfloat16")
     real.quantize("int8")
