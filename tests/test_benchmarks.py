@@ -138,6 +138,9 @@ def test_axes_of_one_device_make_no_other_program() -> None:
     results.rows = {results.key(row): row}
     assert results.same_program(question(mesh="8x1", rules=(), layout="nothing").row())
     assert results.same_program(question(rules=(), layout="nothing").row()) is None
+    # A rule that keeps an output whole is not the same as none.
+    output = (Rule(pattern="block/output", spec=("model", None)),)
+    assert results.same_program(question(mesh="8x1", rules=output).row()) is None
 
 
 def test_a_rival_that_does_not_fit_is_no_rival() -> None:

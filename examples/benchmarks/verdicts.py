@@ -113,13 +113,17 @@ def rules_of(row: Row) -> LayoutRules:
 
 
 def _effective(row: Row) -> list[Any]:
-    """The rules of a row that split anything, without what they do not split."""
+    """The rules of a row that do anything, without the axes of one device.
+
+    A weight that is not split is as good as one without a rule. An output that is not split is
+    whole by the rule, and without it might not be.
+    """
     axes = parse_mesh(row["mesh"]).parallel_axes
     rules = [
         [pattern, [axis if axis in axes else None for axis in spec]]
         for pattern, spec in row["rules"]
     ]
-    return [rule for rule in rules if any(rule[1])]
+    return [rule for rule in rules if any(rule[1]) or rule[0].endswith("/output")]
 
 
 def compiled(row: Row) -> CompiledStep | None:
