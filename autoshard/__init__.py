@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from autoshard.errors import AutoshardError
+    from autoshard.execution.running import run
     from autoshard.mesh import Mesh
     from autoshard.pipeline import check, inspect, plan
     from autoshard.sharding_plan import Plan, load
@@ -23,6 +24,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "run",
     "verify",
 ]
 
@@ -36,6 +38,7 @@ _HOME = {
     "inspect": "autoshard.pipeline",
     "load": "autoshard.sharding_plan",
     "plan": "autoshard.pipeline",
+    "run": "autoshard.execution.running",
     "verify": "autoshard.verification",
 }
 

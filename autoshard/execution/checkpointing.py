@@ -63,8 +63,7 @@ def _recomputed(call: Callable[..., Any]) -> Callable[..., Any]:
         def of_arrays(*arrays: Any) -> Any:
             given = iter(arrays)
             merged = [
-                next(given) if array else leaf
-                for leaf, array in zip(leaves, is_array, strict=True)
+                next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
             ]
             again, named = tree.pack_sequence_as((args, kwargs), merged)
             return call(*again, **named)

@@ -29,6 +29,4 @@ def placement_of(model: Any, rules: LayoutRules, device_mesh: Any) -> Placement:
         actual = weight.value.sharding
         if not actual.is_equivalent_to(planned, len(weight.shape)):
             misplaced.append(f"{weight.path} lies as {actual}, planned {format_spec(spec)}")
-    return Placement(
-        n_variables=len(model.weights), n_split=n_split, misplaced=tuple(misplaced)
-    )
+    return Placement(n_variables=len(model.weights), n_split=n_split, misplaced=tuple(misplaced))
