@@ -21,6 +21,7 @@ from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.workload import Workload
 from autoshard.records.execution import Execution, PartRun, Placed, PlanRun
+from autoshard.records.parts import Versions
 from autoshard.units import format_bytes
 from autoshard.verification import Subject, subject_of
 
