@@ -112,6 +112,7 @@ def run(
         parts=tuple(
             _run_part(_job(part, subject, n_processes, seed), blocks, on_progress) for part in parts
         ),
+        versions=Versions.installed(),
     )
 
 
