@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from autoshard.errors import AutoshardError
     from autoshard.execution.running import run
     from autoshard.mesh import Mesh
+    from autoshard.model.loading import sharded_loading
     from autoshard.pipeline import check, inspect, plan
     from autoshard.sharding_plan import Plan, load
     from autoshard.verification import verify
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "plan",
     "run",
+    "sharded_loading",
     "verify",
 ]
 
@@ -39,6 +41,7 @@ _HOME = {
     "load": "autoshard.sharding_plan",
     "plan": "autoshard.pipeline",
     "run": "autoshard.execution.running",
+    "sharded_loading": "autoshard.model.loading",
     "verify": "autoshard.verification",
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 from autoshard.model.blocks import find_stacks
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel
+from autoshard.model.signature import training_mode
 
 __all__ = ["checkpoint_blocks"]
 
@@ -42,7 +43,8 @@ def _adds_losses(model: Any, data: Any) -> bool:
     import jax
 
     def losses(trainable: Any, other: Any, inputs: Any) -> Any:
-        return model.stateless_call(trainable, other, inputs, return_losses=True)[2]
+        mode = training_mode(model, True)
+        return model.stateless_call(trainable, other, inputs, return_losses=True, **mode)[2]
 
     state = [
         [variable.value for variable in variables]

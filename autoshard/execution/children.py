@@ -30,6 +30,7 @@ _FLAGS = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=3600",
 )
 _DISABLED_PASSES: dict[Part, tuple[str, ...]] = {
+    "load": (),
     "predict": (),
     # They move the conversions out of the loop over tokens, where all of them are kept.
     "generate": (

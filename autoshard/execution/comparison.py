@@ -26,6 +26,8 @@ def compare(
         tolerance: the bounds.
         n_prompt: tokens that `generate` was given.
     """
+    if part == "load":
+        return (_weights(found["digests"], reference["digests"]),)
     if part == "predict":
         return tuple(
             agreement
@@ -35,6 +37,15 @@ def compare(
     if part == "generate":
         return (_tokens(found["tokens"], reference, tolerance, n_prompt),)
     return (_losses(found["losses"], reference["losses"], tolerance),)
+
+
+def _weights(found: Any, reference: Any) -> Agreement:
+    return Agreement(
+        figure="weights that differ in any bit",
+        found=int(np.sum(np.any(found != reference, axis=1))),
+        allowed=0,
+        note=f"{len(reference)} weights",
+    )
 
 
 def _outputs(

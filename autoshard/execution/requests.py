@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
 from autoshard.model.workload import Workload
 
-__all__ = ["PARTS", "Cluster", "Outcome", "Part", "Placement", "RunRequest"]
+__all__ = ["Cluster", "Outcome", "Part", "Placement", "RunRequest"]
 
-Part = Literal["predict", "generate", "fit"]
-PARTS: tuple[Part, ...] = get_args(Part)
+Part = Literal["load", "predict", "generate", "fit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,8 @@ class RunRequest:
     """One part of a run.
 
     Attributes:
-        part: `predict`, `generate` (greedy) or `fit`.
+        part: `load` (the weights of a preset directory; the other parts draw theirs), `predict`,
+            `generate` (greedy) or `fit`.
         model: the model's name, as `autoshard.model.build` takes it.
         workload: dtype, optimizer and rank of the low-rank factors; batch and sequence length of
             this part.
@@ -87,10 +87,11 @@ class Outcome:
         built_bytes: the most memory the process held until the model was built.
         peak_bytes: the most memory the process held.
         placement: where the weights lie afterwards; None without a distribution.
-        arrays: what was computed. `predict`: one array an output, float32. `generate`: `tokens`
-            `[batch, sequence]`, and with margins `margins` `[batch, sequence - 1]`, the distance of
-            the two largest logits behind each token, `root_mean_square` and `largest` of all
-            logits. `fit`: `losses` `[steps]`.
+        arrays: what was computed. `load`: `digests` `[weights, 32]`, the SHA-256 of each weight.
+            `predict`: one array an output, float32. `generate`: `tokens` `[batch, sequence]`, and
+            with margins `margins` `[batch, sequence - 1]`, the distance of the two largest logits
+            behind each token, `root_mean_square` and `largest` of all logits. `fit`: `losses`
+            `[steps]`.
         loss: what `fit` minimised, in words.
     """
 

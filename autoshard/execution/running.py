@@ -19,6 +19,7 @@ from autoshard.model.blocks import find_stacks
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
+from autoshard.model.values import stores_values
 from autoshard.model.workload import Workload
 from autoshard.records.execution import Execution, PartRun, Placed, PlanRun
 from autoshard.records.parts import Versions
@@ -32,7 +33,7 @@ _LORA_RANK = 4
 _N_STEPS = 3
 _N_PROMPT = 4
 # Tokens of a sequence, raised to a multiple of the devices, so that a rule may split them.
-_TOKENS: dict[Part, int] = {"predict": 8, "generate": 16, "fit": 32}
+_TOKENS: dict[Part, int] = {"load": 8, "predict": 8, "generate": 16, "fit": 32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,8 @@ def run(
 ) -> PlanRun:
     """Run a model under a plan on virtual CPU devices, and hold it against a run without.
 
-    `predict`, `generate` (greedy, for a model that generates) and three steps of `fit` run with
+    The weights of a preset directory are loaded, and compared bit by bit. `predict`, `generate`
+    (greedy, for a model that generates) and three steps of `fit` run with
     seeded random weights and data. `fit` trains what the plan's workload trains; low-rank factors
     where the machine has not the memory to train all weights. A part that does not fit the free
     memory runs with as many blocks as do.
@@ -94,9 +96,6 @@ def run(
             f"{mesh.n_devices} devices cannot be shared by {n_processes} processes: give a number "
             "that divides them"
         )
-    parts: tuple[Part, ...] = ("predict", "generate", "fit")
-    if not subject.model.generates:
-        parts = ("predict", "fit")
     return PlanRun(
         model=subject.model.name,
         mesh=mesh,
@@ -110,10 +109,17 @@ def run(
         available_bytes=available_bytes(),
         tolerance=tolerance_of(subject.model).words(),
         parts=tuple(
-            _run_part(_job(part, subject, n_processes, seed), blocks, on_progress) for part in parts
+            _run_part(_job(part, subject, n_processes, seed), blocks, on_progress)
+            for part in _parts(subject)
         ),
         versions=Versions.installed(),
     )
+
+
+def _parts(subject: Subject) -> tuple[Part, ...]:
+    load: tuple[Part, ...] = ("load",) if stores_values(subject.name) else ()
+    generate: tuple[Part, ...] = ("generate",) if subject.model.generates else ()
+    return (*load, "predict", *generate, "fit")
 
 
 def _job(part: Part, subject: Subject, n_processes: int, seed: int) -> _Job:
@@ -249,6 +255,8 @@ def _refusal(entry: PartRun, available: int) -> str:
 def _words(job: _Job) -> str:
     work = job.workload
     batch = f"{work.batch} x {work.seq_len} tokens"
+    if job.part == "load":
+        return "the stored weights, shard by shard"
     if job.part == "predict":
         return batch
     if job.part == "generate":

@@ -7,6 +7,7 @@ functions behind them are called, and their results gathered.
 """
 
 import contextlib
+import hashlib
 import resource
 import sys
 import time
@@ -24,7 +25,7 @@ from autoshard.model.build import build
 from autoshard.model.data import prompt_data, run_data, targets_of
 from autoshard.model.keras_import import import_keras, without_tensorflow
 from autoshard.model.recipe import AbstractModel
-from autoshard.model.values import with_values
+from autoshard.model.values import with_stored_values, with_values
 
 __all__ = ["run_part"]
 
@@ -66,7 +67,8 @@ def _run(request: RunRequest, progress: Callable[[str], None]) -> Outcome:
     distribution = _distribution(request)
     with distribution.scope() if distribution else contextlib.nullcontext():
         start = time.monotonic()
-        model = with_values(described, request.seed)
+        with_any = with_stored_values if request.part == "load" else with_values
+        model = with_any(described, request.seed)
         built, built_bytes = time.monotonic(), _peak_bytes()
         progress(request.part)
         arrays, loss = _PARTS[request.part](model, request, distribution)
@@ -100,6 +102,16 @@ def _distribution(request: RunRequest) -> Any:
             f"{request.mesh.n_devices}"
         )
     return keras_distribution(request.rules, request.mesh, devices)
+
+
+def _load(model: AbstractModel, request: RunRequest, distribution: Any) -> tuple[Arrays, str]:
+    digests = [_digest(weight.value) for weight in model.model.weights]
+    return {"digests": np.stack(digests)}, ""
+
+
+def _digest(value: Any) -> Any:
+    whole = np.ascontiguousarray(_whole(value)).reshape(-1).view("uint8")
+    return np.frombuffer(hashlib.sha256(whole.data).digest(), "uint8")
 
 
 def _predict(model: AbstractModel, request: RunRequest, distribution: Any) -> tuple[Arrays, str]:
@@ -152,6 +164,7 @@ def _fit(model: AbstractModel, request: RunRequest, distribution: Any) -> tuple[
 
 
 _PARTS: dict[str, Callable[[AbstractModel, RunRequest, Any], tuple[Arrays, str]]] = {
+    "load": _load,
     "predict": _predict,
     "generate": _generate,
     "fit": _fit,
