@@ -38,15 +38,20 @@ _TOKENS: dict[Part, int] = {"load": 8, "predict": 8, "generate": 16, "fit": 32}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A part, and the model it runs on."""
+    """A part, and the whole model it is about; `blocks` periods of it, where that was asked for."""
 
     part: Part
     subject: Subject
     model: AbstractModel
     workload: Workload
     n_processes: int
+    blocks: int | None
     seed: int
     note: str = ""
+
+    def asked_for(self) -> AbstractModel:
+        """The model as deep as it was asked for."""
+        return self.model if self.blocks is None else fold(self.model, periods=self.blocks)
 
     def needed(self, model: AbstractModel) -> int:
         """Memory for a model of some depth, under the plan and without it."""
@@ -109,7 +114,7 @@ def run(
         available_bytes=available_bytes(),
         tolerance=tolerance_of(subject.model).words(),
         parts=tuple(
-            _run_part(_job(part, subject, n_processes, seed), blocks, on_progress)
+            _run_part(_job(part, subject, n_processes, blocks, seed), on_progress)
             for part in _parts(subject)
         ),
         versions=Versions.installed(),
@@ -122,7 +127,7 @@ def _parts(subject: Subject) -> tuple[Part, ...]:
     return (*load, "predict", *generate, "fit")
 
 
-def _job(part: Part, subject: Subject, n_processes: int, seed: int) -> _Job:
+def _job(part: Part, subject: Subject, n_processes: int, blocks: int | None, seed: int) -> _Job:
     own, mesh = subject.setup.workload, subject.setup.mesh
     n_devices = mesh.n_devices
     workload = replace(
@@ -137,6 +142,7 @@ def _job(part: Part, subject: Subject, n_processes: int, seed: int) -> _Job:
         model=subject.model,
         workload=workload,
         n_processes=n_processes,
+        blocks=None if part == "load" else blocks,
         seed=seed,
     )
     return _affordable(job) if part == "fit" and own.lora_rank is None else job
@@ -144,7 +150,7 @@ def _job(part: Part, subject: Subject, n_processes: int, seed: int) -> _Job:
 
 def _affordable(job: _Job) -> _Job:
     """Training of all weights, or of low-rank factors where there is no memory for that."""
-    available, needed = available_bytes(), job.needed(job.model)
+    available, needed = available_bytes(), job.needed(job.asked_for())
     if available is None or needed <= available:
         return job
     workload = replace(job.workload, kind="lora", lora_rank=_LORA_RANK)
@@ -159,9 +165,9 @@ def _affordable(job: _Job) -> _Job:
     return replace(job, model=lora, workload=workload, note=note)
 
 
-def _run_part(job: _Job, blocks: int | None, on_progress: Callable[[str], None]) -> PartRun:
+def _run_part(job: _Job, on_progress: Callable[[str], None]) -> PartRun:
     """Run a part at the depth that fits, and the reference after it."""
-    repeats, model, missing = _depth(job, blocks)
+    repeats, model, missing = _depth(job)
     entry = PartRun(
         part=job.part,
         work=_words(job),
@@ -226,22 +232,18 @@ def _compared(
     )
 
 
-def _depth(job: _Job, blocks: int | None) -> tuple[int | None, AbstractModel, int]:
+def _depth(job: _Job) -> tuple[int | None, AbstractModel, int]:
     """The periods of blocks to run (None: all), the model so deep, and what is missing for all."""
     available = available_bytes()
     missing = 0 if available is None else max(0, job.needed(job.model) - available)
-    if blocks is not None:
-        return blocks, fold(job.model, periods=blocks), missing
-    if not missing:
-        return None, job.model, 0
-    # Memory grows with depth: the deepest copy that fits, by bisection.
-    deepest = max((s.n_periods for s in fold(job.model, periods=1).folding.blocks), default=1)
-    low, high = 1, deepest
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = job.needed(fold(job.model, periods=middle)) <= (available or 0)
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low, fold(job.model, periods=low), missing
+    if job.blocks is not None or not missing or job.part == "load":
+        return job.blocks, job.asked_for(), missing
+    # Every block of a kind needs the same: memory grows evenly from one period to the next.
+    one, two = (fold(job.model, periods=periods) for periods in (1, 2))
+    first, more = job.needed(one), job.needed(two) - job.needed(one)
+    spare = max(0, (available or 0) - first)
+    periods = 1 + (spare // more if more else 0)
+    return periods, fold(job.model, periods=periods), missing
 
 
 def _refusal(entry: PartRun, available: int) -> str:

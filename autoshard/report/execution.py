@@ -48,10 +48,7 @@ def _head(found: PlanRun) -> str:
 def _part(part: PartRun) -> Iterator[str]:
     yield f"{part.part}: {part.work}{_depth(part)}"
     if part.missing_bytes:
-        yield (
-            f"  at full depth the machine lacks {format_bytes(part.missing_bytes)}; run with as "
-            "many blocks as fit"
-        )
+        yield f"  for all blocks the machine lacks {format_bytes(part.missing_bytes)} of memory"
     if part.failure:
         yield f"  FAILED: {part.failure}"
         return
