@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from autoshard.comparison import compare
     from autoshard.errors import AutoshardError
     from autoshard.execution.running import run
     from autoshard.mesh import Mesh
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "__version__",
     "check",
+    "compare",
     "inspect",
     "load",
     "plan",
@@ -37,6 +39,7 @@ _HOME = {
     "Mesh": "autoshard.mesh",
     "Plan": "autoshard.sharding_plan",
     "check": "autoshard.pipeline",
+    "compare": "autoshard.comparison",
     "inspect": "autoshard.pipeline",
     "load": "autoshard.sharding_plan",
     "plan": "autoshard.pipeline",

@@ -16,7 +16,7 @@ import click
 from autoshard import __version__
 from autoshard.errors import AutoshardError, PlanFileError, UsageError
 
-__all__ = ["chips", "check", "explain", "inspect", "main", "models", "plan", "verify"]
+__all__ = ["chips", "check", "compare", "explain", "inspect", "main", "models", "plan", "verify"]
 
 
 class _Group(click.Group):
@@ -40,25 +40,53 @@ def main() -> None:
     """
 
 
+def _step_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which step on which devices; their defaults are those of `plan`."""
+    for option in reversed(
+        (
+            click.option("--axes", help="Names of the mesh axes, data axis first, with commas."),
+            click.option(
+                "--target", help="Chips, like tpu:v5e:2x4. [default: the smallest v5e slice]"
+            ),
+            click.option(
+                "--workload",
+                default="train",
+                show_default=True,
+                help="The step: train, lora, prefill or decode.",
+            ),
+            click.option(
+                "--batch", type=click.IntRange(min=1), help="Sequences of the global batch."
+            ),
+            click.option(
+                "--seq-len",
+                type=click.IntRange(min=1),
+                default=512,
+                show_default=True,
+                help="Tokens each.",
+            ),
+            click.option(
+                "--lora-rank", type=click.IntRange(min=1), help="Rank of the low-rank factors."
+            ),
+            click.option(
+                "--dtype", default="bfloat16", show_default=True, help="Keras dtype policy."
+            ),
+            click.option("--optimizer", default="adam", show_default=True, help="Keras optimizer."),
+            click.option(
+                "--memory-limit", help="Memory a device, like 15GiB. [default: the chip's]"
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("model")
-@click.option("--mesh", required=True, help="Devices along each axis, like 1x8.")
-@click.option("--axes", help="Names of the mesh axes, data axis first, joined by commas.")
-@click.option("--target", help="Chips, like tpu:v5e:2x4. [default: the smallest v5e slice]")
+@click.option("--mesh", help="Devices along each axis, like 1x8.")
 @click.option(
-    "--workload",
-    default="train",
-    show_default=True,
-    help="The step: train, lora, prefill or decode.",
+    "--devices", type=click.IntRange(min=1), help="Instead of --mesh: choose the mesh's shape too."
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Sequences of the global batch.")
-@click.option(
-    "--seq-len", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens each."
-)
-@click.option("--lora-rank", type=click.IntRange(min=1), help="Rank of the low-rank factors.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="Keras dtype policy.")
-@click.option("--optimizer", default="adam", show_default=True, help="Keras optimizer.")
-@click.option("--memory-limit", help="Memory a device, like 15GiB. [default: the chip's]")
+@_step_options
 @click.option(
     "--no-generate",
     "generate",
@@ -87,7 +115,7 @@ def main() -> None:
 @click.option("-o", "--output", help="Write the plan file here.")
 def plan(
     model: str,
-    mesh: str,
+    mesh: str | None,
     axes: str | None,
     form: str,
     timings: bool,
@@ -104,7 +132,7 @@ def plan(
         outcome = make_plan(
             model,
             mesh,
-            axes=axes.split(",") if axes else None,
+            axes=_names(axes),
             on_progress=announce,
             **options,
         )
@@ -187,12 +215,39 @@ def check(model: str, layout: str, mesh: str | None, axes: str | None) -> None:
     _set_backend()
     from autoshard.pipeline import check as find
 
-    findings = find(model, layout, mesh=mesh, axes=axes.split(",") if axes else None)
+    findings = find(model, layout, mesh=mesh, axes=_names(axes))
     for finding in findings:
         click.echo(f"{finding.severity}: {finding.message}")
     if findings:
         sys.exit(1)
     click.echo("nothing wrong")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("layouts", metavar="LAYOUT...", nargs=-1, required=True)
+@click.option("--mesh", required=True, help="Devices along each axis, like 1x8.")
+@_step_options
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def compare(
+    model: str, layouts: tuple[str, ...], mesh: str, axes: str | None, form: str, **options: Any
+) -> None:
+    """Price LAYOUTs of MODEL side by side, and say what each spends its communication on.
+
+    A LAYOUT is a plan file, Python source with layout_map[...] = (...) lines (read, never run), the
+    word kerashub for the map that KerasHub ships, or autoshard for the one that `plan` finds.
+    """
+    _set_backend()
+    from autoshard.comparison import compare as price
+    from autoshard.report.compare import comparison_json, comparison_text
+
+    with _progress() as announce:
+        found = price(model, layouts, mesh, axes=_names(axes), on_progress=announce, **options)
+    click.echo((comparison_json if form == "json" else comparison_text)(found))
+    if any(layout.failure for layout in found.layouts) or found.layouts[0].excess_bytes:
+        sys.exit(1)
 
 
 @main.command()
@@ -255,7 +310,7 @@ def verify(
     lines (read, never run), or the word kerashub.
     """
     _set_backend()
-    options["axes"] = axes.split(",") if axes else None
+    options["axes"] = _names(axes)
     if runs:
         _run(layout, processes, form, **options)
         return
@@ -292,6 +347,10 @@ def _run(layout: str, processes: int, form: str, **options: Any) -> None:
     click.echo((run_json if form == "json" else run_text)(found))
     if not found.passed:
         sys.exit(1)
+
+
+def _names(axes: str | None) -> list[str] | None:
+    return axes.split(",") if axes else None
 
 
 def _set_backend() -> None:

@@ -11,9 +11,10 @@ from autoshard.hardware.targets import Target
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, resolve
 from autoshard.mesh import Mesh, parse_mesh
+from autoshard.mesh_shapes import make_setups, plan_shapes
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
-from autoshard.planning import Candidate, Planning, Stopwatch, make_setup, run_planner
+from autoshard.planning import Candidate, Planning, Stopwatch, trace_model
 from autoshard.records.parts import (
     Alternative,
     BytesPerDevice,
@@ -25,6 +26,7 @@ from autoshard.records.parts import (
     Versions,
 )
 from autoshard.settling import Verdict, compiler_for, settle
+from autoshard.setup import make_setup
 from autoshard.sharding_plan import Plan
 from autoshard.xla.compiled import CompiledStep
 
@@ -40,7 +42,8 @@ class Outcome:
     Attributes:
         plan: the winner.
         winner: its candidate.
-        planning: the search and the rivals.
+        planning: the search and the rivals, on the plan's mesh.
+        shapes: the same for every shape of the mesh, best first, where the shape was chosen.
         verdicts: what a compiler said, best first; empty where none was asked.
         timings: seconds of each stage, measured.
         failure: why the verification failed, in one line, or "".
@@ -52,6 +55,7 @@ class Outcome:
     verdicts: tuple[Verdict, ...]
     timings: dict[str, float]
     failure: str = ""
+    shapes: tuple[Planning, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -80,8 +84,9 @@ def inspect(model: Any, *, lora_rank: int | None = None, dtype: str = "bfloat16"
 
 def plan(
     model: Any,
-    mesh: str | Mesh,
+    mesh: str | Mesh | None = None,
     *,
+    devices: int | None = None,
     axes: Sequence[str] | None = None,
     target: str | Target | None = None,
     workload: str = "train",
@@ -99,6 +104,7 @@ def plan(
     Args:
         model: as for `inspect`.
         mesh: such as `1x8`, or a `Mesh`.
+        devices: instead of a mesh, how many devices; the shape of the mesh is then chosen too.
         axes: names of the mesh axes, the data axis first.
         target: such as `tpu:v5e:2x4`; by default the smallest v5e slice of that many devices.
         workload: `train`, `lora`, `prefill` or `decode`.
@@ -119,6 +125,7 @@ def plan(
     outcome = make_plan(
         model,
         mesh,
+        devices=devices,
         axes=axes,
         target=target,
         workload=workload,
@@ -144,8 +151,9 @@ def plan(
 
 def make_plan(
     model: Any,
-    mesh: str | Mesh,
+    mesh: str | Mesh | None = None,
     *,
+    devices: int | None = None,
     verify: Verify = "none",
     top: int = 5,
     on_progress: Callable[[str], None] = lambda stage: None,
@@ -156,6 +164,7 @@ def make_plan(
     Args:
         model: as for `plan`.
         mesh: as for `plan`.
+        devices: as for `plan`.
         verify: as for `plan`.
         top: how many layouts to keep.
         on_progress: called with the name of each stage.
@@ -166,16 +175,21 @@ def make_plan(
             "a compiler runs in a process of its own, which must build the model: pass its name or "
             "'package.module:callable', or verify=\"none\""
         )
-    setup = make_setup(mesh, **options)
+    if (mesh is None) == (devices is None):
+        raise UsageError("give the mesh, such as 1x8, or the number of devices: one of the two")
+    setups = (make_setup(mesh, **options),) if mesh else make_setups(devices or 0, **options)
+    setup = setups[0]
     watch = Stopwatch(progress=on_progress)
-    planning = run_planner(model, setup, top=top, watch=watch)
+    traced = trace_model(model, setup.workload, watch)
+    shapes = plan_shapes(traced, setups, top=top, watch=watch)
+    planning = shapes[0]
     verdicts: tuple[Verdict, ...] = ()
     failure = ""
     if verify != "none":
         try:
             with watch.stage("verify"):
                 verdicts = settle(
-                    model, planning, compiler_for(verify, setup), on_progress=on_progress
+                    model, planning, compiler_for(verify, planning.setup), on_progress=on_progress
                 )
         except XlaError as error:
             failure = str(error)
@@ -187,6 +201,7 @@ def make_plan(
         verdicts=verdicts,
         timings=watch.seconds,
         failure=failure,
+        shapes=() if mesh else shapes,
     )
 
 

@@ -8,17 +8,16 @@ from typing import Any
 
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import Machine
-from autoshard.errors import AutoshardError, LayoutError, MeshError, ModelError
+from autoshard.errors import AutoshardError, LayoutError, ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.hardware.links import axis_links
-from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise
-from autoshard.mesh import Mesh, Spec, parse_mesh
+from autoshard.mesh import Mesh, Spec
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.outputs import OutputShapes
@@ -28,39 +27,21 @@ from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
-from autoshard.units import parse_bytes
+from autoshard.setup import Setup
 
 __all__ = [
     "Candidate",
     "Planning",
-    "Setup",
     "Stopwatch",
+    "TracedModel",
     "make_pricer",
-    "make_setup",
+    "make_program",
     "run_planner",
     "score_rules",
+    "trace_model",
 ]
 
 _MATMUL_DTYPES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What is to be planned for.
-
-    Attributes:
-        mesh: the devices.
-        target: the chips.
-        workload: the step.
-        memory_limit: bytes a device that the step may use.
-        generate: whether `generate` has to run under the plan too, where the model has it.
-    """
-
-    mesh: Mesh
-    target: Target
-    workload: Workload
-    memory_limit: int
-    generate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +91,6 @@ class Planning:
         result: the search.
         candidates: the best layouts that a LayoutMap can express, best first.
         rivals: maps that others published for this model.
-        pricer: prices of the program, for more questions.
         without_generate: a better layout under which `generate` fails, or None.
     """
 
@@ -121,85 +101,60 @@ class Planning:
     result: SearchResult
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
-    pricer: StepPricer
     without_generate: Candidate | None = None
 
 
-def make_setup(
-    mesh: str | Mesh,
-    *,
-    axes: Sequence[str] | None = None,
-    target: str | Target | None = None,
-    workload: str = "train",
-    batch: int | None = None,
-    seq_len: int = 512,
-    lora_rank: int | None = None,
-    dtype: str = "bfloat16",
-    optimizer: str = "adam",
-    memory_limit: str | int | None = None,
-    generate: bool = True,
-) -> Setup:
-    """Fill in the defaults and check that mesh, target and batch go together.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedModel:
+    """A model whose step is traced: all of it that no mesh changes.
 
-    Raises:
-        MeshError: mesh and target differ in devices, or the data axis does not divide the batch.
-        UsageError: a value is unknown or out of range.
+    Attributes:
+        whole: the model.
+        table: its variables.
+        folded: the copy with fewer blocks that was traced.
+        program: the op graph of the copy's step.
     """
-    if isinstance(mesh, str):
-        mesh = parse_mesh(mesh, axes)
-    if target is None:
-        target = default_target(mesh)
-    elif isinstance(target, str):
-        target = parse_target(target)
-    check_devices(mesh, target)
-    n_data = mesh.sizes[mesh.data_axis]
-    if batch is None:
-        batch = -(-8 // n_data) * n_data
-    if batch % n_data:
-        raise MeshError(
-            f"a batch of {batch} does not divide over the {n_data} devices of the data axis "
-            f"'{mesh.data_axis}'; use a multiple of {n_data}"
-        )
-    if isinstance(memory_limit, str):
-        memory_limit = parse_bytes(memory_limit)
-    if workload == "lora" and lora_rank is None:
-        lora_rank = 4
-    return Setup(
-        mesh=mesh,
-        target=target,
-        workload=Workload(
-            kind=workload,  # type: ignore[arg-type]
-            batch=batch,
-            seq_len=seq_len,
-            dtype=dtype,
-            optimizer=optimizer,
-            lora_rank=lora_rank,
-        ),
-        memory_limit=memory_limit or target.chip.hbm_bytes,
-        generate=generate,
-    )
+
+    whole: AbstractModel
+    table: ModelTable
+    folded: AbstractModel
+    program: Program
 
 
-def run_planner(
-    model: Any, setup: Setup, *, top: int = 5, watch: Stopwatch | None = None
-) -> Planning:
-    """Plan a model.
+def trace_model(model: Any, workload: Workload, watch: Stopwatch | None = None) -> TracedModel:
+    """Build a model and trace its step.
 
     Args:
         model: what `autoshard.plan` takes.
+        workload: the step.
+        watch: measures the stages.
+    """
+    watch = watch or Stopwatch()
+    with watch.stage("build the model"):
+        whole = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+        table = whole.table()
+        # Two periods price exactly as more do: nothing but the count of what repeats differs.
+        folded = fold(whole, periods=2)
+    program = make_program(folded, workload, watch)
+    return TracedModel(whole=whole, table=table, folded=folded, program=program)
+
+
+def run_planner(
+    traced: TracedModel, setup: Setup, *, top: int = 5, watch: Stopwatch | None = None
+) -> Planning:
+    """Plan a model on one mesh.
+
+    Args:
+        traced: the model, its step that of the setup.
         setup: mesh, target, workload, memory.
         top: how many layouts to keep.
         watch: measures the stages.
     """
     watch = watch or Stopwatch()
-    with watch.stage("build the model"):
-        whole = build(model, dtype=setup.workload.dtype, lora_rank=setup.workload.lora_rank)
-        table = whole.table()
-        # Two periods price exactly as more do: nothing but the count of what repeats differs.
-        folded = fold(whole, periods=2)
-    pricer = make_pricer(folded, setup, watch)
+    table, folded = traced.table, traced.folded
     with watch.stage("search"):
-        rivals = tuple(_rivals(whole, table, setup, pricer))
+        pricer = make_pricer(traced.program, setup)
+        rivals = tuple(_rivals(traced.whole, table, setup, pricer))
         starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
         shapes = _output_shapes(pricer.program)
         result = search(
@@ -223,33 +178,38 @@ def run_planner(
         result=result,
         candidates=candidates,
         rivals=rivals,
-        pricer=pricer,
         without_generate=beyond[0] if beyond else None,
     )
 
 
-def make_pricer(folded: AbstractModel, setup: Setup, watch: Stopwatch | None = None) -> StepPricer:
-    """What prices layouts of a model's step.
+def make_program(
+    folded: AbstractModel, workload: Workload, watch: Stopwatch | None = None
+) -> Program:
+    """The op graph of a model's step.
 
     Args:
         folded: the model, with fewer blocks.
-        setup: mesh, target, workload.
+        workload: the step.
         watch: measures the stages.
     """
     watch = watch or Stopwatch()
     with watch.stage("trace the step"):
-        step = make_step(folded, setup.workload)
+        step = make_step(folded, workload)
         closed = trace(step)
     with watch.stage("build the op graph"):
-        program = _program(closed, step, folded)
-        links = axis_links(setup.mesh, setup.target)
-        dtype = setup.workload.dtype
-        machine = Machine(
-            chip=setup.target.chip,
-            links=tuple(links[axis] for axis in setup.mesh.parallel_axes),
-            matmul_dtype=_MATMUL_DTYPES.get(dtype, dtype),
-        )
-        return StepPricer(program, machine)
+        return _program(closed, step, folded)
+
+
+def make_pricer(program: Program, setup: Setup) -> StepPricer:
+    """What prices layouts of a program on the mesh and chips of a setup."""
+    links = axis_links(setup.mesh, setup.target)
+    dtype = setup.workload.dtype
+    machine = Machine(
+        chip=setup.target.chip,
+        links=tuple(links[axis] for axis in setup.mesh.parallel_axes),
+        matmul_dtype=_MATMUL_DTYPES.get(dtype, dtype),
+    )
+    return StepPricer(program, machine)
 
 
 def _output_shapes(program: Program) -> OutputShapes:

@@ -6,19 +6,19 @@ collectives there are; their time is that of the target's links, and compute is 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autoshard.errors import AutoshardError, OutOfMemoryError, XlaError
-from autoshard.hardware.links import group_link
 from autoshard.hardware.targets import Target, parse_target
-from autoshard.planning import Candidate, Planning, Setup
+from autoshard.planning import Candidate, Planning
+from autoshard.setup import Setup
 from autoshard.xla.children import Child, child_environment
-from autoshard.xla.clock import collective_seconds, step_time
-from autoshard.xla.collectives import Collective
+from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.partitioned import partitioned_seconds
 
-__all__ = ["Verdict", "compiler_for", "partitioned_seconds", "settle", "summed_first"]
+__all__ = ["Verdict", "compiler_for", "settle"]
 
 _N_SETTLED = 3
 _MEMORY_LIMIT_BYTES = 16 * 2**30
@@ -147,59 +147,20 @@ def _judge(
     planning: Planning, candidate: Candidate, compiled: CompiledStep, compiler: Target
 ) -> Verdict:
     """Time a compiled step, and hold its memory against the limit where that says something."""
-    if compiler.chip.kind == "cpu":
-        return Verdict(
-            candidate=candidate,
-            compiled=compiled,
-            step_seconds=partitioned_seconds(planning, candidate, compiled),
-            fits=None,
-        )
-    # The GPU compiler counts no cycles: its collectives, with predicted compute.
-    on_gpu = compiler.chip.kind == "gpu"
+    setup = planning.setup
+    if compiler.chip.kind == "tpu":
+        seconds = step_time(compiled).step_seconds
+    else:
+        # The partitioner for CPUs and the GPU compiler count no cycles.
+        assert candidate.scored is not None
+        seconds = partitioned_seconds(compiled, candidate.scored.cost, setup.mesh, setup.target)
+    on_cpu = compiler.chip.kind == "cpu"
     return Verdict(
         candidate=candidate,
         compiled=compiled,
-        step_seconds=partitioned_seconds(planning, candidate, compiled)
-        if on_gpu
-        else step_time(compiled).step_seconds,
-        fits=compiled.peak_bytes <= planning.setup.memory_limit,
+        step_seconds=seconds,
+        fits=None if on_cpu else compiled.peak_bytes <= setup.memory_limit,
     )
-
-
-def partitioned_seconds(planning: Planning, candidate: Candidate, compiled: CompiledStep) -> float:
-    """Predicted compute, with the partitioner's collectives on the target's links.
-
-    Which of them the target hides behind compute is predicted too. The partitioner for CPU reduces
-    each of several partial sums in one combined all-reduce, where the TPU compiler adds them first:
-    such a one counts once.
-    """
-    assert candidate.scored is not None
-    predicted = {
-        (item.kind, item.axis, item.n_bytes): item.overlapped
-        for item in candidate.scored.cost.traffic
-    }
-    setup = planning.setup
-    compute = candidate.scored.cost.compute_seconds
-    blocking = hidden = 0.0
-    for collective in compiled.collectives:
-        link = group_link(collective.axis.split(","), setup.mesh, setup.target)
-        seconds = collective_seconds(collective, link)
-        key = (collective.kind, collective.axis, collective.n_bytes)
-        if key in predicted:
-            collective = summed_first(collective)
-            seconds = collective_seconds(collective, link)
-        if predicted.get(key, collective.kind in setup.target.chip.overlapped_collectives):
-            hidden += seconds
-        else:
-            blocking += seconds
-    return compute + blocking + max(0.0, hidden - compute)
-
-
-def summed_first(collective: Collective) -> Collective:
-    """An all-reduce of the CPU partitioner as the target runs it: one for each combined one."""
-    if collective.kind != "all-reduce":
-        return collective
-    return replace(collective, count=collective.launches)
 
 
 def compiler_for(verify: str, setup: Setup) -> Target:

@@ -20,7 +20,7 @@ from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.pipeline import prediction
-from autoshard.planning import Setup, make_pricer, make_setup, score_rules
+from autoshard.planning import make_pricer, make_program, score_rules
 from autoshard.records.parts import Prediction, Versions
 from autoshard.records.verification import (
     MemoryUse,
@@ -29,6 +29,7 @@ from autoshard.records.verification import (
     VerifiedCollective,
 )
 from autoshard.search.descent import Scorer
+from autoshard.setup import Setup, make_setup
 from autoshard.sharding_plan import Plan, load
 from autoshard.units import parse_bytes
 from autoshard.xla.attached import attached_target
@@ -190,7 +191,7 @@ def _predict(subject: Subject) -> Prediction | None:
     """The formulas' word on a map; None where they cannot lay it out."""
     setup, table = subject.setup, subject.model.table()
     resolve(subject.rules, table, setup.mesh).checked()
-    pricer = make_pricer(fold(subject.model), setup)
+    pricer = make_pricer(make_program(fold(subject.model), setup.workload), setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
     scored = score_rules("the map", subject.rules, table, setup.mesh, scorer).scored
     return prediction(scored.cost) if scored else None

@@ -122,6 +122,15 @@ def test_a_compiler_that_runs_past_its_limit_leaves_a_plan_marked_unverified(
     assert "limit of 0.3 s" in result.stderr
 
 
+def test_compare_prints_a_table_and_fails_where_keras_refuses_a_map(tmp_path: Path) -> None:
+    refused = tmp_path / "refused.py"
+    refused.write_text('layout_map["token_embedding/embeddings"] = ("model", None, None)')
+    result = run("compare", SMALL, str(refused), "kerashub", "--mesh", "1x8", *FLOAT)
+    assert result.exit_code == 1
+    assert result.stdout.index("kerashub ") < result.stdout.index(f"{refused} ")
+    assert run("compare", SMALL, "kerashub", "--mesh", "1x8", *FLOAT).exit_code == 0
+
+
 def test_inspect_prints_one_block_as_path_and_shape() -> None:
     result = run("inspect", "gemma_2b_en", "--layer", "decoder_block_0")
     assert "decoder_block_0/attention/query/kernel             (8, 2048, 256)" in result.stdout

@@ -14,15 +14,20 @@ from autoshard.hardware.links import axis_links
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
-from autoshard.planning import Planning, make_setup, run_planner, score_rules
+from autoshard.planning import Planning, make_pricer, run_planner, score_rules, trace_model
 from autoshard.search.candidates import family_choices
 from autoshard.search.descent import Scorer, descend, exhaust, n_assignments, starting_points
 from autoshard.search.lower_bound import relax
+from autoshard.setup import Setup, make_setup
+
+
+def plan(model: str, setup: Setup) -> Planning:
+    return run_planner(trace_model(model, setup.workload), setup)
 
 
 @pytest.fixture(scope="module")
 def gemma() -> Planning:
-    return run_planner("gemma_7b_en", make_setup("1x8"))
+    return plan("gemma_7b_en", make_setup("1x8"))
 
 
 def test_every_primitive_of_gemmas_train_step_has_a_rule(gemma: Planning) -> None:
@@ -58,7 +63,7 @@ def test_heads_ffn_and_vocabulary_pay_two_all_reduces_a_block_forward(gemma: Pla
 
 
 def test_kerashubs_map_fails_on_gemma_2b_and_a_plan_does_not() -> None:
-    planning = run_planner("gemma_2b_en", make_setup("1x8", workload="prefill"))
+    planning = plan("gemma_2b_en", make_setup("1x8", workload="prefill"))
     (kerashub,) = [rival for rival in planning.rivals if rival.name == "KerasHub's own map"]
     assert kerashub.scored is None
     assert "key" in kerashub.failure
@@ -80,11 +85,12 @@ def residual_rules(*spec: str | None) -> LayoutRules:
 
 
 def test_a_rule_for_an_output_turns_all_reduces_into_reduce_scatters() -> None:
-    planning = run_planner("gemma_7b_en", make_setup("1x8", workload="prefill"))
-    mesh = planning.setup.mesh
-    scorer = Scorer(pricer=planning.pricer, mesh=mesh, memory_limit=None)
+    setup = make_setup("1x8", workload="prefill")
+    traced = trace_model("gemma_7b_en", setup.workload)
+    mesh, pricer = setup.mesh, make_pricer(traced.program, setup)
+    scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=None)
     rules = residual_rules("batch", None, "model")
-    scored = score_rules("hidden", rules, planning.table, mesh, scorer).scored
+    scored = score_rules("hidden", rules, traced.table, mesh, scorer).scored
     assert scored is not None
     # As XLA's partitioner does: 28 x (attention, ffn) + the embedding, each reduce-scattered and
     # gathered again; what is left to all-reduce is the norms' statistics, [8, 512] float32.
@@ -95,8 +101,10 @@ def test_a_rule_for_an_output_turns_all_reduces_into_reduce_scatters() -> None:
 
 
 def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
-    planning = run_planner("gemma_2b_en", make_setup("1x8", workload="prefill"))
-    outputs = {output.template for output in planning.pricer.program.layer_outputs}
+    setup = make_setup("1x8", workload="prefill")
+    traced = trace_model("gemma_2b_en", setup.workload)
+    planning = run_planner(traced, setup)
+    outputs = {output.template for output in traced.program.layer_outputs}
     assert "decoder_block_*/ffw_linear/output" in outputs
     best, beyond = planning.candidates[0].scored, planning.without_generate
     assert best is not None and beyond is not None and beyond.scored is not None

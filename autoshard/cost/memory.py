@@ -4,70 +4,104 @@
 - A step with gradients keeps, from the forward to the backward half, the results of contractions
   and lookups; elementwise results are fused into their readers or recomputed there.
 - A gradient dies at its update, so only the largest is alive.
-- Beside that one op's own results are alive, those that the step returns counted once.
+- Beside that one op's working set is alive: what it makes, as it makes it, and what it gathers
+  first. Elementwise ops, reshapes and broadcasts make nothing: they are fused into their readers.
 """
 
 from collections.abc import Sequence
 
-from autoshard.cost.strategies import local_bytes
+from autoshard.cost.strategies import OpCost, layout_of, local_bytes, n_parts
 from autoshard.cost.values import Memory
-from autoshard.graph.program import Argument, Layout, Program
+from autoshard.graph.program import Layout, Op, Program
 
-__all__ = ["peak_memory"]
+__all__ = ["PeakMemory"]
 
 _KEPT = ("contraction", "gather")
+_FUSED = ("broadcast", "elementwise", "reshape")
 
 
-def peak_memory(program: Program, layouts: Sequence[Layout], axis_sizes: Sequence[int]) -> Memory:
-    """Predict the peak of one device.
+class PeakMemory:
+    """Predicts the peak of one device for many layouts of one program.
 
     Args:
         program: the step.
-        layouts: one a group.
         axis_sizes: devices along each mesh axis.
     """
 
-    def shard(n_bytes: int, group: int | None) -> int:
-        return n_bytes if group is None else local_bytes(n_bytes, layouts[group], axis_sizes)
-
-    def held(*roles: str) -> int:
-        return sum(
-            shard(argument.n_bytes, argument.group) * argument.count
+    def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
+        self._axis_sizes = axis_sizes
+        self._has_backward = any(op.backward for op in program.ops)
+        self._weights = {argument.group for argument in program.arguments}
+        self._returned = {(out.group, out.n_bytes) for out in program.outputs}
+        self._held: dict[str, list[tuple[int | None, int, int]]] = {}
+        for argument in program.arguments:
+            entry = (argument.group, argument.n_bytes, argument.count)
+            self._held.setdefault(argument.role, []).append(entry)
+        self._held["output"] = [(out.group, out.n_bytes, out.count) for out in program.outputs]
+        self._gradients = [
+            (argument.group, argument.n_bytes)
             for argument in program.arguments
-            if argument.role in roles
+            if self._has_backward and argument.role == "weight" and argument.trainable
+        ]
+        self._parts: dict[Layout, int] = {}
+
+    def peak(self, layouts: Sequence[Layout], activations: int) -> Memory:
+        """The peak under a layout.
+
+        Args:
+            layouts: one a group.
+            activations: bytes that the ops keep, and the largest working set: see `op_bytes`.
+        """
+        gradients = (self._shard(n_bytes, group, layouts) for group, n_bytes in self._gradients)
+        return Memory(
+            weights=self._all("weight", layouts) + self._all("state", layouts),
+            gradients=max(gradients, default=0),
+            optimizer=self._all("slot", layouts),
+            activations=self._all("data", layouts) + self._all("output", layouts) + activations,
+            kv_cache=self._all("cache", layouts),
         )
 
-    gradients = max(
-        (shard(a.n_bytes, a.group) for a in program.arguments if _has_gradient(a)), default=0
-    )
-    outputs = sum(shard(out.n_bytes, out.group) * out.count for out in program.outputs)
-    return Memory(
-        weights=held("weight", "state"),
-        gradients=gradients,
-        optimizer=held("slot"),
-        activations=held("data") + outputs + _activations(program, layouts, axis_sizes),
-        kv_cache=held("cache"),
-    )
+    def op_bytes(self, op: Op, around: Sequence[Layout], cost: OpCost) -> tuple[int, int]:
+        """What one op keeps for the backward half, and its working set; one of the two is 0.
 
-
-def _has_gradient(argument: Argument) -> bool:
-    return argument.role == "weight" and argument.trainable
-
-
-def _activations(program: Program, layouts: Sequence[Layout], axis_sizes: Sequence[int]) -> int:
-    """What is kept for the backward half, and the largest working set of one op."""
-    has_backward = any(op.backward for op in program.ops)
-    weights = {argument.group for argument in program.arguments}
-    returned = {(out.group, out.n_bytes) for out in program.outputs}
-    kept = working = 0
-    for op in program.ops:
-        n_bytes = sum(
-            local_bytes(array.n_bytes, layouts[array.group], axis_sizes)
-            for array in op.results
-            if array.group not in weights and (array.group, array.n_bytes) not in returned
+        Args:
+            op: the op.
+            around: layouts of its operands, then of its results.
+            cost: its choice and transfers.
+        """
+        sizes = self._axis_sizes
+        gathered = sum(
+            transfer.n_bytes
+            for transfer in cost.transfers
+            if transfer.operand is not None and transfer.kind == "all-gather"
         )
-        if has_backward and not op.backward and op.kind in _KEPT:
-            kept += n_bytes * op.count
-        elif op.kind != "broadcast":
-            working = max(working, n_bytes)
-    return kept + working
+        kept = working = 0
+        for array, layout in zip(op.results, around[len(op.operands) :], strict=True):
+            if op.kind in _FUSED or (array.group, array.n_bytes) in self._returned:
+                continue
+            made = local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)
+            shard = local_bytes(array.n_bytes, layout, sizes)
+            if array.group in self._weights:
+                # A gradient: its shard is counted as such, not what it is reduced from.
+                working += max(0, made - shard)
+            else:
+                kept += shard
+                working += made
+        if self._has_backward and not op.backward and op.kind in _KEPT:
+            return kept * op.count, gathered
+        return 0, gathered + working
+
+    def _all(self, role: str, layouts: Sequence[Layout]) -> int:
+        return sum(
+            self._shard(n_bytes, group, layouts) * count
+            for group, n_bytes, count in self._held.get(role, ())
+        )
+
+    def _shard(self, n_bytes: int, group: int | None, layouts: Sequence[Layout]) -> int:
+        if group is None:
+            return n_bytes
+        layout = layouts[group]
+        parts = self._parts.get(layout)
+        if parts is None:
+            parts = self._parts[layout] = n_parts(layout, self._axis_sizes)
+        return -(-n_bytes // parts)

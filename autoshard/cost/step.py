@@ -1,8 +1,9 @@
 """The cost of a whole step under one layout of every group."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from autoshard.cost.memory import peak_memory
+from autoshard.cost.memory import PeakMemory
 from autoshard.cost.strategies import (
     Machine,
     OpCost,
@@ -19,24 +20,91 @@ from autoshard.hardware.collectives import wire_bytes
 __all__ = ["StepPricer"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """What one op adds to the step, with some layouts around it.
+
+    Attributes:
+        compute_seconds: of all its runs.
+        transfers: each with what makes it the same as another's, and what compute pays for it.
+        kept_bytes: what it leaves for the backward half.
+        working_bytes: what is alive while it runs.
+    """
+
+    compute_seconds: float
+    transfers: tuple[tuple[tuple[object, ...], Traffic, float], ...]
+    kept_bytes: int
+    working_bytes: int
+
+
 class StepPricer:
     """Prices layouts of one program on one machine.
 
-    Ops that look alike (those of different blocks do) share their prices, so a layout that
-    differs in a few groups costs little to price.
+    What an op adds is remembered by the layouts around it, and ops that look alike (those of
+    different blocks do) share their prices, so that a further layout costs a table lookup an op.
     """
 
     def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
         self.machine = machine
+        self._peak = PeakMemory(program, machine.axis_sizes)
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
         self._kind_of = [kinds.setdefault(look_of(op), len(kinds)) for op in program.ops]
+        groups = [tuple(array.group for array in (*op.operands, *op.results)) for op in program.ops]
+        self._ops = list(enumerate(groups))
+        self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in groups]
+        updated = [(argument, self.update_passes(argument)) for argument in program.arguments]
+        self._updated = [
+            (argument.group, argument.n_bytes, passes * argument.count)
+            for argument, passes in updated
+            if argument.group is not None and passes
+        ]
 
-    def op_cost(self, index: int, layouts: Sequence[Layout]) -> OpCost:
-        """The cheapest choice of op `index`, the layout of every group given."""
+    def price(self, layouts: Sequence[Layout]) -> StepCost:
+        """The step under `layouts`, one a group."""
+        compute = self._update_seconds(layouts)
+        traffic: dict[tuple[object, ...], Traffic] = {}
+        kept = working = 0
+        for index, groups in self._ops:
+            around = tuple([layouts[group] for group in groups])
+            share = self._shares[index].get(around)
+            if share is None:
+                share = self._shares[index][around] = self._share(index, around)
+            compute += share.compute_seconds
+            kept += share.kept_bytes
+            working = max(working, share.working_bytes)
+            for once, moved, seconds in share.transfers:
+                # An array is gathered once however many ops read it, and a sum of partial sums is
+                # all-reduced once.
+                if once not in traffic:
+                    traffic[once] = moved
+                    compute += seconds
+        return StepCost(
+            compute_seconds=compute,
+            blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
+            overlapped_seconds=sum(t.seconds * t.count for t in traffic.values() if t.overlapped),
+            traffic=tuple(traffic.values()),
+            memory=self._peak.peak(layouts, kept + working),
+        )
+
+    def _share(self, index: int, around: tuple[Layout, ...]) -> _Share:
         op = self.program.ops[index]
-        around = tuple(layouts[array.group] for array in (*op.operands, *op.results))
+        cost = self._op_cost(index, around)
+        kept, working = self._peak.op_bytes(op, around, cost)
+        return _Share(
+            compute_seconds=cost.compute_seconds * op.count,
+            transfers=tuple(
+                (_once(op, t), self._traffic(op, t), t.memory_seconds * op.count)
+                for t in cost.transfers
+            ),
+            kept_bytes=kept,
+            working_bytes=working,
+        )
+
+    def _op_cost(self, index: int, around: tuple[Layout, ...]) -> OpCost:
+        """The cheapest choice of op `index`, the layouts of its operands and results given."""
+        op = self.program.ops[index]
         key = (self._kind_of[index], around)
         price = self._prices.get(key)
         if price is None:
@@ -53,29 +121,6 @@ class StepPricer:
             )
             self._prices[key] = price
         return price
-
-    def price(self, layouts: Sequence[Layout]) -> StepCost:
-        """The step under `layouts`, one a group."""
-        compute = self._update_seconds(layouts)
-        traffic: list[Traffic] = []
-        moved: set[tuple[object, ...]] = set()
-        for index, op in enumerate(self.program.ops):
-            cost = self.op_cost(index, layouts)
-            compute += cost.compute_seconds * op.count
-            for transfer in cost.transfers:
-                # An array is gathered once however many ops read it, and a sum of partial sums is
-                # all-reduced once.
-                once = _once(op, transfer)
-                if once not in moved:
-                    moved.add(once)
-                    traffic.append(self._traffic(op, transfer))
-        return StepCost(
-            compute_seconds=compute,
-            blocking_seconds=sum(t.seconds * t.count for t in traffic if not t.overlapped),
-            overlapped_seconds=sum(t.seconds * t.count for t in traffic if t.overlapped),
-            traffic=tuple(traffic),
-            memory=peak_memory(self.program, layouts, self.machine.axis_sizes),
-        )
 
     def _traffic(self, op: Op, transfer: Transfer) -> Traffic:
         link = self.machine.links[transfer.axis]
@@ -102,11 +147,8 @@ class StepPricer:
 
     def _update_seconds(self, layouts: Sequence[Layout]) -> float:
         n_bytes = sum(
-            local_bytes(argument.n_bytes, layouts[argument.group], self.machine.axis_sizes)
-            * self.update_passes(argument)
-            * argument.count
-            for argument in self.program.arguments
-            if argument.group is not None
+            local_bytes(n_bytes, layouts[group], self.machine.axis_sizes) * passes
+            for group, n_bytes, passes in self._updated
         )
         return n_bytes / self.machine.chip.hbm_bytes_per_second
 

@@ -15,7 +15,7 @@ result splits over that axis, and none.
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op
@@ -33,7 +33,9 @@ __all__ = [
     "candidate_choices",
     "compute_seconds",
     "cost_of_choice",
+    "layout_of",
     "local_bytes",
+    "n_parts",
 ]
 
 Choice = tuple[int, ...]
@@ -72,6 +74,7 @@ class Transfer:
         n_bytes: as `autoshard.hardware.collectives` counts them for the kind.
         seconds: time of one.
         overlapped: whether the chip's compiler hides it behind compute.
+        memory_seconds: what compute pays for it: a gathered array is written to memory.
         operand: position of the operand that is moved, or None for the result.
         target: layout that the moved array gets.
     """
@@ -81,6 +84,7 @@ class Transfer:
     n_bytes: int
     seconds: float
     overlapped: bool
+    memory_seconds: float
     operand: int | None
     target: Layout
 
@@ -96,13 +100,19 @@ class OpCost:
     @property
     def total_seconds(self) -> float:
         """Everything one after the other: what the choice is made by."""
-        return self.compute_seconds + sum(transfer.seconds for transfer in self.transfers)
+        return self.compute_seconds + sum(
+            transfer.seconds + transfer.memory_seconds for transfer in self.transfers
+        )
 
 
 def local_bytes(n_bytes: int, layout: Layout, axis_sizes: Sequence[int]) -> int:
     """Bytes of one device's shard."""
-    parts = math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
-    return -(-n_bytes // parts)
+    return -(-n_bytes // n_parts(layout, axis_sizes))
+
+
+def n_parts(layout: Layout, axis_sizes: Sequence[int]) -> int:
+    """Into how many shards a layout cuts an array."""
+    return math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
 
 
 def candidate_choices(
@@ -176,17 +186,17 @@ def _window_seconds(
         for transfer in transfers
         if transfer.kind == "all-gather"
         and transfer.operand is not None
-        and _is_contracted(op, transfer.operand, choice, transfer)
+        and _is_contracted(op, transfer.operand, choice)
     )
-    n_bytes = local_bytes(result.n_bytes, _layout_of(result, choice), machine.axis_sizes)
+    n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
     return 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
 
 
-def _is_contracted(op: Op, operand: int, choice: Choice, transfer: Transfer) -> bool:
+def _is_contracted(op: Op, operand: int, choice: Choice) -> bool:
     """Whether an operand is gathered along a dimension that its op sums over."""
     array = op.operands[operand]
     left = set(array.factors) & op.reduced
-    return not transfer.overlapped and not array.is_held and bool(left - set(choice))
+    return not array.is_held and bool(left - set(choice))
 
 
 def array_transfers(
@@ -202,12 +212,9 @@ def array_transfers(
         layout: how the array lies outside of the op.
         machine: the chips and links.
     """
-    made = _layout_of(array, choice)
+    made = layout_of(array, choice)
     if operand is not None:
-        waits = {array.factors.index(factor) for factor in op.reduced if factor in array.factors}
-        return list(
-            _moves(array, layout, made, machine, operand, set() if array.is_held else waits)
-        )
+        return list(_moves(array, layout, made, machine, operand))
     partial = [axis for axis, factor in enumerate(choice) if factor in op.reduced]
     summed = tuple(layout[axis] if axis in partial else dim for axis, dim in enumerate(made))
     return [
@@ -216,7 +223,7 @@ def array_transfers(
     ]
 
 
-def _layout_of(array: Array, choice: Choice) -> Layout:
+def layout_of(array: Array, choice: Choice) -> Layout:
     """How an array lies where its op makes this choice."""
     factors = array.factors
     return tuple(
@@ -234,6 +241,7 @@ def _transfer(
         n_bytes=n_bytes,
         seconds=collective_seconds(kind, n_bytes, machine.links[axis]),
         overlapped=kind in machine.chip.overlapped_collectives,
+        memory_seconds=n_bytes / machine.chip.hbm_bytes_per_second if kind == "all-gather" else 0.0,
         operand=operand,
         target=target,
     )
@@ -245,13 +253,11 @@ def _moves(
     want: Layout,
     machine: Machine,
     position: int | None,
-    waits: Collection[int] = (),
 ) -> Iterator[Transfer]:
     """From one layout to another: slices are free, the rest is gathered or exchanged.
 
-    The TPU compiler starts the gather of a weight early, and gathers an activation piece by piece
-    beside the matmul that reads it, but not along a dimension that the matmul contracts (`waits`):
-    there the matmul waits for the whole.
+    The TPU compiler starts the gather of a weight early, beside what runs before. For an array that
+    the step makes the op that reads it mostly waits.
     """
     sizes = machine.axis_sizes
     for axis, (source, target) in enumerate(zip(have, want, strict=True)):
@@ -261,7 +267,7 @@ def _moves(
             # The gathered array is still split over the axes that split it before and after.
             n_bytes = local_bytes(array.n_bytes, want, sizes)
             gather = _transfer("all-gather", axis, n_bytes, machine, position, want)
-            yield replace(gather, overlapped=gather.overlapped and source not in waits)
+            yield replace(gather, overlapped=gather.overlapped and array.is_held)
         else:
             n_bytes = local_bytes(array.n_bytes, have, sizes)
             yield _transfer("all-to-all", axis, n_bytes, machine, position, want)
@@ -293,7 +299,7 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     sizes = machine.axis_sizes
     # A lookup reads the rows it returns, not the table.
     read, written = (
-        sum(local_bytes(a.n_bytes, _layout_of(a, choice), sizes) for a in arrays)
+        sum(local_bytes(a.n_bytes, layout_of(a, choice), sizes) for a in arrays)
         for arrays in (op.results if op.kind == "gather" else op.operands, op.results)
     )
     moving = memory_seconds(machine.chip, read, written)

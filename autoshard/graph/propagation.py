@@ -22,6 +22,8 @@ __all__ = ["Propagator", "propagate", "splits_evenly"]
 
 _LEVELS = 4
 
+_Changes = tuple[tuple[int, Layout], ...]
+
 
 def splits_evenly(sizes: Sequence[int], layout: Layout, axis_sizes: Sequence[int]) -> bool:
     """Whether each dimension is a multiple of the product of the mesh axes that split it."""
@@ -66,7 +68,14 @@ class Propagator:
                 self._touching[group].append(index)
             self._look_of.append(looks.setdefault(_look(op, program), len(looks)))
         self._levels = [[_may(op, level) for op in program.ops] for level in range(_LEVELS)]
-        self._spreads: dict[tuple[object, ...], tuple[tuple[int, Layout], ...]] = {}
+        self._starts = [
+            [index for index, op in enumerate(program.ops) if _begins(op, level)]
+            for level in range(_LEVELS)
+        ]
+        # By level and look: the layouts around an op -> what it changes.
+        self._spreads: list[list[dict[tuple[Layout, ...], _Changes]]] = [
+            [{} for _ in looks] for _ in range(_LEVELS)
+        ]
 
     def propagate(self, fixed: Mapping[int, Layout]) -> tuple[Layout, ...]:
         """Lay out every group.
@@ -82,12 +91,21 @@ class Propagator:
         if not self._axis_sizes:
             return tuple(state)
         for level, may in enumerate(self._levels):
-            queue = deque(index for index, runs in enumerate(may) if runs)
+            spreads = self._spreads[level]
+            queue = deque(self._starts[level])
             waiting = set(queue)
             while queue:
                 index = queue.popleft()
                 waiting.discard(index)
-                for group, layout in self._spread(index, level, state, fixed):
+                groups = self._groups_of[index]
+                around = tuple([state[group] for group in groups])
+                changes = spreads[self._look_of[index]].get(around)
+                if changes is None:
+                    changes = self._spread(index, level, around)
+                for at, layout in changes:
+                    group = groups[at]
+                    if group in fixed:
+                        continue
                     state[group] = layout
                     for other in self._touching[group]:
                         if may[other] and other not in waiting:
@@ -95,20 +113,13 @@ class Propagator:
                             queue.append(other)
         return tuple(state)
 
-    def _spread(
-        self, index: int, level: int, state: Sequence[Layout], fixed: Mapping[int, Layout]
-    ) -> list[tuple[int, Layout]]:
-        """What one op changes: groups and their new layouts."""
-        groups = self._groups_of[index]
-        around = tuple([state[group] for group in groups])
-        key = (self._look_of[index], level, around)
-        found = self._spreads.get(key)
-        if found is None:
-            op = self._program.ops[index]
-            sizes = [self._program.groups[group].sizes for group in groups]
-            found = tuple(_spread(op, level, around, sizes, self._axis_sizes))
-            self._spreads[key] = found
-        return [(groups[at], layout) for at, layout in found if groups[at] not in fixed]
+    def _spread(self, index: int, level: int, around: tuple[Layout, ...]) -> _Changes:
+        """What one op changes: positions among its arrays, and their new layouts."""
+        op = self._program.ops[index]
+        sizes = [self._program.groups[group].sizes for group in self._groups_of[index]]
+        changes = tuple(_spread(op, level, around, sizes, self._axis_sizes))
+        self._spreads[level][self._look_of[index]][around] = changes
+        return changes
 
 
 def _look(op: Op, program: Program) -> tuple[object, ...]:
@@ -128,6 +139,12 @@ def _look(op: Op, program: Program) -> tuple[object, ...]:
 
 def _may(op: Op, level: int) -> bool:
     return op.kind != "unknown" and (level > 0 or op.kind in ("elementwise", "reshape"))
+
+
+def _begins(op: Op, level: int) -> bool:
+    """Whether an op may do at a level what it did not at the one before."""
+    newly = (op.kind in ("elementwise", "reshape"), True, bool(op.reduced), op.kind == "broadcast")
+    return _may(op, level) and newly[level]
 
 
 def _spread(

@@ -1,18 +1,21 @@
 """A plan and how it came about, as text."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
 from autoshard.cost.values import StepCost
 from autoshard.layout.rules import format_rules
 from autoshard.mesh import format_spec
+from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import Outcome
 from autoshard.planning import Candidate
-from autoshard.settling import Verdict, summed_first
+from autoshard.settling import Verdict
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_count, format_seconds
+from autoshard.xla.collectives import Collective
+from autoshard.xla.partitioned import target_collectives
 
 __all__ = ["plan_text", "reasons_text"]
 
@@ -31,6 +34,7 @@ def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
         if outcome.plan.rules
         else "no rule: every variable is whole on every device",
         _cost(outcome),
+        *_shapes(outcome),
         _ranking(outcome),
         *_verification(outcome),
         reasons_text(outcome.plan),
@@ -109,6 +113,33 @@ def _cost(outcome: Outcome) -> str:
     )
 
 
+def _shapes(outcome: Outcome) -> Iterator[str]:
+    """The shapes of the mesh, and what memory costs in time over all of them."""
+    if not outcome.shapes:
+        return
+    rows = []
+    for planning in outcome.shapes:
+        mark = "-> " if planning is outcome.planning else "   "
+        *cost, _, note = _ranking_row(planning.candidates[0], None)
+        rows.append((mark + str(planning.setup.mesh), *cost, note))
+    headers = ("mesh", "step", "compute", "collectives", "wire", "memory", "")
+    yield tabulate(rows, headers=headers, disable_numparse=True) + (
+        f"\n(the best layout of each shape, batch {outcome.plan.workload.batch})"
+    )
+    lines = [
+        (
+            str(one.mesh),
+            format_seconds(one.scored.cost.step_seconds),
+            format_bytes(one.scored.cost.memory.peak_bytes),
+            f"--mesh {one.mesh} --memory-limit {one.scored.cost.memory.peak_bytes}",
+        )
+        for one in tradeoffs(outcome.shapes)
+    ]
+    yield tabulate(lines, headers=("mesh", "step", "memory", "asked for with")) + (
+        "\n(no layout found is both faster and smaller than one of these)"
+    )
+
+
 def _ranking(outcome: Outcome) -> str:
     said = {verdict.candidate.name: verdict for verdict in outcome.verdicts}
     rows = []
@@ -176,14 +207,9 @@ def _verification(outcome: Outcome) -> Iterator[str]:
     compiled = verdict.compiled
     assert compiled is not None and outcome.winner.scored is not None
     predicted = _predicted_counts(outcome.winner.scored.cost)
-    found: Counter[tuple[str, str, int]] = Counter()
-    arrays: Counter[tuple[str, str, int]] = Counter()
+    found = _counts(target_collectives(compiled, outcome.plan.mesh.data_axis))
+    arrays = _counts(compiled.collectives)
     on_cpu = compiled.target.startswith("cpu")
-    for item in compiled.collectives:
-        key = (item.kind, item.axis, item.n_bytes)
-        merged = summed_first(item) if on_cpu and key in predicted else item
-        found[key] += merged.count
-        arrays[key] += item.count
     keys = sorted(predicted | found, key=lambda key: -key[2] * max(predicted[key], found[key]))
     rows = [
         (key[0], key[1], format_bytes(key[2]), predicted[key], found[key], arrays[key])
@@ -201,6 +227,13 @@ def _verification(outcome: Outcome) -> Iterator[str]:
             f"{format_bytes(compiled.temporary_bytes)}, outputs "
             f"{format_bytes(compiled.output_bytes)}, aliased {format_bytes(compiled.alias_bytes)})"
         )
+
+
+def _counts(collectives: Iterable[Collective]) -> Counter[tuple[str, str, int]]:
+    counts: Counter[tuple[str, str, int]] = Counter()
+    for item in collectives:
+        counts[item.kind, item.axis, item.n_bytes] += item.count
+    return counts
 
 
 def _predicted_counts(cost: StepCost) -> Counter[tuple[str, str, int]]:

@@ -2,12 +2,13 @@
 
 Exhaustive where the assignments are few; otherwise descent from several starts (the relaxed
 problem's answer first), moving the families of one sibling group, one family, or two sibling groups
-at a time, until no move is better.
+at a time, until no move is better; then again from the best with two sibling groups shaken.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,6 +24,9 @@ Key = tuple[tuple[str, Spec], ...]
 
 # A rule for an output has to win this share of the step, or it is not worth its line.
 _RULE_SHARE = 2.5e-3
+
+# So often the best is shaken and descended from again.
+_SHAKES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +113,36 @@ def exhaust(scorer: Scorer, families: Sequence[Choices]) -> Scored:
 def descend(
     scorer: Scorer, families: Sequence[Choices], starts: Sequence[Mapping[str, Spec]]
 ) -> Scored:
-    """The best of the local optima reached from each start."""
-    return min(
-        (_descend_from(scorer, families, start) for start in starts),
-        key=lambda scored: scored.rank,
+    """The best of the local optima reached from each start, and from the best one shaken."""
+    moves = list(_moves(families, scorer.mesh))
+    simple = [move for move in moves if not move.is_pair]
+    best = min(
+        (_descend_from(scorer, moves, start) for start in starts), key=lambda scored: scored.rank
     )
+    source = random.Random(0)
+    for _ in range(_SHAKES):
+        shaken = {**dict(best.assignment), **_shake(families, source)}
+        found = _descend_from(scorer, simple, shaken)
+        if found.rank < best.rank:
+            best = _descend_from(scorer, moves, dict(found.assignment))
+    return best
+
+
+def _shake(families: Sequence[Choices], source: random.Random) -> dict[str, Spec]:
+    """Two sibling groups of weights with specs drawn for them, the same throughout a group."""
+    groups = _siblings(choices for choices in families if choices.specs[0] != NO_RULE)
+    drawn = source.sample(sorted(groups), min(2, len(groups)))
+    specs = {name: source.choice(groups[name][0].specs) for name in drawn}
+    return {choices.family: specs[name] for name in drawn for choices in groups[name]}
+
+
+def _siblings(families: Iterable[Choices]) -> dict[str, list[Choices]]:
+    """The families that have a choice, by sibling group."""
+    groups: dict[str, list[Choices]] = {}
+    for choices in families:
+        if len(choices.specs) > 1:
+            groups.setdefault(choices.siblings, []).append(choices)
+    return groups
 
 
 def starting_points(
@@ -133,48 +162,61 @@ def starting_points(
     return {**whole, **relaxed}, smallest
 
 
-def _descend_from(scorer: Scorer, families: Sequence[Choices], start: Mapping[str, Spec]) -> Scored:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Move:
+    """A change of an assignment.
+
+    Attributes:
+        change: from an assignment to the entries that change.
+        is_pair: whether it moves two sibling groups at once: such moves are the most.
+    """
+
+    change: Callable[[Mapping[str, Spec]], dict[str, Spec]]
+    is_pair: bool = False
+
+
+def _descend_from(scorer: Scorer, moves: Sequence[_Move], start: Mapping[str, Spec]) -> Scored:
     """Take the first better move found, until none of any kind is left."""
     best = scorer.score(start)
     improved = True
     while improved:
         improved = False
-        for move in _moves(families, scorer.mesh):
-            assignment = {**dict(best.assignment), **move(dict(best.assignment))}
-            found = scorer.score(assignment)
+        for move in moves:
+            now = dict(best.assignment)
+            found = scorer.score({**now, **move.change(now)})
             if found.rank < best.rank:
                 best, improved = found, True
     return best
 
 
-def _moves(
-    families: Sequence[Choices], mesh: Mesh
-) -> Iterator[Callable[[Mapping[str, Spec]], dict[str, Spec]]]:
+def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
     """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
 
     First whole sibling groups, then single families, then two sibling groups at once. The outputs
     of one group are laid out together, each spec in turn.
     """
-    weights: dict[str, list[Choices]] = {}
-    outputs: dict[str, list[Choices]] = {}
-    for choices in families:
-        if len(choices.specs) > 1:
-            kind = outputs if choices.specs[0] == NO_RULE else weights
-            kind.setdefault(choices.siblings, []).append(choices)
+    weights = _siblings(choices for choices in families if choices.specs[0] != NO_RULE)
+    outputs = _siblings(choices for choices in families if choices.specs[0] == NO_RULE)
     singles = [[choices] for members in weights.values() for choices in members]
     for axis in mesh.parallel_axes:
         for members in [*weights.values(), *singles]:
             for dim in range(-1, len(members[0].shape)):
-                yield partial(_put, ((members, dim),), axis)
+                yield _Move(change=partial(_put, ((members, dim),), axis))
         for first, second in itertools.combinations(weights.values(), 2):
             for dims in itertools.product(
                 range(-1, len(first[0].shape)), range(-1, len(second[0].shape))
             ):
-                yield partial(_put, ((first, dims[0]), (second, dims[1])), axis)
+                places = ((first, dims[0]), (second, dims[1]))
+                yield _Move(change=partial(_put, places, axis), is_pair=True)
     for members in outputs.values():
         for spec in members[0].specs:
             laid = {choices.family: spec for choices in members if spec in choices.specs}
-            yield lambda now, laid=laid: laid  # type: ignore[misc]
+            yield _Move(change=partial(_lay, laid))
+
+
+def _lay(laid: Mapping[str, Spec], now: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Lay out some outputs, whatever the assignment now."""
+    return dict(laid)
 
 
 def _put(

@@ -98,7 +98,7 @@ class _Builder:
         self.nodes: list[Node] = []
         self.edges: list[Edge] = []
         self.family_nodes: list[int] = []
-        self._moves: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._moves: dict[tuple[object, ...], dict[object, list[tuple[float, float]]]] = {}
         self.stands_for, ops = tie_blocks(self.program)
         self.node_of: list[int] = [-1] * len(self.program.groups)
         self.layouts_of: list[tuple[Layout, ...]] = [()] * len(self.program.groups)
@@ -193,16 +193,18 @@ class _Builder:
         factors = [factor for factor in array.factors if factor is not None]
         dims = {factor: (array.factors.index(factor), factor in op.reduced) for factor in factors}
         reduced = frozenset(op.reduced)
+        layouts = self.layouts_of[group]
+        like = (array.n_bytes, array.factors, array.is_held, operand is None, layouts)
+        # Arrays that look alike share their rows, by all of a choice that its moves depend on.
+        known = self._moves.setdefault(like, {})
         serial, parallel = [], []
         for choice in choices:
-            # All of a choice that its moves depend on.
             made = tuple(dims.get(factor, (WHOLE, factor in reduced)) for factor in choice)
-            rows = [
-                self.move_seconds(op, array, operand, choice, made, layout)
-                for layout in self.layouts_of[group]
-            ]
-            serial.append(tuple(blocking * share for blocking, _ in rows))
-            parallel.append(tuple((blocking + hidden) * share for blocking, hidden in rows))
+            row = known.get(made)
+            if row is None:
+                row = known[made] = self.move_seconds(op, array, operand, choice, layouts)
+            serial.append(tuple(seconds * share for seconds, _ in row))
+            parallel.append(tuple(seconds * share for _, seconds in row))
         if any(map(any, parallel)):
             self.edges.append(
                 Edge(
@@ -219,21 +221,16 @@ class _Builder:
         array: Array,
         operand: int | None,
         choice: Choice,
-        made: tuple[tuple[int, bool], ...],
-        layout: Layout,
-    ) -> tuple[float, float]:
-        """Blocking and hidden seconds between a choice and a layout, each case priced once."""
-        waits = frozenset(f for f in array.factors if f in op.reduced and not array.is_held)
-        key = (array.n_bytes, array.factors, operand is None, waits, made, layout)
-        found = self._moves.get(key)
-        if found is None:
+        layouts: Sequence[Layout],
+    ) -> list[tuple[float, float]]:
+        """The two sums of moving an array between a choice and each layout."""
+        row = []
+        for layout in layouts:
             moves = array_transfers(op, array, operand, choice, layout, self.machine)
-            found = (
-                sum(move.seconds for move in moves if not move.overlapped),
-                sum(move.seconds for move in moves if move.overlapped),
-            )
-            self._moves[key] = found
-        return found
+            blocking = sum(move.seconds for move in moves if not move.overlapped)
+            written = sum(move.memory_seconds for move in moves)
+            row.append((blocking + written, sum(move.seconds for move in moves)))
+        return row
 
     def add_node(self, costs: tuple[float, ...], usages: tuple[float, ...] = ()) -> int:
         """A node whose costs are compute: they do not count in the parallel sum."""

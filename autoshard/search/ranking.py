@@ -1,5 +1,6 @@
 """The search as a whole: the best layouts of a program, and why each family got its spec."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ class SearchResult:
         bound_seconds: no layout has a faster step, by the cost model.
         n_scored: how many assignments were propagated and priced.
         reasons: one a family and laid out output, for the best layout.
+        front: the layouts that no other beats in both time and memory, the fastest first; those
+            that exceed the limit among them.
         unbound: a layout that is better than all of these, but breaks the bounds on layer outputs;
             None where there is none.
     """
@@ -68,6 +71,7 @@ class SearchResult:
     bound_seconds: float
     n_scored: int
     reasons: tuple[Reason, ...]
+    front: tuple[Scored, ...] = ()
     unbound: Scored | None = None
 
     @property
@@ -123,8 +127,20 @@ def search(
         bound_seconds=min(relaxed.bound_seconds, best.cost.step_seconds),
         n_scored=len(scorer.seen),
         reasons=tuple(reason for reason in reasons if reason.spec != NO_RULE),
+        front=_front(worthy),
         unbound=beyond if beyond.rank < best.rank else None,
     )
+
+
+def _front(layouts: Sequence[Scored]) -> tuple[Scored, ...]:
+    """The Pareto set of step time and peak memory."""
+    kept: list[Scored] = []
+    peak = math.inf
+    for scored in sorted(layouts, key=lambda one: (one.cost.step_seconds, one.rank)):
+        if scored.cost.memory.peak_bytes < peak:
+            peak = scored.cost.memory.peak_bytes
+            kept.append(scored)
+    return tuple(kept)
 
 
 def _gains(scored: Scored, families: Collection[str], scorer: Scorer) -> bool:

@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from partitioned import target_collectives
 from tabulate import tabulate
 
 from autoshard.cost.values import StepCost
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.xla.compiled import CompiledStep
+from autoshard.xla.partitioned import target_collectives
 
 __all__ = ["difference_table"]
 

@@ -16,8 +16,9 @@ from autoshard.mesh import Mesh, shard_bytes
 from autoshard.model.build import build
 from autoshard.model.folding import Folding
 from autoshard.model.variables import ModelTable, dtype_bytes
-from autoshard.planning import Setup, make_pricer, make_setup, score_rules
+from autoshard.planning import make_pricer, make_program, score_rules
 from autoshard.search.descent import Scorer
+from autoshard.setup import Setup, make_setup
 
 __all__ = ["held_bytes", "predicted_cost", "setup_of", "shallow_scorer"]
 
@@ -36,7 +37,7 @@ def shallow_scorer(model: str, mesh: str, workload: str) -> tuple[ModelTable, Sc
     setup = setup_of(mesh, workload)
     shallow = build(model, dtype=setup.workload.dtype, repeats=PERIODS)
     shallow = replace(shallow, folding=Folding())
-    pricer = make_pricer(shallow, setup)
+    pricer = make_pricer(make_program(shallow, setup.workload), setup)
     return shallow.table(), Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
 
 

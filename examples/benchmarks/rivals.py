@@ -18,7 +18,6 @@ from itertools import groupby
 from pathlib import Path
 
 from maps import rivals
-from partitioned import partitioned_seconds
 from planned import held_bytes, predicted_cost, setup_of
 from tables import Entry, rivals_table
 from verdicts import (
@@ -43,6 +42,7 @@ from autoshard.model.variables import ModelTable
 from autoshard.pipeline import make_plan
 from autoshard.xla.clock import step_time
 from autoshard.xla.compiled import CompiledStep
+from autoshard.xla.partitioned import partitioned_seconds
 
 MODELS = (
     "gemma_2b_en",
@@ -184,7 +184,8 @@ def _seconds(row: Row, step: CompiledStep, mesh: Mesh | None) -> float | None:
         return step_time(step, mesh).step_seconds
     kind = row["workload"]["kind"]
     cost = predicted_cost(row["model"], row["mesh"], kind, rules_of(row))
-    return None if cost is None else partitioned_seconds(setup_of(row["mesh"], kind), cost, step)
+    setup = setup_of(row["mesh"], kind)
+    return None if cost is None else partitioned_seconds(step, cost, setup.mesh, setup.target)
 
 
 if __name__ == "__main__":

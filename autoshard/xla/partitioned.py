@@ -12,7 +12,8 @@ from dataclasses import replace
 from autoshard.cost.values import StepCost
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.links import group_link
-from autoshard.planning import Setup
+from autoshard.hardware.targets import Target
+from autoshard.mesh import Mesh
 from autoshard.xla.clock import collective_seconds
 from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
@@ -52,16 +53,21 @@ def total_wire_bytes(collectives: tuple[Collective, ...]) -> float:
     return sum(c.count * wire_bytes(c.kind, c.n_bytes, c.group_size) for c in collectives)
 
 
-def partitioned_seconds(setup: Setup, cost: StepCost, step: CompiledStep) -> float:
+def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: Target) -> float:
     """Predicted compute, with the partitioner's collectives on the target's links.
 
-    Which of them the target hides behind compute is predicted too, or goes by their kind.
+    Args:
+        step: the program, compiled for CPU devices or by a compiler that counts no cycles.
+        cost: the prediction of it. It says too which collectives the target hides behind compute;
+            those that it does not foresee go by their kind.
+        mesh: the mesh.
+        target: the chips.
     """
     predicted = {(item.kind, item.axis, item.n_bytes): item.overlapped for item in cost.traffic}
     hidden = blocking = 0.0
-    for one in target_collectives(step, setup.mesh.data_axis):
-        link = group_link(one.axis.split(","), setup.mesh, setup.target)
-        by_kind = one.kind in setup.target.chip.overlapped_collectives
+    for one in target_collectives(step, mesh.data_axis):
+        link = group_link(one.axis.split(","), mesh, target)
+        by_kind = one.kind in target.chip.overlapped_collectives
         if predicted.get((one.kind, one.axis, one.n_bytes), by_kind):
             hidden += collective_seconds(one, link)
         else:

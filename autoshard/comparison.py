@@ -1,0 +1,182 @@
+"""Prices layouts side by side: maps that people wrote, those that ship with KerasHub, and plans."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from autoshard.cost.values import StepCost, Traffic
+from autoshard.errors import AutoshardError, UsageError
+from autoshard.layout.causes import Causes
+from autoshard.layout.reading import read_layout
+from autoshard.layout.resolve import resolve
+from autoshard.layout.rules import LayoutRules
+from autoshard.mesh import Mesh
+from autoshard.model.variables import ModelTable
+from autoshard.pipeline import prediction
+from autoshard.planning import (
+    Stopwatch,
+    TracedModel,
+    make_pricer,
+    run_planner,
+    score_rules,
+    trace_model,
+)
+from autoshard.records.comparison import ComparedLayout, Comparison, CostlyCollective
+from autoshard.records.parts import Versions
+from autoshard.search.descent import Scorer
+from autoshard.setup import Setup, make_setup
+from autoshard.sharding_plan import Plan
+
+__all__ = ["PLANNED", "compare"]
+
+# The word for the layout that `autoshard.plan` finds.
+PLANNED = "autoshard"
+
+
+def compare(
+    model: Any,
+    layouts: Sequence[str | os.PathLike[str] | Plan],
+    mesh: str | Mesh,
+    *,
+    on_progress: Callable[[str], None] = lambda stage: None,
+    **options: Any,
+) -> Comparison:
+    """Price several layouts of one model for the same step on the same mesh.
+
+    Args:
+        model: as for `autoshard.inspect`.
+        layouts: each a `Plan`, a plan file, a file of Python source with `layout_map[...] = ...`
+            lines, such source itself, `kerashub` for the map that KerasHub ships, or `autoshard`
+            for the one that `autoshard.plan` finds.
+        mesh: such as `1x8`, or a `Mesh`.
+        on_progress: called with the name of each stage.
+        **options: `axes`, `target`, `workload`, `batch`, `seq_len`, `lora_rank`, `dtype`,
+            `optimizer`, `memory_limit` and `generate`, as for `autoshard.plan`.
+
+    Returns:
+        The layouts, best first. A map that Keras refuses is among them, with the reason.
+
+    Raises:
+        UsageError: there is no such file, or a value is wrong.
+        PlanFileError: a plan file is broken.
+    """
+    if not layouts:
+        raise UsageError("name at least one layout to compare")
+    setup = make_setup(mesh, **options)
+    traced = trace_model(model, setup.workload, Stopwatch(progress=on_progress))
+    table = traced.table
+    read = [(_name(layout), _rules(layout, traced, setup, on_progress)) for layout in layouts]
+    pricer = make_pricer(traced.program, setup)
+    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
+    compared = [_compared(name, rules, table, scorer) for name, rules in read]
+    return Comparison(
+        model=table.name,
+        mesh=setup.mesh,
+        workload=setup.workload,
+        target=str(setup.target),
+        memory_limit=setup.memory_limit,
+        layouts=tuple(sorted(compared, key=lambda layout: layout.rank)),
+        versions=Versions.installed(),
+    )
+
+
+def _name(layout: str | os.PathLike[str] | Plan) -> str:
+    if isinstance(layout, Plan):
+        return "plan"
+    name = os.fspath(layout)
+    return "source" if "layout_map[" in name else name
+
+
+def _rules(
+    layout: str | os.PathLike[str] | Plan,
+    traced: TracedModel,
+    setup: Setup,
+    on_progress: Callable[[str], None],
+) -> LayoutRules | str:
+    """The rules of a layout, or why there are none: KerasHub ships no map, or refuses the mesh."""
+    if isinstance(layout, Plan):
+        return layout.rules
+    if layout == PLANNED:
+        watch = Stopwatch(progress=on_progress)
+        return run_planner(traced, setup, top=1, watch=watch).candidates[0].rules
+    try:
+        return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh)
+    except AutoshardError as error:
+        if layout == "kerashub":
+            return str(error)
+        raise
+
+
+def _compared(
+    name: str, rules: LayoutRules | str, table: ModelTable, scorer: Scorer
+) -> ComparedLayout:
+    if isinstance(rules, str):
+        return ComparedLayout(name=name, rules=(), failure=rules)
+    candidate = score_rules(name, rules, table, scorer.mesh, scorer)
+    layout = ComparedLayout(name=name, rules=rules, failure=candidate.failure)
+    if candidate.scored is None:
+        return layout
+    causes = Causes(rules=rules, mesh=scorer.mesh, paths=tuple(table.templates))
+    return replace(
+        layout,
+        predicted=prediction(candidate.scored.cost),
+        excess_bytes=candidate.scored.excess_bytes,
+        whole_bytes=_whole_bytes(rules, table, scorer.mesh),
+        collectives=tuple(_costly(candidate.scored.cost, causes, table)),
+    )
+
+
+def _whole_bytes(rules: LayoutRules, table: ModelTable, mesh: Mesh) -> int:
+    """Bytes of the weights that lie whole on every device."""
+    assignment = resolve(rules, table, mesh).assignment
+    parallel = set(mesh.parallel_axes)
+    return sum(
+        variable.n_bytes
+        for variable in table.variables
+        if not parallel & set(assignment.get(variable.family, ()))
+    )
+
+
+def _costly(cost: StepCost, causes: Causes, table: ModelTable) -> list[CostlyCollective]:
+    """Equal collectives of one layer of all blocks as one, the costliest first."""
+    layers = _layer_templates(table)
+    groups: dict[tuple[object, ...], list[Traffic]] = {}
+    for item in cost.traffic:
+        layer = _template(item.layer, layers)
+        key = (item.kind, item.axis, item.n_bytes, item.overlapped, layer, item.backward)
+        groups.setdefault(key, []).append(item)
+    found = []
+    for items in groups.values():
+        first = items[0]
+        layer = _template(first.layer, layers)
+        found.append(
+            CostlyCollective(
+                kind=first.kind,
+                axis=first.axis,
+                n_bytes=first.n_bytes,
+                count=sum(item.count for item in items),
+                seconds=sum(item.seconds * item.count for item in items),
+                overlapped=first.overlapped,
+                layer=layer,
+                cause=causes.of(layer, first.axis),
+            )
+        )
+    return sorted(found, key=lambda item: -item.seconds)
+
+
+def _layer_templates(table: ModelTable) -> dict[str, str]:
+    """Path of each layer that holds a variable, at any depth -> its template."""
+    found: dict[str, str] = {}
+    for path, template in table.templates.items():
+        parts, names = path.split("/"), template.split("/")
+        for n in range(1, len(parts)):
+            found["/".join(parts[:n])] = "/".join(names[:n])
+    return found
+
+
+def _template(layer: str, layers: dict[str, str]) -> str:
+    """A traced op names its layer from the outermost model down; variables start further in."""
+    parts = layer.split("/")
+    starts = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((layers[path] for path in starts if path in layers), layer)

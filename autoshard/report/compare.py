@@ -1,0 +1,98 @@
+"""A comparison of layouts, as text and as JSON."""
+
+from collections.abc import Iterator
+
+from tabulate import tabulate
+
+from autoshard.layout.rules import format_rules
+from autoshard.records.codec import dump, to_record
+from autoshard.records.comparison import ComparedLayout, Comparison
+from autoshard.units import format_bytes, format_seconds
+
+__all__ = ["comparison_json", "comparison_text"]
+
+# Of each layout's collectives so many are shown: the costliest.
+_SHOWN = 5
+
+
+def comparison_json(comparison: Comparison) -> str:
+    """Everything that was found, as a JSON object."""
+    return dump(to_record(comparison))
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """A table of the layouts, best first, and what each spends its communication on.
+
+    Args:
+        comparison: what `autoshard.compare` returned.
+    """
+    work = comparison.workload
+    head = (
+        f"{comparison.model}, {work.kind}: batch {work.batch} x {work.seq_len} tokens, "
+        f"{work.dtype}\n"
+        f"mesh {comparison.mesh} ({', '.join(comparison.mesh.axis_names)}) on {comparison.target}, "
+        f"{format_bytes(comparison.memory_limit)} a device"
+    )
+    details = [_details(layout) for layout in comparison.layouts]
+    return "\n\n".join([head, _table(comparison.layouts), *details])
+
+
+def _table(layouts: tuple[ComparedLayout, ...]) -> str:
+    best = layouts[0].predicted
+    rows = []
+    for layout in layouts:
+        predicted = layout.predicted
+        if predicted is None or best is None:
+            rows.append((layout.name, *[""] * 6, "refused"))
+            continue
+        excess = layout.excess_bytes
+        rows.append(
+            (
+                layout.name,
+                format_seconds(predicted.step_seconds),
+                f"{predicted.step_seconds / best.step_seconds:.2f}",
+                format_seconds(predicted.compute_seconds),
+                format_seconds(predicted.collective_seconds),
+                format_bytes(predicted.collective_bytes),
+                format_bytes(predicted.peak_bytes_per_device),
+                f"{format_bytes(excess)} too much" if excess else "fits",
+            )
+        )
+    headers = ("layout", "step", "x best", "compute", "collectives", "wire", "memory", "")
+    table = tabulate(rows, headers=headers, disable_numparse=True)
+    return f"{table}\n(all predicted by formulas; wire and memory are bytes of one device)"
+
+
+def _details(layout: ComparedLayout) -> str:
+    parts = [f"{layout.name}:"]
+    if layout.failure:
+        parts[0] += f" {layout.failure}"
+    if layout.rules:
+        parts.append(format_rules(layout.rules))
+    if layout.predicted is not None:
+        parts.append(f"whole on every device: {format_bytes(layout.whole_bytes)} of weights")
+        parts += _collectives(layout)
+    return "\n".join(parts)
+
+
+def _collectives(layout: ComparedLayout) -> Iterator[str]:
+    if not layout.collectives:
+        yield "no collectives"
+        return
+    rows = [
+        (
+            f"{item.kind} over {item.axis}",
+            f"{item.count} x {format_bytes(item.n_bytes)}",
+            format_seconds(item.seconds),
+            "beside compute" if item.overlapped else "blocks",
+            item.layer,
+            item.cause or "",
+        )
+        for item in layout.collectives[:_SHOWN]
+    ]
+    headers = ("costliest collectives", "size", "time", "", "layer", "cause")
+    yield tabulate(rows, headers=headers, disable_numparse=True)
+    rest = layout.collectives[_SHOWN:]
+    if rest:
+        total = format_seconds(sum(item.seconds for item in rest))
+        yield f"and {sum(item.count for item in rest)} more, {total} together"

@@ -1,0 +1,63 @@
+"""Layouts side by side: the same prices as the planner's, and refused maps among them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_end_to_end import small_gemma_backbone
+
+import autoshard
+from autoshard.comparison import compare
+from autoshard.errors import UsageError
+from autoshard.report.compare import comparison_json, comparison_text
+
+OPTIONS = {"mesh": "1x8", "dtype": "float32", "seq_len": 16, "batch": 8}
+WHOLE = 'layout_map["nothing"] = (None,)'
+CONTRACTED = r'layout_map[r"decoder_block_\d+/ffw_gating(_2)?/kernel"] = ("model", None)'
+
+
+def test_a_plan_its_file_and_the_planner_s_word_are_one_layout(tmp_path: Path) -> None:
+    plan = autoshard.plan(small_gemma_backbone, **OPTIONS)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    found = compare(small_gemma_backbone, [plan, path, "autoshard"], **OPTIONS)
+    assert {layout.rules for layout in found.layouts} == {plan.rules}
+    assert {layout.predicted for layout in found.layouts} == {plan.predicted}
+
+
+def test_a_split_contracting_dimension_names_its_rule_and_its_collective() -> None:
+    found = compare(small_gemma_backbone, [CONTRACTED, WHOLE], **OPTIONS)
+    layout = next(one for one in found.layouts if one.rules[0].spec == ("model", None))
+    costliest = [item for item in layout.collectives if item.cause is not None]
+    assert costliest[0].kind == "all-reduce"
+    assert costliest[0].layer.startswith("decoder_block_*/ffw_gating")
+    assert costliest[0].cause == r"decoder_block_\d+/ffw_gating(_2)?/kernel"
+
+
+def test_what_no_rule_splits_is_counted_whole() -> None:
+    table = autoshard.inspect(small_gemma_backbone, dtype="float32")
+    (layout,) = compare(small_gemma_backbone, [WHOLE], **OPTIONS).layouts
+    assert layout.whole_bytes == table.n_bytes
+
+
+def test_a_map_that_keras_refuses_comes_last_with_its_reason() -> None:
+    refused = 'layout_map["token_embedding/embeddings"] = ("model", None, None)'
+    found = compare(small_gemma_backbone, [refused, WHOLE], **OPTIONS)
+    assert [bool(layout.failure) for layout in found.layouts] == [False, True]
+    assert "(64, 64)" in found.layouts[1].failure
+
+
+def test_text_and_json_hold_every_layout() -> None:
+    found = compare(small_gemma_backbone, [CONTRACTED, "kerashub"], **OPTIONS)
+    text = comparison_text(found)
+    for layout in found.layouts:
+        assert text.count(f"{layout.name}:") == 1
+    record = json.loads(comparison_json(found))
+    assert [len(layout["layout_map"]) for layout in record["layouts"]] == [
+        len(layout.rules) for layout in found.layouts
+    ]
+
+
+def test_nothing_to_compare_is_said() -> None:
+    with pytest.raises(UsageError, match="at least one layout"):
+        compare(small_gemma_backbone, [], **OPTIONS)

@@ -1,0 +1,58 @@
+"""The shape of the mesh: every one is planned, and the fastest that fits is taken."""
+
+import pytest
+from test_end_to_end import small_gemma_backbone
+
+from autoshard.errors import MeshError, UsageError
+from autoshard.mesh_shapes import make_setups, mesh_shapes, tradeoffs
+from autoshard.pipeline import Outcome, make_plan
+
+STEP = {"dtype": "float32", "seq_len": 16}
+
+
+@pytest.fixture(scope="module")
+def outcome() -> Outcome:
+    return make_plan(small_gemma_backbone, devices=8, **STEP)
+
+
+@pytest.mark.parametrize("n_devices", [1, 6, 7, 12, 64])
+def test_a_shape_for_every_divisor(n_devices: int) -> None:
+    shapes = mesh_shapes(n_devices)
+    assert len(set(shapes)) == sum(n_devices % n == 0 for n in range(1, n_devices + 1))
+    assert {mesh.n_devices for mesh in shapes} == {n_devices}
+
+
+def test_the_best_shape_is_the_best_of_the_plans_for_each(outcome: Outcome) -> None:
+    alone = [make_plan(small_gemma_backbone, str(mesh), batch=8, **STEP) for mesh in mesh_shapes(8)]
+    best = min(plan.planning.result.ranked[0].rank for plan in alone)
+    assert outcome.planning.result.ranked[0].rank == best
+    assert outcome.plan.mesh == outcome.shapes[0].setup.mesh
+
+
+def test_no_tradeoff_is_beaten_in_both_time_and_memory(outcome: Outcome) -> None:
+    kept = [
+        (t.scored.cost.step_seconds, t.scored.cost.memory.peak_bytes)
+        for t in tradeoffs(outcome.shapes)
+    ]
+    assert kept == sorted(kept)
+    assert [peak for _, peak in kept] == sorted((peak for _, peak in kept), reverse=True)
+    for planning in outcome.shapes:
+        for scored in planning.result.ranked:
+            cost = scored.cost
+            assert not any(
+                cost.step_seconds < seconds and cost.memory.peak_bytes < 0.95 * peak
+                for seconds, peak in kept[:1]
+            )
+
+
+def test_shapes_over_which_the_batch_does_not_divide_are_left_out() -> None:
+    assert [str(setup.mesh) for setup in make_setups(8, batch=2)] == ["1x8", "2x4"]
+    assert {setup.workload.batch for setup in make_setups(12)} == {12}
+
+
+def test_one_of_mesh_and_devices_is_asked_for() -> None:
+    for mesh, devices in ((None, None), ("1x8", 8)):
+        with pytest.raises(UsageError, match="one of the two"):
+            make_plan(small_gemma_backbone, mesh, devices=devices)
+    with pytest.raises(MeshError, match="axes"):
+        make_plan(small_gemma_backbone, devices=8, axes=["a", "b", "c"])
