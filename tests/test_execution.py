@@ -244,9 +244,9 @@ def test_a_preset_is_loaded_shard_by_shard_bit_by_bit(preset: str) -> None:
     request = replace(asked("gemma", "load", mesh, split_all(model, mesh)), model=preset)
     found = ran(request)
     reference = ran(replace(request, mesh=None, rules=()))
-    assert found.placement is not None
-    assert found.placement.misplaced == ()
-    assert found.placement.n_split > 0
+    assert found.placed is not None
+    assert found.placed.misplaced == ()
+    assert found.placed.n_split > 0
     (same,) = compare("load", found.arrays, reference.arrays, COARSE, 0)
     assert same.holds
     # Zeros would be alike: the embedding and at least four kernels of each block are not.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autoshard.execution.comparison import compare
-from autoshard.execution.placement import placement_of
+from autoshard.execution.placement import placed_by
 from autoshard.execution.requests import Outcome, Part, RunRequest
 from autoshard.execution.tolerance import tolerance_of
 from autoshard.execution.worker import run_part
@@ -87,9 +87,9 @@ def test_a_layout_changes_where_weights_lie_and_no_result(name: str, part: Part,
     mesh, model = parse_mesh(text), described(name)
     rules = split_all(model, mesh)
     found = ran(asked(name, part, mesh, rules))
-    assert found.placement is not None
-    assert not found.placement.misplaced
-    assert found.placement.n_split == len(rules) > 0
+    assert found.placed is not None
+    assert not found.placed.misplaced
+    assert found.placed.n_split == len(rules) > 0
     reference = unsharded(name, part).arrays
     agreements = compare(part, found.arrays, reference, tolerance_of(model), 4)
     assert agreements
@@ -120,9 +120,25 @@ def test_weights_are_saved_and_loaded_under_a_layout(name: str, text: str, tmp_p
             load()
             for weight, value in zip(model.weights, values, strict=True):
                 np.testing.assert_array_equal(np.asarray(weight.value), value, weight.path)
-            assert not placement_of(model, rules, distribution.device_mesh).misplaced
+            assert not placed_by(model, rules, distribution.device_mesh).misplaced
 
 
 def loaded_in_shards(model: Any, file: str) -> None:
     with sharded_loading():
         model.load_weights(file)
+
+
+def test_a_weight_that_lies_otherwise_is_named() -> None:
+    import jax
+
+    mesh, model = parse_mesh("1x8"), described("gemma")
+    rules = split_all(model, mesh)
+    first, *others = rules
+    distribution = keras_distribution(others, mesh, jax.devices())
+    with distribution.scope():
+        built = with_values(model, seed=1).model
+        found = placed_by(built, rules, distribution.device_mesh)
+    assert found.n_split == len(rules)
+    (line,) = found.misplaced
+    assert line.startswith(f"{first.pattern} lies as ")
+    assert line.endswith("planned ('model', None)")

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from autoshard.execution.requests import Placement
 from autoshard.layout.rules import LayoutRules, match
 from autoshard.mesh import format_spec
+from autoshard.records.execution import Placed
 
-__all__ = ["placement_of"]
+__all__ = ["placed_by"]
 
 
-def placement_of(model: Any, rules: LayoutRules, device_mesh: Any) -> Placement:
+def placed_by(model: Any, rules: LayoutRules, device_mesh: Any) -> Placed:
     """Where the weights of a model lie.
 
     The map is read with this package's own matching, not Keras'.
@@ -29,4 +29,4 @@ def placement_of(model: Any, rules: LayoutRules, device_mesh: Any) -> Placement:
         actual = weight.value.sharding
         if not actual.is_equivalent_to(planned, len(weight.shape)):
             misplaced.append(f"{weight.path} lies as {actual}, planned {format_spec(spec)}")
-    return Placement(n_variables=len(model.weights), n_split=n_split, misplaced=tuple(misplaced))
+    return Placed(n_variables=len(model.weights), n_split=n_split, misplaced=tuple(misplaced))

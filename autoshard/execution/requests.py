@@ -7,8 +7,9 @@ from typing import Any, Literal
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
 from autoshard.model.workload import Workload
+from autoshard.records.execution import Placed
 
-__all__ = ["Cluster", "Outcome", "Part", "Placement", "RunRequest"]
+__all__ = ["Cluster", "Outcome", "Part", "RunRequest"]
 
 Part = Literal["load", "predict", "generate", "fit"]
 
@@ -63,21 +64,6 @@ class RunRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """Where the variables of a model lie.
-
-    Attributes:
-        n_variables: all of its weights.
-        n_split: those that the map splits over at least one mesh axis.
-        misplaced: what does not lie as the map says, a line each.
-    """
-
-    n_variables: int
-    n_split: int
-    misplaced: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What a process found.
 
@@ -86,7 +72,7 @@ class Outcome:
         run_seconds: of the part itself, its compilation included.
         built_bytes: the most memory the process held until the model was built.
         peak_bytes: the most memory the process held.
-        placement: where the weights lie afterwards; None without a distribution.
+        placed: where the weights lie afterwards; None without a distribution.
         arrays: what was computed. `load`: `digests` `[weights, 32]`, the SHA-256 of each weight.
             `predict`: one array an output, float32. `generate`: `tokens` `[batch, sequence]`, and
             with margins `margins` `[batch, sequence - 1]`, the distance of the two largest logits
@@ -99,6 +85,6 @@ class Outcome:
     run_seconds: float
     built_bytes: int
     peak_bytes: int
-    placement: Placement | None
+    placed: Placed | None
     arrays: Mapping[str, Any] = field(default_factory=dict)
     loss: str = ""

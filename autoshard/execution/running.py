@@ -283,12 +283,8 @@ def _execution(outcomes: tuple[Outcome, ...]) -> Execution:
 
 
 def _placed(outcomes: tuple[Outcome, ...]) -> Placed | None:
-    placements = [o.placement for o in outcomes if o.placement is not None]
-    if not placements:
+    placed = [outcome.placed for outcome in outcomes if outcome.placed is not None]
+    if not placed:
         return None
-    misplaced = dict.fromkeys(line for p in placements for line in p.misplaced)
-    return Placed(
-        n_variables=placements[0].n_variables,
-        n_split=placements[0].n_split,
-        misplaced=tuple(misplaced),
-    )
+    misplaced = dict.fromkeys(line for each in placed for line in each.misplaced)
+    return replace(placed[0], misplaced=tuple(misplaced))

@@ -18,7 +18,7 @@ import numpy as np
 
 from autoshard.errors import ModelError, XlaError
 from autoshard.execution.checkpointing import checkpoint_blocks
-from autoshard.execution.placement import placement_of
+from autoshard.execution.placement import placed_by
 from autoshard.execution.requests import Outcome, RunRequest
 from autoshard.layout.distribution import keras_distribution
 from autoshard.model.build import build
@@ -73,9 +73,9 @@ def _run(request: RunRequest, progress: Callable[[str], None]) -> Outcome:
         progress(request.part)
         arrays, loss = _PARTS[request.part](model, request, distribution)
         ended = time.monotonic()
-        placement = None
+        placed = None
         if distribution is not None:
-            placement = placement_of(model.model, request.rules, distribution.device_mesh)
+            placed = placed_by(model.model, request.rules, distribution.device_mesh)
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise XlaError(f"{request.part} of {request.model}: {name} is not finite")
@@ -84,7 +84,7 @@ def _run(request: RunRequest, progress: Callable[[str], None]) -> Outcome:
         run_seconds=ended - built,
         built_bytes=built_bytes,
         peak_bytes=_peak_bytes(),
-        placement=placement,
+        placed=placed,
         arrays=arrays,
         loss=loss,
     )
