@@ -141,4 +141,4 @@ def test_a_weight_that_lies_otherwise_is_named() -> None:
     assert found.n_split == len(rules)
     (line,) = found.misplaced
     assert line.startswith(f"{first.pattern} lies as ")
-    assert line.endswith("planned ('model', None)")
+    assert line.endswith('planned ("model", None)')

@@ -28,5 +28,6 @@ def placed_by(model: Any, rules: LayoutRules, device_mesh: Any) -> Placed:
         planned = NamedSharding(device_mesh.backend_mesh, PartitionSpec(*spec))
         actual = weight.value.sharding
         if not actual.is_equivalent_to(planned, len(weight.shape)):
-            misplaced.append(f"{weight.path} lies as {actual}, planned {format_spec(spec)}")
+            lies = getattr(actual, "spec", actual)
+            misplaced.append(f"{weight.path} lies as {lies}, planned {format_spec(spec)}")
     return Placed(n_variables=len(model.weights), n_split=n_split, misplaced=tuple(misplaced))
