@@ -26,8 +26,8 @@ from autoshard.model.workload import Workload
 
 __all__ = ["environment"]
 
-# u = 2^-8 and n = 2: delta = sqrt(2 x 2 x 2^-16) = 2^-7.
-COARSE = Tolerance(roundoff=2.0**-8, n_roundings=2, n_terms=0)
+# delta = 0.2124 x 2^-7 sqrt(2 x 2) = 0.003318.
+COARSE = Tolerance(step=2.0**-7, n_roundings=2, n_terms=0)
 
 
 def test_roundings_are_counted_along_the_stream_of_a_residual_model() -> None:
@@ -37,22 +37,32 @@ def test_roundings_are_counted_along_the_stream_of_a_residual_model() -> None:
     # A block adds twice to the stream; n does not grow by all of its layers with each block.
     deep = tolerance_of(build("gemma_7b_en"))
     assert deep.n_roundings - found.n_roundings == 2 * (28 - 2)
-    assert found.roundoff == 2.0**-24
-    assert deep.roundoff == 2.0**-8
+    assert found.step == 2.0**-23
+    assert deep.step == 2.0**-7
     # delta of bfloat16 comes from the roundings: 28 blocks, 2 each, are at least 56 of them.
-    assert math.sqrt(2 * 56) * 2**-8 < deep.relative < 2 * math.sqrt(2 * 56) * 2**-8
+    least = 0.2124 * math.sqrt(2 * 56) * 2**-7
+    assert least < deep.relative < 2 * least
+
+
+def test_u_is_the_error_of_rounding_numbers_of_all_sizes() -> None:
+    from ml_dtypes import bfloat16
+
+    values = np.exp(np.random.default_rng(0).uniform(0, 5, 100_000))
+    off = values.astype(bfloat16).astype("float64") / values - 1
+    one = Tolerance(step=2.0**-7, n_roundings=1, n_terms=0)
+    assert np.sqrt(np.mean(np.square(off))) == pytest.approx(one.relative / math.sqrt(2), rel=0.02)
 
 
 def test_outputs_may_differ_by_the_tolerance_and_no_more() -> None:
     reference = {"output": np.array([1.0, -1.0, 1.0, -1.0], "float32")}
-    # Root mean square 1, so 2^-7 is allowed, and (3 + sqrt(2 ln 4)) 2^-7 + 2^-7 of each value.
-    for off, holds in ((0.007, True), (0.009, False)):
+    # Root mean square 1, so 0.003318 is allowed, and (3 + sqrt(2 ln 4)) 0.003318 + 2^-7 of each.
+    for off, holds in ((0.0033, True), (0.0034, False)):
         found = {"output": reference["output"] + np.float32(off)}
         mean, largest = compare("predict", found, reference, COARSE, 0)
         assert mean.holds is holds
-        assert mean.allowed == 2**-7
+        assert mean.allowed == pytest.approx(0.003318, abs=1e-6)
         assert largest.holds
-        assert largest.allowed == pytest.approx((3 + math.sqrt(2 * math.log(4)) + 1) * 2**-7)
+        assert largest.allowed == pytest.approx(0.02329, abs=1e-5)
 
 
 def generated(margin: float) -> dict[str, Any]:
@@ -79,9 +89,9 @@ def test_another_token_is_wrong_where_the_choice_was_clear_and_ends_the_comparis
 
 def test_losses_and_weights_are_compared() -> None:
     losses = {"losses": np.array([2.0, 1.0])}
-    (close,) = compare("fit", {"losses": np.array([2.0, 1.015])}, losses, COARSE, 0)
-    (far,) = compare("fit", {"losses": np.array([2.0, 1.016])}, losses, COARSE, 0)
-    assert close.allowed == 2 * 2**-7
+    (close,) = compare("fit", {"losses": np.array([2.0, 1.006])}, losses, COARSE, 0)
+    (far,) = compare("fit", {"losses": np.array([2.0, 1.007])}, losses, COARSE, 0)
+    assert close.allowed == pytest.approx(2 * 0.003318, abs=1e-5)
     assert close.holds
     assert not far.holds
     digests = {"digests": np.zeros((3, 32), "uint8")}

@@ -1,5 +1,6 @@
 """Holds the results of a sharded run against those of its reference."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,9 +74,8 @@ def _outputs(
 def _tokens(tokens: Any, reference: Arrays, tolerance: Tolerance, n_prompt: int) -> Agreement:
     """Greedy tokens, as far as the sequences are the same and the choice is no near tie."""
     expected, margins = reference["tokens"], reference["margins"]
-    allowed = 2 * tolerance.largest_difference(
-        # Two logits decide each token.
-        2 * margins[:, n_prompt - 1 :].size,
+    allowed = math.sqrt(2) * tolerance.largest_difference(
+        margins[:, n_prompt - 1 :].size,
         float(reference["root_mean_square"]),
         float(reference["largest"]),
     )

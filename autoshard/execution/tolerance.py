@@ -1,13 +1,18 @@
 """How far a sharded run may differ from an unsharded one of the same weights.
 
-Both compute the same sums in another order and round at other places. With u the unit roundoff of
-the compute dtype (2^-8 for bfloat16, 2^-11 for float16, 2^-24 for float32), n roundings on the way
-to an output, all independent, each passed on without being enlarged, an output is off by a relative
-u sqrt(n), root mean square; two runs differ by
+Both compute the same sums in another order and round at other places. Rounding to nearest with p
+bits behind the point is off by up to half a step, evenly distributed; with the mantissas of the
+values spread evenly on a logarithmic scale, that is relatively, root mean square,
 
-    delta = sqrt(2 (n u^2 + k 2^-48))
+    u = 2^-p sqrt(3 / (8 ln 2) / 12) = 0.212 x 2^-p    (p = 7 for bfloat16, 10, 23)
 
-where k counts the terms of all contractions, which are summed in float32 whatever the dtype.
+With n roundings on the way to an output, all independent, each passed on without being enlarged, an
+output is off by u sqrt(n), and two runs differ by
+
+    delta = sqrt(2 (n u^2 + k v^2))
+
+where k counts the terms of all contractions, which are summed in float32 whatever the dtype, and v
+is u of float32.
 
 What counts for n is weighted by its share of the result. In a stack of residual blocks each of the
 two additions of a block rounds the whole stream, and the roundings inside a block touch only its
@@ -18,13 +23,14 @@ own addition to the stream; those of all blocks together weigh as much as those 
 The bounds (rms: root mean square of the reference):
 
     root mean square of the differences   delta rms
-    largest difference of N               (3 + sqrt(2 ln N)) delta rms + 2 u largest
+    largest difference of N               (3 + sqrt(2 ln N)) delta rms + 2^-p largest
+    difference of two logits              sqrt(2) of the same
 
-the second being the expected maximum of N normal values, three deviations added, and the rounding
-of the result itself. A token is compared where the two largest logits are further apart than twice
-that. A loss may be off by 2 delta of itself: a mean square changes by twice the relative change of
-its argument; a cross-entropy of V classes with logits of deviation s is at least s sqrt(2 ln V) and
-changes by sqrt(2) delta s.
+the second being the expected maximum of N normal values, three deviations added, and a step of the
+result's own rounding. A greedy token is compared where the two largest logits are further apart
+than the third. A loss may be off by 2 delta of itself: a mean square changes by twice the relative
+change of its argument; a cross-entropy of V classes with logits of deviation s is at least
+s sqrt(2 ln V) and changes by sqrt(2) delta s.
 
 Where a router sends tokens to experts, a near tie may fall the other way in a low precision, and
 the bound is not one.
@@ -40,8 +46,9 @@ from autoshard.model.recipe import AbstractModel, layers_by_path
 
 __all__ = ["Tolerance", "tolerance_of"]
 
-_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
-_ACCUMULATOR_ROUNDOFF = 2.0**-24
+# Steps between neighbouring values at 1.
+_STEPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+_ROUNDING = math.sqrt(3 / (8 * math.log(2)) / 12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +56,12 @@ class Tolerance:
     """The bounds for one model.
 
     Attributes:
-        roundoff: u, of the compute dtype.
+        step: 2^-p, of the compute dtype.
         n_roundings: n.
         n_terms: k.
     """
 
-    roundoff: float
+    step: float
     n_roundings: int
     n_terms: int
 
@@ -62,11 +69,11 @@ class Tolerance:
     def relative(self) -> float:
         """delta.
 
-        >>> f"{Tolerance(roundoff=2**-8, n_roundings=72, n_terms=0).relative:.4f}"
-        '0.0469'
+        >>> f"{Tolerance(step=2**-7, n_roundings=72, n_terms=0).relative:.4f}"
+        '0.0199'
         """
-        stored = self.n_roundings * self.roundoff**2
-        return math.sqrt(2 * (stored + self.n_terms * _ACCUMULATOR_ROUNDOFF**2))
+        stored = self.n_roundings * self.step**2
+        return _ROUNDING * math.sqrt(2 * (stored + self.n_terms * _STEPS["float32"] ** 2))
 
     def largest_difference(self, n: int, root_mean_square: float, largest: float) -> float:
         """The bound on the largest of `n` differences.
@@ -77,14 +84,14 @@ class Tolerance:
             largest: their largest magnitude.
         """
         deviations = 3 + math.sqrt(2 * math.log(max(n, 1)))
-        return deviations * self.relative * root_mean_square + 2 * self.roundoff * largest
+        return deviations * self.relative * root_mean_square + self.step * largest
 
     def words(self) -> str:
         """How the bounds come about, with the numbers, for a report."""
         return (
-            f"delta = sqrt(2 (n u^2 + k 2^-48)) = {self.relative:.2g}, with u = "
-            f"2^{math.log2(self.roundoff):.0f}, n = {self.n_roundings} roundings and k = "
-            f"{self.n_terms:,} summed terms on the way to an output"
+            f"delta = sqrt(2 (n u^2 + k v^2)) = {self.relative:.2g}, with n = {self.n_roundings} "
+            f"roundings to a relative u = {_ROUNDING * self.step:.2g} and k = {self.n_terms:,} "
+            f"terms summed to v = {_ROUNDING * _STEPS['float32']:.2g} on the way to an output"
         )
 
 
@@ -97,7 +104,7 @@ def tolerance_of(model: AbstractModel) -> Tolerance:
     compute = str(model.backbone.compute_dtype)
     terms = sum(_terms(tuple(weight.shape)) for weight in model.model.weights)
     return Tolerance(
-        roundoff=_ROUNDOFF.get(compute, _ROUNDOFF["float32"]),
+        step=_STEPS.get(compute, _STEPS["float32"]),
         n_roundings=_roundings(model),
         n_terms=terms,
     )
