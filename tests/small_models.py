@@ -6,7 +6,7 @@ from typing import Any
 
 from autoshard.model.keras_import import import_keras_hub
 
-__all__ = ["bert", "dies_in_the_second_process", "gemma", "llama", "mixtral", "vit"]
+__all__ = ["bert", "dies_in_the_second_process", "gemma", "llama", "mixtral", "too_big", "vit"]
 
 VOCABULARY = 64
 
@@ -81,3 +81,16 @@ def dies_in_the_second_process() -> Any:
     if jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return gemma()
+
+
+def too_big() -> Any:
+    """Its embedding alone, with gradient and two slots in bfloat16, is 32 GiB on each of four."""
+    return import_keras_hub().models.GemmaBackbone(
+        vocabulary_size=2**21,
+        num_layers=2,
+        num_query_heads=8,
+        num_key_value_heads=8,
+        hidden_dim=2**13,
+        intermediate_dim=2**13,
+        head_dim=128,
+    )
