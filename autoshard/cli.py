@@ -49,6 +49,11 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--target", help="Chips, like tpu:v5e:2x4. [default: the smallest v5e slice]"
             ),
             click.option(
+                "--slices",
+                type=click.IntRange(min=1),
+                help="So many slices of the target (GPU nodes), joined by a network.",
+            ),
+            click.option(
                 "--workload",
                 default="train",
                 show_default=True,

@@ -117,24 +117,14 @@ def _compared(
     layout = ComparedLayout(name=name, rules=rules, failure=candidate.failure)
     if candidate.scored is None:
         return layout
+    whole = resolve(rules, table, scorer.mesh).whole(table, scorer.mesh)
     causes = Causes(rules=rules, mesh=scorer.mesh, paths=tuple(table.templates))
     return replace(
         layout,
         predicted=prediction(candidate.scored.cost),
         excess_bytes=candidate.scored.excess_bytes,
-        whole_bytes=_whole_bytes(rules, table, scorer.mesh),
+        whole_bytes=sum(family.n_bytes for family in whole),
         collectives=tuple(_costly(candidate.scored.cost, causes, table)),
-    )
-
-
-def _whole_bytes(rules: LayoutRules, table: ModelTable, mesh: Mesh) -> int:
-    """Bytes of the weights that lie whole on every device."""
-    assignment = resolve(rules, table, mesh).assignment
-    parallel = set(mesh.parallel_axes)
-    return sum(
-        variable.n_bytes
-        for variable in table.variables
-        if not parallel & set(assignment.get(variable.family, ()))
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from autoshard.cost.values import StepCost
 from autoshard.errors import NothingFitsError, UsageError, XlaError
+from autoshard.fitting import Remedy, remedies
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target
 from autoshard.layout.reading import read_layout
@@ -44,6 +45,7 @@ class Outcome:
         winner: its candidate.
         planning: the search and the rivals, on the plan's mesh.
         shapes: the same for every shape of the mesh, best first, where the shape was chosen.
+        remedies: what would make the step fit, where nothing does by prediction.
         verdicts: what a compiler said, best first; empty where none was asked.
         timings: seconds of each stage, measured.
         failure: why the verification failed, in one line, or "".
@@ -56,6 +58,7 @@ class Outcome:
     timings: dict[str, float]
     failure: str = ""
     shapes: tuple[Planning, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -89,6 +92,7 @@ def plan(
     devices: int | None = None,
     axes: Sequence[str] | None = None,
     target: str | Target | None = None,
+    slices: int | None = None,
     workload: str = "train",
     batch: int | None = None,
     seq_len: int = 512,
@@ -107,6 +111,7 @@ def plan(
         devices: instead of a mesh, how many devices; the shape of the mesh is then chosen too.
         axes: names of the mesh axes, the data axis first.
         target: such as `tpu:v5e:2x4`; by default the smallest v5e slice of that many devices.
+        slices: so many of that target, joined by the data-centre network (GPU nodes: InfiniBand).
         workload: `train`, `lora`, `prefill` or `decode`.
         batch: sequences of the global batch; by default 8, or what the data axis divides.
         seq_len: tokens a sequence.
@@ -128,6 +133,7 @@ def plan(
         devices=devices,
         axes=axes,
         target=target,
+        slices=slices,
         workload=workload,
         batch=batch,
         seq_len=seq_len,
@@ -145,6 +151,7 @@ def plan(
         raise NothingFitsError(
             f"no layout of {outcome.plan.model.name} keeps {outcome.planning.setup.memory_limit} "
             f"bytes a device; the nearest needs {outcome.winner.scored.cost.memory.peak_bytes}"
+            + "".join(f"; {remedy.change} would fit" for remedy in outcome.remedies)
         )
     return outcome.plan
 
@@ -156,6 +163,7 @@ def make_plan(
     devices: int | None = None,
     verify: Verify = "none",
     top: int = 5,
+    advise: bool = True,
     on_progress: Callable[[str], None] = lambda stage: None,
     **options: Any,
 ) -> Outcome:
@@ -167,6 +175,7 @@ def make_plan(
         devices: as for `plan`.
         verify: as for `plan`.
         top: how many layouts to keep.
+        advise: whether to look for what would make the step fit, where it does not.
         on_progress: called with the name of each stage.
         **options: the other arguments of `plan`.
     """
@@ -183,6 +192,7 @@ def make_plan(
     traced = trace_model(model, setup.workload, watch)
     shapes = plan_shapes(traced, setups, top=top, watch=watch)
     planning = shapes[0]
+    ask = advise and planning.result.ranked[0].excess_bytes > 0
     verdicts: tuple[Verdict, ...] = ()
     failure = ""
     if verify != "none":
@@ -202,6 +212,7 @@ def make_plan(
         timings=watch.seconds,
         failure=failure,
         shapes=() if mesh else shapes,
+        remedies=remedies(model, traced, planning.setup, watch) if ask else (),
     )
 
 

@@ -11,6 +11,7 @@ from autoshard.cost.strategies import Machine
 from autoshard.errors import AutoshardError, LayoutError, ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
+from autoshard.graph.propagation import propagate
 from autoshard.hardware.links import axis_links
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
@@ -24,7 +25,8 @@ from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import Workload
+from autoshard.model.workload import QUANTIZED, Workload
+from autoshard.search.candidates import fixed_layouts
 from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
 from autoshard.setup import Setup
@@ -41,7 +43,11 @@ __all__ = [
     "trace_model",
 ]
 
-_MATMUL_DTYPES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
+_MATMUL_DTYPES = {
+    "mixed_bfloat16": "bfloat16",
+    "mixed_float16": "float16",
+    QUANTIZED: "bfloat16",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +98,8 @@ class Planning:
         candidates: the best layouts that a LayoutMap can express, best first.
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` fails, or None.
+        cache_specs: how the best layout lays out each array of a KV cache, which Keras makes inside
+            the step and XLA lays out by propagation.
     """
 
     setup: Setup
@@ -102,6 +110,7 @@ class Planning:
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
     without_generate: Candidate | None = None
+    cache_specs: tuple[Spec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +188,21 @@ def run_planner(
         candidates=candidates,
         rivals=rivals,
         without_generate=beyond[0] if beyond else None,
+        cache_specs=tuple(_cache_specs(traced.program, result.ranked[0], setup.mesh)),
     )
+
+
+def _cache_specs(program: Program, best: Scored, mesh: Mesh) -> Iterator[Spec]:
+    caches = [argument for argument in program.arguments if argument.role == "cache"]
+    if not caches:
+        return
+    axes = mesh.parallel_axes
+    sizes = [mesh.sizes[axis] for axis in axes]
+    layouts = propagate(program, fixed_layouts(program, dict(best.assignment), mesh), sizes)
+    for cache in caches:
+        if cache.group is not None:
+            axis_of = dict(zip(layouts[cache.group], axes, strict=True))
+            yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)
 
 
 def make_program(
@@ -246,7 +269,10 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
         StepInput(
             role=argument.role,
             family=family_of.get(argument.layout_path or ""),
-            count=multiplicity(argument.layout_path or argument.path),
+            # A cache holds the keys and values of all blocks, in one array or in several.
+            count=folded.folding.depth_ratio
+            if argument.role == "cache"
+            else multiplicity(argument.layout_path or argument.path),
             trainable=argument.path in trainable and argument.role == "weight",
         )
         for argument in step.arguments

@@ -1,9 +1,9 @@
 """What is planned for: the devices, the chips, the step and its memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autoshard.errors import MeshError
+from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
 from autoshard.mesh import Mesh, parse_mesh
 from autoshard.model.workload import Workload
@@ -36,6 +36,7 @@ def make_setup(
     *,
     axes: Sequence[str] | None = None,
     target: str | Target | None = None,
+    slices: int | None = None,
     workload: str = "train",
     batch: int | None = None,
     seq_len: int = 512,
@@ -47,16 +48,22 @@ def make_setup(
 ) -> Setup:
     """Fill in the defaults and check that mesh, target and batch go together.
 
+    Args:
+        mesh, axes, target, slices, batch, memory_limit, generate: as for `autoshard.plan`.
+        workload, seq_len, lora_rank, dtype, optimizer: the fields of a `Workload`.
+
     Raises:
         MeshError: mesh and target differ in devices, or the data axis does not divide the batch.
         UsageError: a value is unknown or out of range.
     """
     if isinstance(mesh, str):
         mesh = parse_mesh(mesh, axes)
-    if target is None:
-        target = default_target(mesh)
-    elif isinstance(target, str):
+    if isinstance(target, str):
         target = parse_target(target)
+    if slices is not None:
+        target = _in_slices(mesh, target, slices)
+    elif target is None:
+        target = default_target(mesh)
     check_devices(mesh, target)
     n_data = mesh.sizes[mesh.data_axis]
     if batch is None:
@@ -84,3 +91,17 @@ def make_setup(
         memory_limit=memory_limit or target.chip.hbm_bytes,
         generate=generate,
     )
+
+
+def _in_slices(mesh: Mesh, target: Target | None, n_slices: int) -> Target:
+    """So many of a target, or of the smallest that together have the mesh's devices."""
+    if target is not None:
+        if target.n_slices > 1:
+            raise UsageError(f"target {target} has {target.n_slices} slices already")
+        return replace(target, n_slices=n_slices)
+    if mesh.n_devices % n_slices:
+        raise MeshError(
+            f"mesh {mesh} has {mesh.n_devices} devices, which {n_slices} slices cannot share evenly"
+        )
+    one = Mesh(shape=(mesh.n_devices // n_slices,), axis_names=("model",))
+    return replace(default_target(one), n_slices=n_slices)

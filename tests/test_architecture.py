@@ -29,6 +29,7 @@ ROOMS = (
     "setup",
     "planning",
     "mesh_shapes",
+    "fitting",
     "settling",
     "pipeline",
     "comparison",

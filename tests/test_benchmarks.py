@@ -23,7 +23,7 @@ import layouts  # noqa: E402
 import maps  # noqa: E402
 import rivals  # noqa: E402
 from scores import Pair, byte_error, quantile, score, spearman  # noqa: E402
-from tables import Entry, cells, rivals_table  # noqa: E402
+from tables import Entry, cells, compact_table, rivals_table  # noqa: E402
 from verdicts import Question, Results  # noqa: E402
 
 
@@ -176,6 +176,23 @@ def test_the_table_shows_marks_and_means() -> None:
     assert "rows with ours and a rival that fits: 2; slower by more than 1%: 0" in text
     # Twice as fast and as fast: the root of 2 x 1.
     assert "prefill: 1.414 x as fast as hand (geometric mean of 2 rows)" in text
+
+
+def test_the_compact_table_has_a_line_a_model() -> None:
+    text = compact_table(
+        [
+            entry("ours", 4e-3),
+            entry("hand", 6e-3),
+            entry("ours", 2e-3, mesh="8x1"),
+            entry("hand", None, mesh="8x1", note="refused"),
+        ],
+        "ours",
+        ("hand",),
+        "hand",
+    )
+    assert "4.00 / 6.00 | 2.00 / none" in text
+    # The best mesh's 2 ms against 6 ms by hand on 1x8.
+    assert "on the best mesh of each model 3.000 x as fast as hand on 1x8" in text
 
 
 def test_spearman_shares_ranks_and_knows_no_constant() -> None:

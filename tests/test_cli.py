@@ -75,6 +75,31 @@ def test_a_limit_that_nothing_meets_prints_the_nearest_plan_marked_so() -> None:
     assert "--memory-limit" in result.stdout
 
 
+def test_a_plan_that_does_not_fit_names_what_would() -> None:
+    result = run(
+        "plan", SMALL, "--mesh", "1x2", "--verify", "none", *FLOAT, "--memory-limit", "900kB"
+    )
+    assert result.exit_code == 1
+    assert "fits with --batch 4: step " in result.stdout
+
+
+def test_the_shape_of_the_mesh_is_chosen_where_only_devices_are_given() -> None:
+    result = run("plan", SMALL, "--devices", "4", "--verify", "none", *FLOAT)
+    assert result.exit_code == 0, result.output
+    for words in ("-> ", "2x2 ", "4x1 ", "asked for with"):
+        assert words in result.stdout
+    assert run("plan", SMALL, "--devices", "4", "--mesh", "1x4", *FLOAT).exit_code == 2
+
+
+def test_slices_and_whole_weights_are_named() -> None:
+    result = run("plan", SMALL, "--mesh", "2x3", "--slices", "2", "--verify", "none", *FLOAT)
+    assert result.exit_code == 0, result.output
+    assert "tpu:v5e:1x3:2" in result.stdout
+    assert "whole on every device" in result.stdout
+    for bad in (("--slices", "4"), ("--target", "tpu:v5e:1x3:2", "--slices", "2")):
+        assert run("plan", SMALL, "--mesh", "2x3", *bad, *FLOAT).exit_code == 2
+
+
 def test_the_same_plan_has_the_same_bytes_and_reads_back(tmp_path: Path) -> None:
     from autoshard.sharding_plan import load
 

@@ -133,6 +133,7 @@ def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
 
 # Keras' saving reads a variable in a way that numpy 2 warns about.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
 def test_files_are_read(tmp_path: Path) -> None:
     keras = import_keras()
     backbone = small_gemma().backbone
@@ -192,3 +193,18 @@ except BackendError as error:
         "Keras runs on the numpy backend, which ignores layouts; set the environment variable "
         "KERAS_BACKEND=jax before keras is imported"
     )
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
+def test_int8_gives_the_variables_that_quantize_gives() -> None:
+    real = import_keras_hub().models.GemmaBackbone(**SMALL, dtype="bfloat16")
+    real.quantize("int8")
+    expected = {(v.path, tuple(v.shape), str(v.dtype)) for v in real.weights}
+    table = build(small_gemma, dtype="int8").table()
+    assert {(v.path, v.shape, v.dtype) for v in table.variables} == expected
+
+
+def test_int8_is_refused_where_there_are_no_policies_by_layer() -> None:
+    with pytest.raises(UsageError, match="int8 needs a KerasHub backbone"):
+        build(plain_network, dtype="int8")

@@ -160,3 +160,11 @@ def test_the_search_finds_what_exhaustive_search_finds(
     assert found.rank == best.rank
     if limit is None:
         assert relaxed.bound_seconds <= best.cost.step_seconds * (1 + 1e-9)
+
+
+def test_the_cache_of_all_blocks_is_counted() -> None:
+    # Gemma 7B: keys and values of 28 blocks, 16 heads x 256, bfloat16, for 8 x 2048 tokens; over
+    # the heads' eight parts.
+    scored = plan("gemma_7b_en", make_setup("1x8", workload="decode", seq_len=2048)).candidates[0]
+    assert scored.scored is not None
+    assert scored.scored.cost.memory.kv_cache == 8 * 2048 * 28 * 2 * 16 * 256 * 2 // 8

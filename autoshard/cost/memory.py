@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from autoshard.cost.strategies import OpCost, layout_of, local_bytes, n_parts
 from autoshard.cost.values import Memory
@@ -33,7 +34,7 @@ class PeakMemory:
         self._has_backward = any(op.backward for op in program.ops)
         self._weights = {argument.group for argument in program.arguments}
         self._returned = {(out.group, out.n_bytes) for out in program.outputs}
-        self._held: dict[str, list[tuple[int | None, int, int]]] = {}
+        self._held: dict[str, list[tuple[int | None, int, int | Fraction]]] = {}
         for argument in program.arguments:
             entry = (argument.group, argument.n_bytes, argument.count)
             self._held.setdefault(argument.role, []).append(entry)
@@ -92,9 +93,11 @@ class PeakMemory:
         return 0, gathered + working
 
     def _all(self, role: str, layouts: Sequence[Layout]) -> int:
-        return sum(
-            self._shard(n_bytes, group, layouts) * count
-            for group, n_bytes, count in self._held.get(role, ())
+        return int(
+            sum(
+                self._shard(n_bytes, group, layouts) * count
+                for group, n_bytes, count in self._held.get(role, ())
+            )
         )
 
     def _shard(self, n_bytes: int, group: int | None, layouts: Sequence[Layout]) -> int:

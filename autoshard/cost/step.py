@@ -158,12 +158,16 @@ def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
 
     Where every operand of a matmul is split along the contracting dimension over one axis, it
     multiplies the shards and sums, even if gathering a small operand were cheaper. So it does with
-    the gradient of a lookup where the updates are split along what they are summed over.
+    the gradient of a lookup where the updates are split along what they are summed over, unless the
+    table is split over that axis too: then it gathers the updates and adds up its own rows.
     """
     forced: dict[int, int] = {}
     if op.kind == "scatter":
         updates = op.operands[-1]
+        table = layouts[len(op.operands)]
         for axis, dim in enumerate(layouts[len(op.operands) - 1]):
+            if table[axis] != WHOLE:
+                continue
             factor = updates.factors[dim] if dim != WHOLE else None
             if factor is not None and factor in op.reduced:
                 forced[axis] = factor

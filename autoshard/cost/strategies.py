@@ -305,12 +305,19 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     moving = memory_seconds(machine.chip, read, written)
     if not op.flops:
         return moving
-    peak = machine.chip.flops_per_second(machine.matmul_dtype)
-    efficiency = matmul_efficiency(
-        machine.chip, *_matmul_shape(op, choice, sizes), machine.matmul_dtype
+    dtype = (
+        "int8" if all(_in_eight_bits(op, array) for array in op.operands) else machine.matmul_dtype
     )
+    peak = machine.chip.flops_per_second(dtype)
+    efficiency = matmul_efficiency(machine.chip, *_matmul_shape(op, choice, sizes), dtype)
     parts = math.prod(n for factor, n in zip(choice, sizes, strict=True) if factor != WHOLE)
     return max(moving, op.flops / parts / (peak * efficiency))
+
+
+def _in_eight_bits(op: Op, array: Array) -> bool:
+    """Whether an array has a byte an element."""
+    elements = math.prod(op.factor_sizes[f] for f in array.factors if f is not None)
+    return array.n_bytes == elements
 
 
 def _matmul_shape(op: Op, choice: Choice, axis_sizes: Sequence[int]) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from autoshard.graph.grouping import Grouping, group_arrays
@@ -29,7 +30,7 @@ class StepInput:
 
     role: str
     family: str | None
-    count: int = 1
+    count: int | Fraction = 1
     trainable: bool = False
 
 
@@ -190,7 +191,7 @@ def _replacements(
             layer="",
             backward=False,
         )
-        count = inputs[replaced].count
+        count = int(inputs[replaced].count)
         ops.append(_op(equation, (0,), flat, numbering, lambda _, n=count: n, {}))  # type: ignore[misc]
     return ops
 

@@ -11,6 +11,7 @@ axis splits, or `WHOLE`.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 __all__ = ["WHOLE", "Argument", "Array", "Group", "LayerOutput", "Layout", "Op", "Place", "Program"]
 
@@ -97,7 +98,7 @@ class Argument:
         dims: for each dimension of the array, the group's dimension, or None for size 1.
         shape: shape of the array.
         n_bytes: bytes of the whole array.
-        count: how many like it the whole model has.
+        count: how many like it the whole model has; of a cache the part that it is of the whole.
         donated: whether a result takes its place in memory.
         trainable: whether the step computes a gradient for it.
     """
@@ -108,7 +109,7 @@ class Argument:
     dims: tuple[int | None, ...]
     shape: tuple[int, ...]
     n_bytes: int
-    count: int
+    count: int | Fraction
     donated: bool
     trainable: bool
 

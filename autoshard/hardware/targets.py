@@ -17,7 +17,7 @@ from autoshard.hardware.chips import Chip, get_chip, known_chips
 from autoshard.hardware.gpu_config import gpu_target_config
 from autoshard.mesh import Mesh
 
-__all__ = ["Target", "check_devices", "default_target", "parse_target"]
+__all__ = ["Target", "check_devices", "default_target", "parse_target", "target_of"]
 
 _DEFAULT_CHIP = "tpu:v5e"
 # Chips that one host drives on the first two torus axes of a slice, unless the compiler is told.
@@ -174,12 +174,23 @@ def default_target(mesh: Mesh, attached: Sequence[str] = ()) -> Target:
     kinds = set(attached)
     found = [chip for chip in known_chips() if kinds and kinds <= set(chip.jax_device_kinds)]
     chip = found[0] if found and found[0].kind != "cpu" else get_chip(_DEFAULT_CHIP)
-    if chip.kind == "gpu":
-        per_node = _largest_divisor(mesh.n_devices, chip.devices_per_node)
-        return Target(chip=chip, topology=(per_node,), n_slices=mesh.n_devices // per_node)
     if mesh.n_devices % chip.devices_per_chip:
         chip = get_chip(_DEFAULT_CHIP)
-    return _smallest_slices(chip, mesh.n_devices // chip.devices_per_chip)
+    return target_of(chip, mesh.n_devices)
+
+
+def target_of(chip: Chip, n_devices: int) -> Target:
+    """The smallest machine of a chip with so many devices; see `default_target`.
+
+    >>> str(target_of(get_chip("gpu:h100-sxm"), 16))
+    'gpu:h100-sxm:2x8'
+    """
+    if chip.kind == "cpu":
+        return Target(chip=chip, topology=(n_devices,))
+    if chip.kind == "gpu":
+        per_node = _largest_divisor(n_devices, chip.devices_per_node)
+        return Target(chip=chip, topology=(per_node,), n_slices=n_devices // per_node)
+    return _smallest_slices(chip, -(-n_devices // chip.devices_per_chip))
 
 
 def _smallest_slices(chip: Chip, n_chips: int) -> Target:

@@ -79,6 +79,16 @@ class Resolution:
                 raise LayoutError(finding.message)
         return self
 
+    def whole(self, table: ModelTable, mesh: Mesh) -> tuple[Family, ...]:
+        """The families that lie whole on every device, the largest first."""
+        parallel = set(mesh.parallel_axes)
+        families = [
+            family
+            for family in table.families()
+            if not parallel & set(self.assignment.get(family.name, ()))
+        ]
+        return tuple(sorted(families, key=lambda family: -family.n_bytes))
+
 
 def resolve(
     rules: Sequence[Rule],

@@ -7,10 +7,20 @@ from typing import Any
 from autoshard.errors import ModelError, UsageError
 from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras, import_keras_hub, without_tensorflow
-from autoshard.model.recipe import AbstractModel, Recipe, build_recipe, is_task, wrap
+from autoshard.model.recipe import (
+    AbstractModel,
+    Recipe,
+    build_recipe,
+    is_task,
+    layers_by_path,
+    wrap,
+)
 from autoshard.model.references import recipe_of
+from autoshard.model.workload import QUANTIZED
 
 __all__ = ["AbstractModel", "build", "fold"]
+
+_SOURCE_DTYPE = "bfloat16"
 
 
 def build(
@@ -26,7 +36,8 @@ def build(
         reference: a preset's name, `package.module:callable`, a preset directory, a `.keras` or
             `config.json` file, a `kaggle://` or `hf://` handle; or a Keras model, which keeps its
             own dtype, or a callable that returns one.
-        dtype: Keras dtype policy.
+        dtype: Keras dtype policy; `int8` stores the weights that Keras can quantize in eight bits
+            and computes all else in bfloat16.
         lora_rank: give the backbone low-rank factors of this rank and freeze the rest.
         repeats: keep only so many periods of each stack of repeated blocks; all by default.
 
@@ -38,9 +49,30 @@ def build(
     keras = import_keras()
     if isinstance(reference, keras.Model):
         model = _given(reference, lora_rank)
+    elif dtype == QUANTIZED:
+        model = _quantized(build(reference, dtype=_SOURCE_DTYPE), lora_rank)
     else:
         model = _rebuildable(build_recipe(recipe_of(reference, dtype, lora_rank)))
     return model if repeats is None else fold(model, periods=repeats)
+
+
+def _quantized(model: AbstractModel, lora_rank: int | None) -> AbstractModel:
+    """The same model with a dtype policy of its own for each layer that Keras can quantize.
+
+    `Model.quantize` would compute the eight bits for real; a policy makes the variables at once.
+    """
+    keras = import_keras()
+    recipe = model.recipe
+    if recipe is None or recipe.config is None:
+        raise UsageError(f"{QUANTIZED} needs a KerasHub backbone, which '{model.name}' is not")
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=_SOURCE_DTYPE)
+    layers = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding)
+    for path, layer in layers_by_path(model.backbone).items():
+        if isinstance(layer, layers):
+            policies[path] = keras.dtype_policies.get(f"{QUANTIZED}_from_{_SOURCE_DTYPE}")
+    dtype = keras.saving.serialize_keras_object(policies)
+    config = {**recipe.config, "dtype": dtype}
+    return _rebuildable(build_recipe(replace(recipe, config=config, lora_rank=lora_rank)))
 
 
 def _given(model: Any, lora_rank: int | None) -> AbstractModel:

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 __all__ = ["BlockStack", "Folding", "find_repetition"]
 
@@ -82,6 +83,16 @@ class Folding:
     def is_folded(self) -> bool:
         """Whether any block stands for more than itself."""
         return any(stack.traced < stack.n_blocks for stack in self.blocks)
+
+    @property
+    def depth_ratio(self) -> Fraction:
+        """Blocks of the real model for each one traced: by how much what they share grows."""
+        traced = sum(stack.traced for stack in self.blocks)
+        return (
+            Fraction(sum(stack.n_blocks for stack in self.blocks), traced)
+            if traced
+            else Fraction(1)
+        )
 
     def multiplicity(self, path: str) -> int:
         """How many layers of the real model a layer, variable or output of this model stands for.

@@ -7,12 +7,14 @@ from typing import Any, Literal, get_args
 
 from autoshard.errors import UnknownNameError, UsageError
 
-__all__ = ["DTYPES", "KINDS", "OPTIMIZERS", "Kind", "Workload"]
+__all__ = ["DTYPES", "KINDS", "OPTIMIZERS", "QUANTIZED", "Kind", "Workload"]
 
 Kind = Literal["train", "lora", "prefill", "decode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
-DTYPES = ("bfloat16", "float16", "float32", "mixed_bfloat16")
+# Weights in eight bits, all else in bfloat16.
+QUANTIZED = "int8"
+DTYPES = ("bfloat16", "float16", "float32", "mixed_bfloat16", QUANTIZED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +26,7 @@ class Workload:
             base frozen), `prefill` (forward with logits), `decode` (one token against a cache).
         batch: sequences in the global batch, at least 1.
         seq_len: tokens a sequence, at least 1; for `decode` the length of the cache.
-        dtype: Keras dtype policy of the model.
+        dtype: Keras dtype policy of the model; `int8` for weights in eight bits.
         optimizer: Keras optimizer of `train` and `lora`, by name.
         lora_rank: rank of the low-rank factors; `lora` needs one, `prefill` and `decode` may have
             one, `train` has none.
@@ -54,6 +56,8 @@ class Workload:
             raise UsageError("the lora workload needs a rank: give lora_rank, for example 4")
         if self.kind == "train" and self.lora_rank is not None:
             raise UsageError("training with lora_rank is the lora workload: ask for that")
+        if self.kind == "train" and self.dtype == QUANTIZED:
+            raise UsageError("weights in int8 cannot be trained: the lora workload adapts them")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise UsageError(f"lora_rank must be at least 1, not {self.lora_rank}")
 

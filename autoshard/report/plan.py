@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from tabulate import tabulate
 
 from autoshard.cost.values import StepCost
+from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import format_rules
 from autoshard.mesh import format_spec
 from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import Outcome
 from autoshard.planning import Candidate
+from autoshard.search.candidates import legal_specs
 from autoshard.settling import Verdict
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_count, format_seconds
@@ -18,6 +20,9 @@ from autoshard.xla.collectives import Collective
 from autoshard.xla.partitioned import target_collectives
 
 __all__ = ["plan_text", "reasons_text"]
+
+# Whole weights of less than this share of the model are not worth a line.
+_TRIFLE = 0.01
 
 
 def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
@@ -34,6 +39,7 @@ def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
         if outcome.plan.rules
         else "no rule: every variable is whole on every device",
         _cost(outcome),
+        *_whole(outcome),
         *_shapes(outcome),
         _ranking(outcome),
         *_verification(outcome),
@@ -80,10 +86,16 @@ def _misfit(outcome: Outcome) -> str:
     if verdict is not None and verdict.fits is False:
         said = verdict.error or f"it needs {format_bytes(verdict.compiled.peak_bytes)}"  # type: ignore[union-attr]
         return f"DOES NOT FIT {limit} a device, by the target's compiler: {said}"
-    return (
+    lines = [
         f"DOES NOT FIT {limit} a device: this is the nearest plan; it needs {format_bytes(peak)} "
         f"(--memory-limit {peak} would do)"
-    )
+    ]
+    lines += [
+        f"  fits with {remedy.change}: step {format_seconds(remedy.step_seconds)}, "
+        f"{format_bytes(remedy.peak_bytes)} a device, predicted"
+        for remedy in outcome.remedies
+    ]
+    return "\n".join(lines)
 
 
 def _cost(outcome: Outcome) -> str:
@@ -98,6 +110,8 @@ def _cost(outcome: Outcome) -> str:
         ("KV cache", memory.kv_cache),
     )
     shown = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts if n)
+    caches = Counter(outcome.planning.cache_specs)
+    laid = [f"KV cache, laid out by XLA: {n} x {format_spec(spec)}" for spec, n in caches.items()]
     gap = max(0.0, (cost.step_seconds - result.bound_seconds) / cost.step_seconds)
     return "\n".join(
         (
@@ -107,10 +121,27 @@ def _cost(outcome: Outcome) -> str:
             f"{format_seconds(cost.overlapped_seconds)}; "
             f"{format_bytes(cost.collective_bytes)} on the wire a device",
             f"predicted memory {format_bytes(memory.peak_bytes)} a device at the peak: {shown}",
+            *laid,
             f"searched {result.n_scored} layouts; no layout can be faster than "
             f"{format_seconds(result.bound_seconds)} by the same formulas (gap {gap:.0%})",
         )
     )
+
+
+def _whole(outcome: Outcome) -> Iterator[str]:
+    """The weights that every device holds whole, and why, where they are more than a trifle."""
+    table, mesh = outcome.planning.table, outcome.planning.setup.mesh
+    families = resolve(outcome.plan.rules, table, mesh).whole(table, mesh)
+    total = sum(family.n_bytes for family in families)
+    if mesh.n_devices == 1 or total < _TRIFLE * table.n_bytes:
+        return
+    named = []
+    for family in families:
+        if family.n_bytes >= _TRIFLE * table.n_bytes:
+            legal = len(list(legal_specs(family.shape, mesh))) > 1
+            why = "by choice" if legal else f"no axis divides {family.shape}"
+            named.append(f"  {family.name} {format_bytes(family.n_bytes)}: {why}")
+    yield "\n".join([f"whole on every device: {format_bytes(total)} of weights", *named])
 
 
 def _shapes(outcome: Outcome) -> Iterator[str]:

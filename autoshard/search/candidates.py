@@ -96,7 +96,7 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
     for argument in program.arguments:
         if argument.role == "weight" and argument.family is not None:
             shapes[argument.family] = argument.shape
-            total = argument.n_bytes * argument.count
+            total = int(argument.n_bytes * argument.count)
             n_bytes[argument.family] = n_bytes.get(argument.family, 0) + total
     floor = _NEGLIGIBLE_SHARE * sum(n_bytes.values())
     return tuple(

@@ -143,8 +143,9 @@ class _Builder:
         for argument in self.program.arguments:
             if argument.family == family and argument.group is not None:
                 n_bytes = local_bytes(argument.n_bytes, fixed[argument.group], self.sizes)
-                held += n_bytes * argument.count
-                updated += n_bytes * argument.count * self.pricer.update_passes(argument)
+                total = int(n_bytes * argument.count)
+                held += total
+                updated += total * self.pricer.update_passes(argument)
         return float(held), updated / self.machine.chip.hbm_bytes_per_second
 
     def add_groups(self) -> None:

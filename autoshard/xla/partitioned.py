@@ -59,7 +59,8 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
     Args:
         step: the program, compiled for CPU devices or by a compiler that counts no cycles.
         cost: the prediction of it. It says too which collectives the target hides behind compute;
-            those that it does not foresee go by their kind.
+            of those that it does not foresee, gathers block, as those of activations do, and the
+            others go by their kind.
         mesh: the mesh.
         target: the chips.
     """
@@ -67,7 +68,7 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
     hidden = blocking = 0.0
     for one in target_collectives(step, mesh.data_axis):
         link = group_link(one.axis.split(","), mesh, target)
-        by_kind = one.kind in target.chip.overlapped_collectives
+        by_kind = one.kind != "all-gather" and one.kind in target.chip.overlapped_collectives
         if predicted.get((one.kind, one.axis, one.n_bytes), by_kind):
             hidden += collective_seconds(one, link)
         else:

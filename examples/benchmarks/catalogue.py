@@ -67,7 +67,7 @@ def planned(alike: Sequence[str], mesh: str, workload: str) -> tuple[Line, float
     """Plan one of some equal presets: a row of the table and the seconds, None on a failure."""
     label = alike[0] if len(alike) == 1 else f"{alike[0]} and {len(alike) - 1} like it"
     try:
-        outcome = make_plan(alike[0], mesh, workload=workload, verify="none")
+        outcome = make_plan(alike[0], mesh, workload=workload, verify="none", advise=False)
     except AutoshardError as error:
         return (label, *[""] * (len(HEADERS) - 2), str(error).splitlines()[0]), None
     except Exception as error:  # a defect of the planner is a row too, not the end of the table

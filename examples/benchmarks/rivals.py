@@ -19,7 +19,7 @@ from pathlib import Path
 
 from maps import rivals
 from planned import held_bytes, predicted_cost, setup_of
-from tables import Entry, rivals_table
+from tables import Entry, compact_table, rivals_table
 from verdicts import (
     BATCH,
     SEQ_LEN,
@@ -75,7 +75,8 @@ def main() -> None:
     plan_here()
     if not arguments.table:
         answer_all(_questions(arguments), results, retry_errors=arguments.retry_errors)
-    print(rivals_table(_entries(results, arguments), OURS, RIVALS, HAND))
+    table = compact_table if arguments.compact else rivals_table
+    print(table(_entries(results, arguments), OURS, RIVALS, HAND))
 
 
 def _arguments() -> argparse.Namespace:
@@ -85,6 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", default=WORKLOADS, choices=WORKLOADS)
     parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
     parser.add_argument("--table", action="store_true", help="compile nothing, print the table")
+    parser.add_argument("--compact", action="store_true", help="a line a model, as Markdown")
     parser.add_argument(
         "--links", action="store_true", help="time collectives on the mesh's links, not a ring"
     )

@@ -1,0 +1,90 @@
+"""What would make a step fit that does not: changes of the request, each planned in turn."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoshard.hardware.targets import target_of
+from autoshard.mesh import Mesh
+from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner, trace_model
+from autoshard.setup import Setup
+
+__all__ = ["Remedy", "remedies"]
+
+_RANK = 4
+_MOST_DOUBLINGS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """A change of the request under which the step fits.
+
+    Attributes:
+        change: the options to give, such as `--batch 2`.
+        step_seconds: predicted.
+        peak_bytes: predicted, of one device.
+    """
+
+    change: str
+    step_seconds: float
+    peak_bytes: int
+
+
+def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) -> tuple[Remedy, ...]:
+    """The least change of each kind under which a layout keeps the memory limit.
+
+    Args:
+        model: what `autoshard.plan` takes.
+        traced: the same, its step that of the setup.
+        setup: the request that nothing fits.
+        watch: measures the stages.
+    """
+    found = []
+    for changes in (_adapted(setup), _smaller_batches(setup), _more_devices(setup)):
+        for change, changed in changes:
+            watch.progress(f"try {change}")
+            same = changed.workload == setup.workload
+            planned = traced if same else trace_model(model, changed.workload)
+            remedy = _remedy(change, run_planner(planned, changed, top=1))
+            if remedy is not None:
+                found.append(remedy)
+                break
+    return tuple(found)
+
+
+def _remedy(change: str, planning: Planning) -> Remedy | None:
+    best = planning.result.ranked[0]
+    if best.excess_bytes:
+        return None
+    cost = best.cost
+    return Remedy(change=change, step_seconds=cost.step_seconds, peak_bytes=cost.memory.peak_bytes)
+
+
+def _adapted(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Low-rank factors in place of the whole model, with a smaller batch if need be."""
+    if setup.workload.kind == "train":
+        workload = replace(setup.workload, kind="lora", lora_rank=_RANK)
+        adapted = replace(setup, workload=workload)
+        name = f"--workload lora --lora-rank {_RANK}"
+        yield name, adapted
+        for smaller, changed in _smaller_batches(adapted):
+            yield f"{name} {smaller}", changed
+
+
+def _smaller_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Half the batch, and half of that, as long as the data axis divides it."""
+    n_data = setup.mesh.sizes[setup.mesh.data_axis]
+    batch = setup.workload.batch
+    while batch % 2 == 0 and (batch // 2) % n_data == 0:
+        batch //= 2
+        workload = replace(setup.workload, batch=batch)
+        yield f"--batch {batch}", replace(setup, workload=workload)
+
+
+def _more_devices(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Twice the devices of the same chip along the last axis, and twice that."""
+    mesh = setup.mesh
+    for _ in range(_MOST_DOUBLINGS):
+        mesh = Mesh(shape=(*mesh.shape[:-1], 2 * mesh.shape[-1]), axis_names=mesh.axis_names)
+        target = target_of(setup.target.chip, mesh.n_devices)
+        yield f"--mesh {mesh} --target {target}", replace(setup, mesh=mesh, target=target)

@@ -1,0 +1,35 @@
+"""Where nothing fits: the changes that would, each true."""
+
+from typing import Any
+
+import pytest
+from test_end_to_end import small_gemma_backbone
+
+from autoshard.errors import NothingFitsError
+from autoshard.pipeline import make_plan, plan
+
+REQUEST = {"mesh": "1x2", "dtype": "float32", "seq_len": 16, "memory_limit": "700kB"}
+
+
+def options(change: str) -> dict[str, Any]:
+    """`--batch 2` as the arguments of `plan`."""
+    words = change.split()
+    pairs = zip(words[::2], words[1::2], strict=True)
+    named = {name.removeprefix("--").replace("-", "_"): value for name, value in pairs}
+    return {name: int(value) if value.isdecimal() else value for name, value in named.items()}
+
+
+def test_every_remedy_fits_when_it_is_asked_for() -> None:
+    outcome = make_plan(small_gemma_backbone, **REQUEST)
+    assert not outcome.fits
+    found = {remedy.change.split()[0]: remedy for remedy in outcome.remedies}
+    assert list(found) == ["--workload", "--batch", "--mesh"]
+    for remedy in outcome.remedies:
+        changed = make_plan(small_gemma_backbone, **{**REQUEST, **options(remedy.change)})
+        assert changed.fits, remedy
+        assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
+
+
+def test_the_error_names_the_remedies() -> None:
+    with pytest.raises(NothingFitsError, match="--workload lora --lora-rank 4 --batch 4 would fit"):
+        plan(small_gemma_backbone, **REQUEST)
