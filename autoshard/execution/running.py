@@ -20,7 +20,7 @@ from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.values import stores_values
-from autoshard.model.workload import Workload
+from autoshard.model.workload import QUANTIZED, Workload
 from autoshard.records.execution import Execution, PartRun, Placed, PlanRun
 from autoshard.records.parts import Versions
 from autoshard.units import format_bytes
@@ -132,7 +132,7 @@ def _job(part: Part, subject: Subject, n_processes: int, blocks: int | None, see
     n_devices = mesh.n_devices
     workload = replace(
         own,
-        kind="lora" if own.lora_rank else "train" if part == "fit" else "prefill",
+        kind="lora" if own.lora_rank else "prefill",
         batch=mesh.shape[0],
         seq_len=-(-_TOKENS[part] // n_devices) * n_devices,
     )
@@ -145,14 +145,25 @@ def _job(part: Part, subject: Subject, n_processes: int, blocks: int | None, see
         blocks=None if part == "load" else blocks,
         seed=seed,
     )
-    return _affordable(job) if part == "fit" and own.lora_rank is None else job
+    return _training(job) if part == "fit" and own.lora_rank is None else job
 
 
-def _affordable(job: _Job) -> _Job:
-    """Training of all weights, or of low-rank factors where there is no memory for that."""
+def _training(job: _Job) -> _Job:
+    """Training of all weights, or of low-rank factors where that cannot be."""
+    if job.workload.dtype == QUANTIZED:
+        return _adapting(job, f"weights in {QUANTIZED} cannot be trained")
+    job = replace(job, workload=replace(job.workload, kind="train"))
     available, needed = available_bytes(), job.needed(job.asked_for())
     if available is None or needed <= available:
         return job
+    missing = format_bytes(needed - available)
+    return _adapting(
+        job, f"to train all weights takes {format_bytes(needed)}, {missing} more than is free"
+    )
+
+
+def _adapting(job: _Job, note: str) -> _Job:
+    """Training of low-rank factors, for a model that takes some."""
     workload = replace(job.workload, kind="lora", lora_rank=_LORA_RANK)
     try:
         lora = build(job.subject.name, dtype=workload.dtype, lora_rank=_LORA_RANK)
@@ -160,8 +171,6 @@ def _affordable(job: _Job) -> _Job:
         return job
     if not lora.model.trainable_variables:
         return job
-    missing = format_bytes(needed - available)
-    note = f"to train all weights takes {format_bytes(needed)}, {missing} more than is free"
     return replace(job, model=lora, workload=workload, note=note)
 
 
