@@ -213,6 +213,7 @@ def test_nothing_is_started_that_the_machine_cannot_hold(
         (("--run", "--processes", "3"), "8 devices cannot be shared by 3 processes"),
         (("--run", "--target", "tpu:v5e:2x4"), "leave out --target"),
         (("--processes", "2"), "--processes is for --run"),
+        (("--run", "--dtype", "int8", "--workload", "prefill"), "weights in int8 begin as zeros"),
     ],
 )
 def test_wrong_usage_of_a_run_is_one_line(

@@ -89,13 +89,19 @@ def run(
         **options: with `model`: as for `verify`.
 
     Raises:
-        UsageError: a value is wrong, or the devices do not divide among the processes.
+        UsageError: a value is wrong, the devices do not divide among the processes, or the weights
+            are int8, which have no random values.
         PlanFileError: the plan was made for another model.
         ModelError: the model cannot be built.
     """
     on_progress("build the model")
     subject = subject_of(layout, model=model, target="cpu", **options)
     mesh = subject.setup.mesh
+    if subject.setup.workload.dtype == QUANTIZED:
+        raise UsageError(
+            f"weights in {QUANTIZED} begin as zeros, and a run would compare zeros: run the same "
+            "layout in bfloat16"
+        )
     if n_processes < 1 or mesh.n_devices % n_processes:
         raise UsageError(
             f"{mesh.n_devices} devices cannot be shared by {n_processes} processes: give a number "
@@ -150,8 +156,6 @@ def _job(part: Part, subject: Subject, n_processes: int, blocks: int | None, see
 
 def _training(job: _Job) -> _Job:
     """Training of all weights, or of low-rank factors where that cannot be."""
-    if job.workload.dtype == QUANTIZED:
-        return _adapting(job, f"weights in {QUANTIZED} cannot be trained")
     job = replace(job, workload=replace(job.workload, kind="train"))
     available, needed = available_bytes(), job.needed(job.asked_for())
     if available is None or needed <= available:

@@ -32,8 +32,8 @@ than the third. A loss may be off by 2 delta of itself: a mean square changes by
 change of its argument; a cross-entropy of V classes with logits of deviation s is at least
 s sqrt(2 ln V) and changes by sqrt(2) delta s.
 
-Two things the bound leaves out: where a router sends tokens to experts, a near tie may fall the
-other way in a low precision; and int8 weights are multiplied by activations rounded to eight bits.
+Where a router sends tokens to experts, a near tie may fall the other way in a low precision, and
+the bound is not one.
 """
 
 import math

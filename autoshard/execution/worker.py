@@ -79,6 +79,11 @@ def _run(request: RunRequest, progress: Callable[[str], None]) -> Outcome:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise XlaError(f"{request.part} of {request.model}: {name} is not finite")
+        if name.startswith("output") and not array.any():
+            raise XlaError(
+                f"{request.part} of {request.model}: {name} is 0 throughout, and nothing can be "
+                "compared"
+            )
     return Outcome(
         build_seconds=built - start,
         run_seconds=ended - built,
