@@ -34,10 +34,7 @@ def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
     """
     parts = [
         _head(outcome),
-        "layout_map = keras.distribution.LayoutMap(device_mesh)\n"
-        + format_rules(outcome.plan.rules)
-        if outcome.plan.rules
-        else "no rule: every variable is whole on every device",
+        _map(outcome.plan),
         _cost(outcome),
         *_whole(outcome),
         *_shapes(outcome),

@@ -176,16 +176,17 @@ class _Move:
 
 
 def _descend_from(scorer: Scorer, moves: Sequence[_Move], start: Mapping[str, Spec]) -> Scored:
-    """Take the first better move found, until none of any kind is left."""
+    """Take the first better move found, until each has failed since the last that was taken."""
     best = scorer.score(start)
-    improved = True
-    while improved:
-        improved = False
-        for move in moves:
-            now = dict(best.assignment)
-            found = scorer.score({**now, **move.change(now)})
-            if found.rank < best.rank:
-                best, improved = found, True
+    n_failed = 0
+    for move in itertools.cycle(moves):
+        if n_failed == len(moves):
+            break
+        now = dict(best.assignment)
+        found = scorer.score({**now, **move.change(now)})
+        n_failed += 1
+        if found.rank < best.rank:
+            best, n_failed = found, 0
     return best
 
 
