@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autoshard.comparison import compare
     from autoshard.errors import AutoshardError
+    from autoshard.execution.running import run
     from autoshard.mesh import Mesh
+    from autoshard.model.loading import sharded_loading
     from autoshard.pipeline import check, inspect, plan
     from autoshard.sharding_plan import Plan, load
     from autoshard.verification import verify
@@ -25,6 +27,8 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "run",
+    "sharded_loading",
     "verify",
 ]
 
@@ -39,6 +43,8 @@ _HOME = {
     "inspect": "autoshard.pipeline",
     "load": "autoshard.sharding_plan",
     "plan": "autoshard.pipeline",
+    "run": "autoshard.execution.running",
+    "sharded_loading": "autoshard.model.loading",
     "verify": "autoshard.verification",
 }
 

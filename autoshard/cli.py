@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from autoshard import __version__
-from autoshard.errors import AutoshardError, PlanFileError
+from autoshard.errors import AutoshardError, PlanFileError, UsageError
 
 __all__ = ["chips", "check", "compare", "explain", "inspect", "main", "models", "plan", "verify"]
 
@@ -285,28 +285,72 @@ def explain(plan_file: str) -> None:
 )
 @click.option("--no-cache", is_flag=True, help="Ask the compiler again.")
 @click.option(
+    "--run",
+    "runs",
+    is_flag=True,
+    help="Run it instead, on virtual CPU devices: predict, generate, fit, beside an unsharded run.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="With --run: processes that share the devices.",
+)
+@click.option(
     "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
-def verify(layout: str, axes: str | None, no_cache: bool, form: str, **options: Any) -> None:
+def verify(
+    layout: str,
+    axes: str | None,
+    no_cache: bool,
+    runs: bool,
+    processes: int,
+    form: str,
+    **options: Any,
+) -> None:
     """Compile the step of LAYOUT with its target's own compiler, and say what that makes of it.
 
     LAYOUT is a plan file; with --model and --mesh also Python source with layout_map[...] = (...)
     lines (read, never run), or the word kerashub.
     """
     _set_backend()
+    options["axes"] = _names(axes)
+    if runs:
+        _run(layout, processes, form, **options)
+        return
+    if processes > 1:
+        raise UsageError("--processes is for --run: a compile needs one process")
     from autoshard.report.verify import verification_json, verification_text
     from autoshard.verification import verify as compile_step
 
     with _progress() as announce:
         found = compile_step(
             layout,
-            axes=_names(axes),
             cache=not no_cache,
             on_progress=announce,
             **options,
         )
     click.echo((verification_json if form == "json" else verification_text)(found))
     if found.fits is False:
+        sys.exit(1)
+
+
+def _run(layout: str, processes: int, form: str, **options: Any) -> None:
+    """The part of `verify` that runs a plan."""
+    from autoshard.execution.running import run
+    from autoshard.report.execution import run_json, run_text
+
+    for name in ("target", "memory_limit"):
+        if options.pop(name) is not None:
+            raise UsageError(
+                f"--run is on virtual CPU devices of this machine: leave out "
+                f"--{name.replace('_', '-')}"
+            )
+    with _progress() as announce:
+        found = run(layout, n_processes=processes, on_progress=announce, **options)
+    click.echo((run_json if form == "json" else run_text)(found))
+    if not found.passed:
         sys.exit(1)
 
 

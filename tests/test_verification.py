@@ -101,6 +101,25 @@ def test_the_compiler_and_the_prediction_refuse_alike(plan_file: str) -> None:
     assert found.step_seconds.compute > 0
 
 
+@pytest.mark.tpu
+def test_a_layout_that_is_too_big_is_refused_by_prediction_and_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("libtpu")
+    path = tmp_path / "map.py"
+    path.write_text('layout_map["token_embedding/embeddings"] = ("model", None)')
+    found = verify(
+        str(path),
+        model="small_models:too_big",
+        mesh="1x4",
+        target="tpu:v5e:2x2",
+        batch=1,
+        seq_len=16,
+    )
+    assert found.predicted is not None
+    assert found.predicted.peak_bytes_per_device > found.memory_limit
+    assert found.fits is False
+    assert "the step does not fit tpu:v5e:2x2" in found.refusal
+
+
 RULES = (
     Rule(pattern=r"block_\d+/up/kernel", spec=(None, "model")),
     Rule(pattern=r"block_\d+/down/kernel", spec=("model", None)),

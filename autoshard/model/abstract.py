@@ -10,7 +10,7 @@ from typing import Any
 
 from autoshard.model.keras_import import import_keras, without_tensorflow
 
-__all__ = ["OutputRecorder", "abstract_scope", "recording_scope"]
+__all__ = ["OutputRecorder", "abstract_scope", "fresh_names", "recording_scope"]
 
 _PENDING = "uninitialized_variables"
 _NAME_COUNTERS = "object_name_uids"
@@ -47,6 +47,15 @@ def _global_attributes(**values: Any) -> Iterator[None]:
 
 
 @contextmanager
+def fresh_names() -> Iterator[None]:
+    """Layer names count from zero inside, so that a model gets the paths of its first build."""
+    import_keras()
+    counters: dict[str, int] = collections.defaultdict(int)
+    with without_tensorflow(), _global_attributes(**{_NAME_COUNTERS: counters}):
+        yield
+
+
+@contextmanager
 def recording_scope(recorder: OutputRecorder | None = None) -> Iterator[OutputRecorder]:
     """Record the layer outputs that Keras would ask a LayoutMap for, and apply no layout.
 
@@ -62,11 +71,7 @@ def recording_scope(recorder: OutputRecorder | None = None) -> Iterator[OutputRe
     outer = global_state.get_global_attribute(_DISTRIBUTION)
     if recorder is None:
         recorder = outer if isinstance(outer, OutputRecorder) else OutputRecorder()
-    counters: dict[str, int] = collections.defaultdict(int)
-    with (
-        without_tensorflow(),
-        _global_attributes(**{_DISTRIBUTION: recorder, _NAME_COUNTERS: counters}),
-    ):
+    with fresh_names(), _global_attributes(**{_DISTRIBUTION: recorder}):
         yield recorder
 
 

@@ -7,7 +7,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoshard.errors import AutoshardError, ModelError, UsageError
@@ -19,6 +19,7 @@ from autoshard.model.variables import ModelTable, make_table
 __all__ = [
     "AbstractModel",
     "Recipe",
+    "assemble",
     "build_recipe",
     "is_task",
     "layers_by_path",
@@ -98,16 +99,31 @@ def build_recipe(recipe: Recipe, config: Mapping[str, Any] | None = None) -> Abs
         with recording_scope() as recorder, abstract_scope(), warnings.catch_warnings():
             # Layers warn about masks and missing kernels, at every build, for planning in vain.
             warnings.simplefilter("ignore")
-            made = recipe.make(given)
-            backbone = made.backbone if is_task(made) else made
-            if recipe.lora_rank is not None:
-                _enable_lora(backbone, recipe.lora_rank)
-            model = made if made is not backbone else with_task(backbone, recipe.task_class)
+            backbone, model = assemble(recipe, given)
     except AutoshardError:
         raise
     except Exception as error:
         raise ModelError(f"Keras cannot build '{recipe.name}': {one_line(error)}") from error
+    if config is not None:
+        recipe = replace(recipe, config=config)
     return wrap(recipe.name, backbone, model, recipe, recorder.paths)
+
+
+def assemble(recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
+    """Have Keras build the backbone and the model around it, in whatever scope the caller is.
+
+    Args:
+        recipe: how.
+        config: what `recipe.make` is given; it may be changed.
+
+    Returns:
+        The backbone, and the task, or the backbone again where there is none.
+    """
+    made = recipe.make(config)
+    backbone = made.backbone if is_task(made) else made
+    if recipe.lora_rank is not None:
+        _enable_lora(backbone, recipe.lora_rank)
+    return backbone, made if made is not backbone else with_task(backbone, recipe.task_class)
 
 
 def wrap(

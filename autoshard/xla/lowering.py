@@ -11,12 +11,12 @@ host, the first torus axis fastest), reshaped row by row, as `keras.distribution
 `jax.experimental.mesh_utils` would reorder them for some slices.
 """
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from autoshard.errors import LayoutError, XlaError
 from autoshard.hardware.targets import Target, check_devices
+from autoshard.layout.distribution import keras_distribution
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.keras_import import import_keras
@@ -71,7 +71,7 @@ def lower(step: Step, rules: LayoutRules, mesh: Mesh, target: Target) -> tuple[A
     import jax
 
     check_devices(mesh, target)
-    distribution = _distribution(rules, mesh, target_devices(target))
+    distribution = keras_distribution(rules, mesh, target_devices(target))
     shardings = [_sharding(distribution, argument) for argument in step.arguments]
     arguments = [
         jax.ShapeDtypeStruct(a.shape, jax.numpy.dtype(a.dtype), sharding=sharding)
@@ -89,17 +89,6 @@ def lower(step: Step, rules: LayoutRules, mesh: Mesh, target: Target) -> tuple[A
         jitted = jax.jit(function, out_shardings=results, donate_argnums=step.donated)
         traced = jitted.trace(*arguments)
         return traced.lower(), traced.jaxpr
-
-
-def _distribution(rules: LayoutRules, mesh: Mesh, devices: Sequence[Any]) -> Any:
-    keras = import_keras()
-    device_mesh = keras.distribution.DeviceMesh(mesh.shape, mesh.axis_names, list(devices))
-    layout_map = keras.distribution.LayoutMap(device_mesh)
-    for rule in rules:
-        layout_map[rule.pattern] = rule.spec
-    return keras.distribution.ModelParallel(
-        layout_map=layout_map, batch_dim_name=mesh.data_axis, auto_shard_dataset=False
-    )
 
 
 def _sharding(distribution: Any, argument: Argument) -> Any:

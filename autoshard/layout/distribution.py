@@ -1,0 +1,30 @@
+"""A layout map as Keras' own distribution."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from autoshard.layout.rules import LayoutRules
+from autoshard.mesh import Mesh
+from autoshard.model.keras_import import import_keras
+
+__all__ = ["keras_distribution"]
+
+
+def keras_distribution(rules: LayoutRules, mesh: Mesh, devices: Sequence[Any]) -> Any:
+    """The `keras.distribution.ModelParallel` of a map.
+
+    Data is fed as arrays that every process holds whole, so Keras need not split a data set.
+
+    Args:
+        rules: the layout map.
+        mesh: the grid of devices; data is split over its first axis.
+        devices: names or `jax.Device`s, one for each place of the mesh, row by row.
+    """
+    keras = import_keras()
+    device_mesh = keras.distribution.DeviceMesh(mesh.shape, mesh.axis_names, list(devices))
+    layout_map = keras.distribution.LayoutMap(device_mesh)
+    for rule in rules:
+        layout_map[rule.pattern] = rule.spec
+    return keras.distribution.ModelParallel(
+        layout_map=layout_map, batch_dim_name=mesh.data_axis, auto_shard_dataset=False
+    )

@@ -1,0 +1,109 @@
+"""Seeded data to run a model on: its inputs, and what `fit` holds its outputs against."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autoshard.model.inputs import Input, model_inputs
+from autoshard.model.keras_import import import_keras
+from autoshard.model.recipe import AbstractModel
+from autoshard.model.signature import Array
+from autoshard.model.workload import Workload
+
+__all__ = ["Targets", "prompt_data", "run_data", "targets_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What `keras.Model.fit` needs beside the inputs.
+
+    Attributes:
+        loss: a Keras loss, or one for each output.
+        values: what the outputs are held against.
+        words: the loss in words.
+    """
+
+    loss: Any
+    values: Any
+    words: str
+
+
+def run_data(model: AbstractModel, workload: Workload, seed: int) -> Any:
+    """Inputs of a model, in its own structure, as numpy arrays.
+
+    Tokens are drawn from the vocabulary without its first, which pads; masks let everything
+    through; images are uniform in [0, 1); other indices are 0.
+
+    Args:
+        model: the model.
+        workload: gives the batch and the sequence length.
+        seed: of the draws.
+
+    Raises:
+        ModelError: the model does not say what it takes.
+    """
+    inputs, structure = model_inputs(model.model, workload)
+    draw = np.random.default_rng(seed)
+    n_tokens = getattr(model.backbone, "vocabulary_size", 2)
+    arrays = [_drawn(data, draw, n_tokens, alone=len(inputs) == 1) for data in inputs]
+    return import_keras().tree.pack_sequence_as(structure, arrays)
+
+
+def prompt_data(model: AbstractModel, workload: Workload, n_prompt: int, seed: int) -> Any:
+    """Inputs of `generate`: `n_prompt` tokens, and room for the rest of the sequence."""
+    data = run_data(model, workload, seed)
+
+    def cut(array: Array) -> Array:
+        if array.shape[:2] != (workload.batch, workload.seq_len):
+            return array
+        array[:, n_prompt:] = 0
+        return array
+
+    return import_keras().tree.map_structure(cut, data)
+
+
+def targets_of(model: AbstractModel, data: Any) -> Targets:
+    """The loss of `fit`: that of the compiled training step.
+
+    Args:
+        model: the model.
+        data: what `run_data` gave.
+    """
+    keras = import_keras()
+    if model.generates:
+        tokens = data["token_ids"]
+        return Targets(
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            values=np.roll(tokens, -1, axis=1),
+            words="cross-entropy of the next token",
+        )
+    outputs = model.model._outputs_struct
+    batch = len(keras.tree.flatten(data)[0])
+    flat = keras.tree.flatten(outputs)
+    shapes = [_filled(tuple(output.shape), batch, data) for output in flat]
+    zeros = [np.zeros(shape, "float32") for shape in shapes]
+    make: Callable[[Any], Any] = lambda _: keras.losses.MeanSquaredError()  # noqa: E731
+    return Targets(
+        loss=keras.tree.map_structure(make, outputs),
+        values=keras.tree.pack_sequence_as(outputs, zeros),
+        words="mean square of the outputs",
+    )
+
+
+def _filled(shape: tuple[int | None, ...], batch: int, data: Any) -> tuple[int, ...]:
+    """The shape of an output: what it leaves open is the batch, then the sequence."""
+    keras = import_keras()
+    lengths = [array.shape[1] for array in keras.tree.flatten(data) if array.ndim == 2]
+    return (batch, *(size or lengths[0] for size in shape[1:]))
+
+
+def _drawn(data: Input, draw: np.random.Generator, n_tokens: int, alone: bool) -> Array:
+    if data.dtype.startswith(("float", "bfloat")):
+        return draw.random(data.shape, "float32")
+    if "mask" in data.name:
+        return np.ones(data.shape, data.dtype)
+    if alone or "token" in data.name:
+        return draw.integers(1, max(2, n_tokens), data.shape).astype(data.dtype)
+    return np.zeros(data.shape, data.dtype)
