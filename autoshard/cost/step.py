@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.memory import PeakMemory
 from autoshard.cost.strategies import (
     Machine,
@@ -10,10 +11,9 @@ from autoshard.cost.strategies import (
     Transfer,
     candidate_choices,
     cost_of_choice,
-    local_bytes,
 )
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import WHOLE, Argument, Layout, Op, Program
+from autoshard.graph.program import WHOLE, Layout, Op, Program
 from autoshard.graph.tying import look_of
 from autoshard.hardware.collectives import wire_bytes
 
@@ -38,7 +38,7 @@ class _Share:
 
 
 class StepPricer:
-    """Prices layouts of one program on one machine.
+    """Prices layouts of one program on one machine; `arguments` prices those of its arguments.
 
     What an op adds is remembered by the layouts around it, and ops that look alike (those of
     different blocks do) share their prices, so that a further layout costs a table lookup an op.
@@ -54,16 +54,17 @@ class StepPricer:
         groups = [tuple(array.group for array in (*op.operands, *op.results)) for op in program.ops]
         self._ops = list(enumerate(groups))
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in groups]
-        updated = [(argument, self.update_passes(argument)) for argument in program.arguments]
-        self._updated = [
-            (argument.group, argument.n_bytes, passes * argument.count)
-            for argument, passes in updated
-            if argument.group is not None and passes
+        self.arguments = ArgumentPricer(program, machine)
+        self._paid = [
+            (index, argument.group)
+            for index, argument in enumerate(program.arguments)
+            if argument.group is not None and not self.arguments.is_free(argument)
         ]
+        self._argument_prices: dict[tuple[int, Layout], float] = {}
 
     def price(self, layouts: Sequence[Layout]) -> StepCost:
         """The step under `layouts`, one a group."""
-        compute = self._update_seconds(layouts)
+        compute = sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
         kept = working = 0
         for index, groups in self._ops:
@@ -136,21 +137,14 @@ class StepPricer:
             backward=op.backward,
         )
 
-    def update_passes(self, argument: Argument) -> int:
-        """How often the optimizer's update passes over an argument's bytes in memory.
-
-        A trained weight is read and written and its gradient read; a slot is read and written.
-        """
-        if not argument.donated:
-            return 0
-        return {"weight": 3 * argument.trainable, "slot": 2}.get(argument.role, 0)
-
-    def _update_seconds(self, layouts: Sequence[Layout]) -> float:
-        n_bytes = sum(
-            local_bytes(n_bytes, layouts[group], self.machine.axis_sizes) * passes
-            for group, n_bytes, passes in self._updated
-        )
-        return n_bytes / self.machine.chip.hbm_bytes_per_second
+    def _argument_seconds(self, index: int, layout: Layout) -> float:
+        """What argument `index` and all like it cost beside the ops."""
+        seconds = self._argument_prices.get((index, layout))
+        if seconds is None:
+            argument = self.program.arguments[index]
+            seconds = self.arguments.seconds(argument, layout) * float(argument.count)
+            self._argument_prices[index, layout] = seconds
+        return seconds
 
 
 def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:

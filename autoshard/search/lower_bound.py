@@ -138,15 +138,15 @@ class _Builder:
                     self.layouts_of[group] = tuple(option[group] for option in options)
 
     def argument_costs(self, family: str, fixed: Mapping[int, Layout]) -> tuple[float, float]:
-        """Bytes a device of a family's weights and slots, and seconds of their update."""
-        held = updated = 0
+        """Bytes a device of a family's weights and slots, and seconds they cost beside the ops."""
+        held = seconds = 0.0
         for argument in self.program.arguments:
             if argument.family == family and argument.group is not None:
-                n_bytes = local_bytes(argument.n_bytes, fixed[argument.group], self.sizes)
-                total = int(n_bytes * argument.count)
-                held += total
-                updated += total * self.pricer.update_passes(argument)
-        return float(held), updated / self.machine.chip.hbm_bytes_per_second
+                layout = fixed[argument.group]
+                n_bytes = local_bytes(argument.n_bytes, layout, self.sizes)
+                held += int(n_bytes * argument.count)
+                seconds += self.pricer.arguments.seconds(argument, layout) * float(argument.count)
+        return held, seconds
 
     def add_groups(self) -> None:
         """One node a free group that stands for itself, with every layout that divides it."""
