@@ -219,6 +219,7 @@ def array_transfers(
     summed = tuple(layout[axis] if axis in partial else dim for axis, dim in enumerate(made))
     return [
         *_reductions(array, made, layout, partial, machine),
+        *(_detours(op, array, made, layout, partial, machine) if op.kind == "gather" else ()),
         *_moves(array, summed, layout, machine, None),
     ]
 
@@ -286,6 +287,28 @@ def _reductions(
         else:
             yield _transfer("reduce-scatter", axis, n_bytes, machine, None, layout)
             now = tuple(layout[a] if a == axis else dim for a, dim in enumerate(now))
+
+
+def _detours(
+    op: Op, array: Array, made: Layout, layout: Layout, partial: Sequence[int], machine: Machine
+) -> Iterator[Transfer]:
+    """What a lookup moves besides where the sum over the table's split rows is itself split.
+
+    XLA does not reduce-scatter where another axis splits the data: it sums shards that lie the
+    other way round, and permutes them into place. Where the sum is split along a dimension of the
+    table it sums the rows of all data first, and each device gets its own data by an all-to-all.
+    """
+    data = set(op.operands[-1].factors)
+    for axis in partial:
+        dim = layout[axis]
+        for other, split in enumerate(made):
+            if WHOLE in (dim, split) or split != layout[other]:
+                continue
+            if array.factors[dim] not in data:
+                n_bytes = local_bytes(array.n_bytes, made, machine.axis_sizes)
+                yield _transfer("all-to-all", other, n_bytes, machine, None, layout)
+            n_bytes = local_bytes(array.n_bytes, layout, machine.axis_sizes)
+            yield _transfer("collective-permute", other, n_bytes, machine, None, layout)
 
 
 def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:

@@ -195,7 +195,7 @@ class _Builder:
         dims = {factor: (array.factors.index(factor), factor in op.reduced) for factor in factors}
         reduced = frozenset(op.reduced)
         layouts = self.layouts_of[group]
-        like = (array.n_bytes, array.factors, array.is_held, operand is None, layouts)
+        like = (op.kind, array.n_bytes, array.factors, array.is_held, operand is None, layouts)
         # Arrays that look alike share their rows, by all of a choice that its moves depend on.
         known = self._moves.setdefault(like, {})
         serial, parallel = [], []
