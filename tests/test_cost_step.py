@@ -91,6 +91,15 @@ def test_nothing_split_moves_nothing_and_costs_eight_times_the_compute() -> None
     assert 4 < whole.compute_seconds / split.compute_seconds <= 8.5
 
 
+def test_only_a_gather_along_the_contracting_dimension_writes_the_result_again() -> None:
+    # the result is [4096, 32768] in float32: 512 MiB, of which a device makes an eighth
+    program = program_of(lambda x, w: jnp.tanh(x) @ w, (4096, 1024), (1024, 32768))
+    rows, contracted = cost_of(program, 0, 1), cost_of(program, 1, 1)
+    assert [t.kind for t in rows.traffic] == [t.kind for t in contracted.traffic] == ["all-gather"]
+    again = 7 * 2 * 64 * 2**20 / MACHINE.chip.hbm_bytes_per_second
+    assert contracted.compute_seconds - rows.compute_seconds == pytest.approx(again)
+
+
 def test_a_donated_weight_and_its_gradient_are_counted_as_shards() -> None:
     def step(w, x):
         return w - jax.grad(lambda v: (jnp.tanh(x @ v) ** 2).sum())(w)

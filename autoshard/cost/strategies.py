@@ -164,13 +164,17 @@ def cost_of_choice(op: Op, choice: Choice, layouts: Sequence[Layout], machine: M
     return OpCost(
         choice=choice,
         compute_seconds=compute_seconds(op, choice, machine)
-        + _window_seconds(op, choice, transfers, machine),
+        + _window_seconds(op, choice, layouts, transfers, machine),
         transfers=tuple(transfers),
     )
 
 
 def _window_seconds(
-    op: Op, choice: Choice, transfers: Sequence[Transfer], machine: Machine
+    op: Op,
+    choice: Choice,
+    layouts: Sequence[Layout],
+    transfers: Sequence[Transfer],
+    machine: Machine,
 ) -> float:
     """What a windowed matmul pays in memory traffic.
 
@@ -181,22 +185,15 @@ def _window_seconds(
     result = op.results[0] if op.flops else None
     if result is None or result.n_bytes < _WINDOWED_BYTES:
         return 0.0
-    pieces = sum(
-        machine.links[transfer.axis].size - 1
-        for transfer in transfers
-        if transfer.kind == "all-gather"
-        and transfer.operand is not None
-        and _is_contracted(op, transfer.operand, choice)
-    )
+    pieces = 0
+    for transfer in transfers:
+        if transfer.kind == "all-gather" and transfer.operand is not None:
+            array = op.operands[transfer.operand]
+            gathered = array.factors[layouts[transfer.operand][transfer.axis]]
+            if gathered in op.reduced and not array.is_held:
+                pieces += machine.links[transfer.axis].size - 1
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
     return 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
-
-
-def _is_contracted(op: Op, operand: int, choice: Choice) -> bool:
-    """Whether an operand is gathered along a dimension that its op sums over."""
-    array = op.operands[operand]
-    left = set(array.factors) & op.reduced
-    return not array.is_held and bool(left - set(choice))
 
 
 def array_transfers(

@@ -1,0 +1,104 @@
+"""What looking rows up in a split table costs: turning it round, and bringing the rows home."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from autoshard.cost.step import StepPricer
+from autoshard.cost.strategies import Machine
+from autoshard.cost.values import StepCost
+from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.program import WHOLE, Layout
+from autoshard.graph.propagation import propagate
+from autoshard.hardware.links import axis_links
+from autoshard.hardware.targets import parse_target
+from autoshard.mesh import parse_mesh
+
+ROWS = 65_536
+IDS = (8, 512)
+
+
+def looked_up(
+    columns: int,
+    table: Layout,
+    ids: Layout,
+    result: Layout,
+    *,
+    mesh: str = "1x8",
+    target: str = "tpu:v5e:2x4",
+    train: bool = False,
+) -> StepCost:
+    """A lookup of float32 rows; with `train` the step returns a table of the same layout."""
+
+    def step(rows: jax.Array, where: jax.Array) -> tuple[jax.Array, ...]:
+        found = jnp.take(rows, where, axis=0)
+        return (rows * 2, found) if train else (found,)
+
+    shapes = (
+        jax.ShapeDtypeStruct((ROWS, columns), jnp.float32),
+        jax.ShapeDtypeStruct(IDS, jnp.int32),
+    )
+    inputs = [
+        StepInput(role="weight", family="table", trainable=train),
+        StepInput(role="data", family=None),
+    ]
+    replaces: Sequence[int | None] = [0, None] if train else [None]
+    program = build_program(jax.make_jaxpr(step)(*shapes), inputs, replaces)
+    shape, chips = parse_mesh(mesh), parse_target(target)
+    links = tuple(axis_links(shape, chips)[axis] for axis in shape.parallel_axes)
+    fixed = {program.arguments[0].group: table, program.arguments[1].group: ids}
+    fixed |= {out.group: result for out in program.outputs}
+    sizes = [link.size for link in links]
+    layouts = propagate(program, {g: lay for g, lay in fixed.items() if g is not None}, sizes)
+    return StepPricer(program, Machine(chip=chips.chip, links=links)).price(layouts)
+
+
+def compute_seconds(columns: int, **how: object) -> float:
+    return looked_up(columns, (1,), (WHOLE,), (2,), **how).compute_seconds  # type: ignore[arg-type]
+
+
+def test_a_table_whose_shards_fill_no_lanes_is_turned_round() -> None:
+    # 8 x 128 columns make shards of whole lanes; of 8 x 96 a TPU pads a quarter, and copies
+    assert compute_seconds(8 * 96) > 2 * compute_seconds(8 * 128)
+
+
+def test_a_table_that_is_trained_is_turned_back_too() -> None:
+    once = compute_seconds(8 * 96) - compute_seconds(8 * 128) * 96 / 128
+    extra = compute_seconds(8 * 96, train=True) - compute_seconds(8 * 128, train=True) * 96 / 128
+    assert extra == pytest.approx(2 * once, rel=0.01)
+
+
+def test_gpus_turn_no_table_round() -> None:
+    narrow, wide = (compute_seconds(8 * n, target="gpu:h100-sxm:8") for n in (96, 128))
+    assert narrow < wide
+
+
+def moved(cost: StepCost) -> list[tuple[str, str, int]]:
+    return [(traffic.kind, traffic.axis, traffic.n_bytes) for traffic in cost.traffic]
+
+
+def test_a_sum_of_rows_split_on_the_columns_takes_a_detour_beside_split_data() -> None:
+    cost = looked_up(3072, (WHOLE, 0), (0, WHOLE), (0, 2), mesh="2x4", target="gpu:h100-sxm:8")
+    n_bytes = 8 * 512 * 3072 * 4
+    assert moved(cost) == [
+        ("reduce-scatter", "model", n_bytes // 2),
+        ("all-to-all", "batch", n_bytes // 2),
+        ("collective-permute", "batch", n_bytes // 8),
+    ]
+
+
+def test_a_sum_of_rows_split_on_the_sequence_is_only_permuted() -> None:
+    cost = looked_up(3072, (WHOLE, 0), (0, WHOLE), (0, 1), mesh="2x4")
+    # the indices are split along the sequence first, by propagation, and gathered again
+    assert [kind for kind, *_ in moved(cost)] == [
+        "all-gather",
+        "reduce-scatter",
+        "collective-permute",
+    ]
+
+
+def test_without_split_data_there_is_no_detour() -> None:
+    cost = looked_up(3072, (0,), (WHOLE,), (2,))
+    assert [kind for kind, *_ in moved(cost)] == ["reduce-scatter"]
