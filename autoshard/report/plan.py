@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from autoshard.cost.values import StepCost
 from autoshard.layout.resolve import resolve
-from autoshard.layout.rules import format_rules
+from autoshard.layout.rules import LayoutRules, format_rules
 from autoshard.mesh import format_spec
 from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import Outcome
@@ -211,20 +211,24 @@ def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ..
 
 
 def _differences(outcome: Outcome) -> Iterator[str]:
-    """Each other candidate by the rules in which it differs."""
+    """Each other candidate by the rules that it has not (-) and has (+) beside the plan's."""
     planning, winner = outcome.planning, outcome.winner.rules
     for candidate in planning.candidates:
         if candidate is not outcome.winner:
-            own = tuple(rule for rule in candidate.rules if rule not in winner)
-            gone = tuple(rule for rule in winner if rule not in candidate.rules)
-            differs = f"differs by\n{format_rules(own)}" if own else f"lacks\n{format_rules(gone)}"
-            yield f"{candidate.name} {differs}"
+            yield f"{candidate.name}\n{_changes(winner, candidate.rules)}"
     if planning.without_generate:
-        own = tuple(rule for rule in planning.without_generate.rules if rule not in winner)
         yield (
             "without generate (taken with --no-generate: fit and predict run under it, generate "
-            f"does not) differs by\n{format_rules(own)}"
+            f"does not)\n{_changes(winner, planning.without_generate.rules)}"
         )
+
+
+def _changes(old: LayoutRules, new: LayoutRules) -> str:
+    """From one map to another, as a patch of lines."""
+    gone = tuple(rule for rule in old if rule not in new)
+    come = tuple(rule for rule in new if rule not in old)
+    signed = (("-", format_rules(gone)), ("+", format_rules(come)))
+    return "\n".join(f"{sign} {line}" for sign, text in signed for line in text.splitlines())
 
 
 def _verification(outcome: Outcome) -> Iterator[str]:
