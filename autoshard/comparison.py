@@ -117,7 +117,8 @@ def _compared(
     layout = ComparedLayout(name=name, rules=rules, failure=candidate.failure)
     if candidate.scored is None:
         return layout
-    whole = resolve(rules, table, scorer.mesh).whole(table, scorer.mesh)
+    resolution = resolve(rules, table, scorer.mesh)
+    whole = resolution.whole(table, scorer.mesh)
     causes = Causes(rules=rules, mesh=scorer.mesh, paths=tuple(table.templates))
     return replace(
         layout,
@@ -125,6 +126,7 @@ def _compared(
         excess_bytes=candidate.scored.excess_bytes,
         whole_bytes=sum(family.n_bytes for family in whole),
         collectives=tuple(_costly(candidate.scored.cost, causes, table)),
+        warnings=tuple(finding.message for finding in resolution.findings),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autoshard.errors import ModelError, UsageError
 from autoshard.hardware.targets import target_of
 from autoshard.mesh import Mesh
 from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner, trace_model
@@ -44,7 +45,10 @@ def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) ->
         for change, changed in changes:
             watch.progress(f"try {change}")
             same = changed.workload == setup.workload
-            planned = traced if same else trace_model(model, changed.workload)
+            try:
+                planned = traced if same else trace_model(model, changed.workload)
+            except (ModelError, UsageError):
+                break  # the model has no such step
             remedy = _remedy(change, run_planner(planned, changed, top=1))
             if remedy is not None:
                 found.append(remedy)

@@ -58,6 +58,7 @@ def make_setups(
     Raises:
         MeshError: the batch divides over no shape, or the axes are not two.
     """
+    shapes = mesh_shapes(n_devices)
     batch = -(-8 // n_devices) * n_devices if batch is None else batch
     return tuple(
         make_setup(
@@ -65,7 +66,7 @@ def make_setups(
             batch=batch,
             **options,
         )
-        for mesh in mesh_shapes(n_devices)
+        for mesh in shapes
         if batch % mesh.shape[0] == 0
     )
 

@@ -9,6 +9,7 @@ from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.fitting import Remedy, remedies
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target
+from autoshard.layout.causes import Causes
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, resolve
 from autoshard.mesh import Mesh, parse_mesh
@@ -186,7 +187,11 @@ def make_plan(
         )
     if (mesh is None) == (devices is None):
         raise UsageError("give the mesh, such as 1x8, or the number of devices: one of the two")
-    setups = (make_setup(mesh, **options),) if mesh else make_setups(devices or 0, **options)
+    if devices is not None:
+        setups = make_setups(devices, **options)
+    else:
+        assert mesh is not None
+        setups = (make_setup(mesh, **options),)
     setup = setups[0]
     watch = Stopwatch(progress=on_progress)
     traced = trace_model(model, setup.workload, watch)
@@ -211,7 +216,7 @@ def make_plan(
         verdicts=verdicts,
         timings=watch.seconds,
         failure=failure,
-        shapes=() if mesh else shapes,
+        shapes=() if devices is None else shapes,
         remedies=remedies(model, traced, planning.setup, watch) if ask else (),
     )
 
@@ -254,7 +259,7 @@ def prediction(cost: StepCost) -> Prediction:
 
 def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, ...]) -> Plan:
     """The winner as a plan file's value, the other candidates as alternatives."""
-    said = {verdict.candidate.name: _compiled(verdict) for verdict in verdicts}
+    said = {verdict.candidate.name: _compiled(verdict, planning) for verdict in verdicts}
     assert winner.scored is not None
     return Plan(
         model=PlannedModel.of(planning.table),
@@ -270,8 +275,9 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
                 spec=reason.spec,
                 next_best=reason.next_best,
                 cost_seconds=None if reason.next_best is None else reason.cost_seconds,
+                fits=reason.fits,
             )
-            for reason in planning.result.reasons
+            for reason in planning.result.reasons(winner.scored)
         ),
         alternatives=tuple(
             Alternative(
@@ -286,23 +292,28 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
     )
 
 
-def _compiled(verdict: Verdict) -> Compiled | None:
+def _compiled(verdict: Verdict, planning: Planning) -> Compiled | None:
     """A compiler's answer as a plan file holds it."""
     step = verdict.compiled
     if step is None:
         return None
     on_cpu = step.target.startswith("cpu")
+    causes = Causes(
+        rules=verdict.candidate.rules,
+        mesh=planning.setup.mesh,
+        paths=tuple(planning.table.templates),
+    )
     return Compiled(
         target=step.target,
         blocks=sum(stack.n_blocks for stack in step.blocks) or None,
         fits=verdict.fits,
         peak_bytes_per_device=None if on_cpu else step.peak_bytes,
-        collectives=_collectives(step),
+        collectives=_collectives(step, causes),
         step_seconds=verdict.step_seconds,
     )
 
 
-def _collectives(step: CompiledStep) -> tuple[Collective, ...]:
+def _collectives(step: CompiledStep, causes: Causes) -> tuple[Collective, ...]:
     return tuple(
         Collective(
             kind=item.kind,
@@ -310,6 +321,7 @@ def _collectives(step: CompiledStep) -> tuple[Collective, ...]:
             n_bytes=round(item.count * wire_bytes(item.kind, item.n_bytes, item.group_size)),
             count=item.count,
             layer=item.layer or None,
+            rule=causes.of(item.layer, item.axis),
         )
         for item in step.collectives
     )

@@ -98,8 +98,7 @@ class Planning:
         candidates: the best layouts that a LayoutMap can express, best first.
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` fails, or None.
-        cache_specs: how the best layout lays out each array of a KV cache, which Keras makes inside
-            the step and XLA lays out by propagation.
+        program: the op graph of the step.
     """
 
     setup: Setup
@@ -109,8 +108,15 @@ class Planning:
     result: SearchResult
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
+    program: Program
     without_generate: Candidate | None = None
-    cache_specs: tuple[Spec, ...] = ()
+
+    def cache_specs(self, scored: Scored) -> tuple[Spec, ...]:
+        """How a layout lays out each array of a KV cache.
+
+        Keras makes a cache inside the step, and XLA lays it out by propagation.
+        """
+        return tuple(_cache_specs(self.program, scored, self.setup.mesh))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,17 +194,17 @@ def run_planner(
         candidates=candidates,
         rivals=rivals,
         without_generate=beyond[0] if beyond else None,
-        cache_specs=tuple(_cache_specs(traced.program, result.ranked[0], setup.mesh)),
+        program=traced.program,
     )
 
 
-def _cache_specs(program: Program, best: Scored, mesh: Mesh) -> Iterator[Spec]:
+def _cache_specs(program: Program, scored: Scored, mesh: Mesh) -> Iterator[Spec]:
     caches = [argument for argument in program.arguments if argument.role == "cache"]
     if not caches:
         return
     axes = mesh.parallel_axes
     sizes = [mesh.sizes[axis] for axis in axes]
-    layouts = propagate(program, fixed_layouts(program, dict(best.assignment), mesh), sizes)
+    layouts = propagate(program, fixed_layouts(program, dict(scored.assignment), mesh), sizes)
     for cache in caches:
         if cache.group is not None:
             axis_of = dict(zip(layouts[cache.group], axes, strict=True))

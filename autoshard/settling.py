@@ -7,8 +7,15 @@ collectives there are; their time is that of the target's links, and compute is 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from autoshard.errors import AutoshardError, OutOfMemoryError, XlaError
+from autoshard.errors import (
+    AutoshardError,
+    ChildError,
+    ChildTimeoutError,
+    OutOfMemoryError,
+    XlaError,
+)
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.planning import Candidate, Planning
 from autoshard.setup import Setup
@@ -62,7 +69,8 @@ def settle(
         n_settled: how many candidates to compile.
 
     Returns:
-        Verdicts, best first; the first one's program is that of the whole model.
+        Verdicts, best first; the first one's program is that of the whole model. One that does not
+        fit after all goes to the end.
 
     Raises:
         XlaError: no candidate could be compiled, or the child died or ran out of time.
@@ -75,26 +83,23 @@ def settle(
         verdicts = []
         for candidate in _worth_compiling(planning.candidates)[:n_settled]:
             on_progress(f"compile {candidate.name} for {compiler}, shallow")
-            verdicts.append(_verdict(model, planning, candidate, compiler, child, seconds))
+            deep = partial(compile_deep, child, timeout_seconds=seconds)
+            verdicts.append(_verdict(model, planning, candidate, compiler, deep))
         verdicts.sort(key=lambda verdict: (verdict.fits is False, verdict.step_seconds))
-        best = verdicts[0]
-        if best.compiled is None:
-            raise XlaError(f"no candidate compiles for {compiler}: {best.error}")
-        on_progress(f"compile {best.candidate.name} for {compiler}, all blocks")
-        request = _request(model, planning.setup, best.candidate, compiler)
-        try:
-            whole = compile_in(child, request, timeout_seconds=seconds)
-        except OutOfMemoryError as error:
-            verdicts[0] = Verdict(
-                candidate=best.candidate,
-                compiled=best.compiled,
-                step_seconds=best.step_seconds,
-                fits=False,
-                error=str(error),
-            )
-        else:
-            verdicts[0] = _judge(planning, best.candidate, whole, compiler)
-    return tuple(verdicts)
+        if verdicts[0].compiled is None:
+            raise XlaError(f"no candidate compiles for {compiler}: {verdicts[0].error}")
+        refused: list[Verdict] = []
+        for shallow in verdicts:
+            if shallow.compiled is None:
+                break
+            on_progress(f"compile {shallow.candidate.name} for {compiler}, all blocks")
+            whole = partial(compile_in, child, timeout_seconds=seconds)
+            verdict = _verdict(model, planning, shallow.candidate, compiler, whole)
+            rest = verdicts[len(refused) + 1 :]
+            if verdict.fits is not False:
+                return (verdict, *rest, *refused)
+            refused.append(verdict)
+    return (*refused, *verdicts[len(refused) :])
 
 
 def _worth_compiling(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -118,15 +123,15 @@ def _verdict(
     planning: Planning,
     candidate: Candidate,
     compiler: Target,
-    child: Child,
-    seconds: float,
+    compiled_by: Callable[[CompileRequest], CompiledStep],
 ) -> Verdict:
+    """What the compiler says of a candidate; a child that is gone says nothing of any."""
     request = _request(model, planning.setup, candidate, compiler)
     try:
-        compiled = compile_deep(child, request, timeout_seconds=seconds)
+        compiled = compiled_by(request)
     except OutOfMemoryError as error:
         return _failed(candidate, error, fits=False)
-    except XlaError:
+    except (ChildError, ChildTimeoutError):
         raise
     except AutoshardError as error:
         return _failed(candidate, error, fits=None)

@@ -138,7 +138,7 @@ class Plan:
         Raises:
             PlanFileError: it cannot be written.
         """
-        path = Path(path)
+        path = Path(path).resolve()
         text = self.to_json()
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -259,10 +259,9 @@ keras.distribution.set_distribution(distribution)
         }
 
     def _build(self, model: Any) -> ModelTable:
-        if model is None:
-            model, lora_rank = self.model.name, self.workload.lora_rank
-        else:
-            lora_rank = None
+        model = self.model.name if model is None else model
+        # A name is built as the workload has it, a model that is there stays as it is.
+        lora_rank = self.workload.lora_rank if isinstance(model, str) else None
         table: ModelTable = build(model, dtype=self.workload.dtype, lora_rank=lora_rank).table()
         return table
 

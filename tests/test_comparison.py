@@ -47,6 +47,11 @@ def test_a_map_that_keras_refuses_comes_last_with_its_reason() -> None:
     assert "(64, 64)" in found.layouts[1].failure
 
 
+def test_a_rule_that_takes_nothing_is_pointed_at() -> None:
+    found = compare(small_gemma_backbone, [WHOLE], **OPTIONS)
+    assert "warning: rule 'nothing'" in comparison_text(found)
+
+
 def test_text_and_json_hold_every_layout() -> None:
     found = compare(small_gemma_backbone, [CONTRACTED, "kerashub"], **OPTIONS)
     text = comparison_text(found)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras
 import pytest
 from test_end_to_end import small_gemma_backbone
 
@@ -33,3 +34,14 @@ def test_every_remedy_fits_when_it_is_asked_for() -> None:
 def test_the_error_names_the_remedies() -> None:
     with pytest.raises(NothingFitsError, match="--workload lora --lora-rank 4 --batch 4 would fit"):
         plan(small_gemma_backbone, **REQUEST)
+
+
+def test_a_model_without_low_rank_factors_is_offered_the_rest() -> None:
+    def dense() -> keras.Model:
+        inputs = keras.Input((256,))
+        hidden = keras.layers.Dense(1024, name="up")(inputs)
+        return keras.Model(inputs, keras.layers.Dense(256, name="down")(hidden))
+
+    outcome = make_plan(dense, "1x2", dtype="float32", memory_limit="3MB")
+    assert not outcome.fits
+    assert [remedy.change.split()[0] for remedy in outcome.remedies] == ["--mesh"]

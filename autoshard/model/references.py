@@ -65,7 +65,7 @@ def _imported(reference: str) -> Callable[[], Any]:
         made: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             made = getattr(made, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's module does when it is imported
         raise UsageError(f"cannot import '{reference}': {one_line(error)}") from error
     if not callable(made):
         raise UsageError(f"'{reference}' is no callable that returns a Keras model")
@@ -126,8 +126,9 @@ def _from_file(path: Path, dtype: str, lora_rank: int | None) -> Recipe:
             f"'{path}' is not the configuration of a Keras model: it names no class; for a model "
             "of another library give its directory"
         )
-    if str(config.get("registered_name")).startswith("keras_hub>"):
-        config["config"]["dtype"] = dtype
+    settings = config.get("config")
+    if str(config.get("registered_name")).startswith("keras_hub>") and isinstance(settings, dict):
+        settings["dtype"] = dtype
 
     def make(config: dict[str, Any]) -> Any:
         return keras.saving.deserialize_keras_object(config)

@@ -46,6 +46,7 @@ class ComparedLayout:
         excess_bytes: predicted bytes a device above the memory limit; 0 where it fits.
         whole_bytes: bytes of the weights that no rule splits, which every device holds.
         collectives: the predicted ones, the costliest first.
+        warnings: what of the map Keras passes over in silence, such as a rule that takes nothing.
         failure: why Keras refuses the map, or "".
     """
 
@@ -55,6 +56,7 @@ class ComparedLayout:
     excess_bytes: int = 0
     whole_bytes: int = 0
     collectives: tuple[CostlyCollective, ...] = ()
+    warnings: tuple[str, ...] = ()
     failure: str = ""
 
     @property

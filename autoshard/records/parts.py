@@ -130,7 +130,7 @@ class Collective:
         n_bytes: bytes on the wire through one device, all of them together.
         count: how often it runs in a step.
         layer: template of the layer that it serves, where known.
-        rule: pattern of the rule that brought it about, where known.
+        rule: pattern of the rule that brought it about, or `the split of the data`, where known.
     """
 
     kind: str
@@ -147,7 +147,7 @@ class Compiled:
 
     Attributes:
         target: what it compiled for.
-        blocks: how many repeated blocks it compiled, None where the model has none.
+        blocks: how many repeated blocks the program has, None where the model has none.
         fits: whether the program fits the target's memory, None where the compiler cannot tell.
         peak_bytes_per_device: its own figure, None where it says nothing of the target.
         collectives: what it put into the program.
@@ -171,12 +171,14 @@ class Reason:
         spec: the choice.
         next_best: the best other choice, None where no other is legal.
         cost_seconds: how much longer the step would take with that, by the formulas.
+        fits: whether it would fit the memory with that, by the formulas.
     """
 
     family: str
     spec: Spec
     next_best: Spec | None
     cost_seconds: float | None
+    fits: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

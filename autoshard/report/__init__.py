@@ -1,3 +1,3 @@
-"""What a person reads: plans, comparisons, chips and findings as text, JSON and HTML."""
+"""What a person reads: plans, comparisons, chips and findings as text, JSON and Markdown."""
 
 __all__: list[str] = []

@@ -69,6 +69,7 @@ def _details(layout: ComparedLayout) -> str:
         parts[0] += f" {layout.failure}"
     if layout.rules:
         parts.append(format_rules(layout.rules))
+    parts += [f"warning: {warning}" for warning in layout.warnings]
     if layout.predicted is not None:
         parts.append(f"whole on every device: {format_bytes(layout.whole_bytes)} of weights")
         parts += _collectives(layout)

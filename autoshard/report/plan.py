@@ -97,8 +97,9 @@ def _misfit(outcome: Outcome) -> str:
 
 def _cost(outcome: Outcome) -> str:
     assert outcome.winner.scored is not None
-    cost = outcome.winner.scored.cost
-    memory, result = cost.memory, outcome.planning.result
+    scored, planning = outcome.winner.scored, outcome.planning
+    cost, memory, result = scored.cost, scored.cost.memory, planning.result
+    gap = result.gap(scored)
     parts = (
         ("weights", memory.weights),
         ("gradients", memory.gradients),
@@ -107,9 +108,8 @@ def _cost(outcome: Outcome) -> str:
         ("KV cache", memory.kv_cache),
     )
     shown = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts if n)
-    caches = Counter(outcome.planning.cache_specs)
+    caches = Counter(planning.cache_specs(scored))
     laid = [f"KV cache, laid out by XLA: {n} x {format_spec(spec)}" for spec, n in caches.items()]
-    gap = max(0.0, (cost.step_seconds - result.bound_seconds) / cost.step_seconds)
     return "\n".join(
         (
             f"predicted step {format_seconds(cost.step_seconds)}: compute "
@@ -286,8 +286,9 @@ def reasons_text(plan: Plan) -> str:
         other, cost = "", "too small for a rule, or no other spec is legal"
         if reason.next_best is not None and reason.cost_seconds is not None:
             other = format_spec(reason.next_best)
-            slower = reason.cost_seconds >= 0
-            cost = f"{format_seconds(abs(reason.cost_seconds))} {'slower' if slower else 'faster'}"
+            word = "slower" if reason.cost_seconds >= 0 else "faster"
+            cost = f"{format_seconds(abs(reason.cost_seconds))} {word}"
+            cost += "" if reason.fits else ", does not fit"
         rows.append((reason.family, format_spec(reason.spec), other, cost))
     headers = ("family", "spec", "next best, all else equal", "predicted step")
     return tabulate(rows, headers=headers, disable_numparse=True)

@@ -60,7 +60,8 @@ class SearchResult:
         ranked: layouts from best to worst, distinct in cost.
         bound_seconds: no layout has a faster step, by the cost model.
         n_scored: how many assignments were propagated and priced.
-        reasons: one a family and laid out output, for the best layout.
+        scorer: what priced them, and remembers.
+        choices: what was to be decided for each family and layer output.
         front: the layouts that no other beats in both time and memory, the fastest first; those
             that exceed the limit among them.
         unbound: a layout that is better than all of these, but breaks the bounds on layer outputs;
@@ -70,14 +71,19 @@ class SearchResult:
     ranked: tuple[Scored, ...]
     bound_seconds: float
     n_scored: int
-    reasons: tuple[Reason, ...]
+    scorer: Scorer
+    choices: tuple[Choices, ...]
     front: tuple[Scored, ...] = ()
     unbound: Scored | None = None
 
-    @property
-    def gap(self) -> float:
-        """How far the best may be from the best possible: `(step - bound) / step`."""
-        step = self.ranked[0].cost.step_seconds
+    def reasons(self, scored: Scored) -> tuple[Reason, ...]:
+        """Why each family and laid out output of a layout has its spec."""
+        reasons = (_reason(self.scorer, scored, choices) for choices in self.choices)
+        return tuple(reason for reason in reasons if reason.spec != NO_RULE)
+
+    def gap(self, scored: Scored) -> float:
+        """How far a layout may be from the best possible: `(step - bound) / step`."""
+        step = scored.cost.step_seconds
         return max(0.0, (step - self.bound_seconds) / step)
 
 
@@ -116,7 +122,8 @@ def search(
         own = starting_points(families, relaxed.assignment, mesh)
         points = [*own, *({**own[1], **start} for start in starts)]
         best = descend(scorer, [*families, *bound], points)
-    reasons = [_reason(scorer, best, choices) for choices in [*families, *bound]]
+    for choices in [*families, *bound]:
+        _reason(scorer, best, choices)  # the neighbours of the best are ranked too
     names = {choices.family for choices in families}
     worthy = [scored for scored in list(scorer.seen.values()) if _gains(scored, names, scorer)]
     ranked = sorted(worthy, key=lambda scored: scored.rank)
@@ -126,7 +133,8 @@ def search(
         ranked=_distinct(ranked, top),
         bound_seconds=min(relaxed.bound_seconds, best.cost.step_seconds),
         n_scored=len(scorer.seen),
-        reasons=tuple(reason for reason in reasons if reason.spec != NO_RULE),
+        scorer=scorer,
+        choices=(*families, *bound),
         front=_front(worthy),
         unbound=beyond if beyond.rank < best.rank else None,
     )

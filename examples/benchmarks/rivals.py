@@ -81,8 +81,8 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
-    parser.add_argument("--meshes", nargs="+", default=MESHES, metavar="MESH")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, metavar="NAME")
+    parser.add_argument("--meshes", nargs="+", default=MESHES, choices=MESHES, metavar="MESH")
     parser.add_argument("--workload", nargs="+", default=WORKLOADS, choices=WORKLOADS)
     parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
     parser.add_argument("--table", action="store_true", help="compile nothing, print the table")

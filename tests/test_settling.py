@@ -1,0 +1,103 @@
+"""Compilers settle the ranking: what one candidate does there never hides the others."""
+
+from collections.abc import Callable
+
+import pytest
+from test_planning import plan
+
+import autoshard.settling as settling
+from autoshard.errors import ChildError, OutOfMemoryError, XlaError
+from autoshard.hardware.targets import parse_target
+from autoshard.layout.rules import LayoutRules
+from autoshard.planning import Planning
+from autoshard.settling import Verdict, settle
+from autoshard.setup import make_setup
+from autoshard.xla.compiled import CompiledStep, CompileRequest
+
+TARGET = parse_target("tpu:v5e:2x4")
+
+Compiler = Callable[[CompileRequest], CompiledStep]
+
+
+@pytest.fixture(scope="module")
+def planning() -> Planning:
+    return plan("gemma_2b_en", make_setup("1x8"))
+
+
+def program(n_cycles: int) -> CompiledStep:
+    return CompiledStep(
+        target=str(TARGET),
+        blocks=(),
+        argument_bytes=2**30,
+        temporary_bytes=0,
+        output_bytes=0,
+        alias_bytes=0,
+        collectives=(),
+        estimated_cycles=n_cycles,
+    )
+
+
+@pytest.fixture
+def verdicts(planning: Planning, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Verdict]]:
+    """The verdicts of a made-up compiler: shallow for the ranking, whole for the winner."""
+
+    def settled(shallow: Compiler, whole: Compiler) -> list[Verdict]:
+        monkeypatch.setattr(settling, "compile_deep", lambda _, request, **__: shallow(request))
+        monkeypatch.setattr(settling, "compile_in", lambda _, request, **__: whole(request))
+        return list(settle("gemma_2b_en", planning, TARGET))
+
+    return settled
+
+
+@pytest.fixture
+def ranked(planning: Planning) -> list[LayoutRules]:
+    return [candidate.rules for candidate in planning.candidates[:3]]
+
+
+def names(verdicts: list[Verdict]) -> list[str]:
+    return [verdict.candidate.name for verdict in verdicts]
+
+
+def test_the_fastest_by_the_compiler_comes_first(verdicts, ranked) -> None:
+    cycles = dict(zip(ranked, (300, 100, 200), strict=True))
+    found = verdicts(lambda r: program(cycles[r.rules]), lambda r: program(cycles[r.rules]))
+    assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
+
+
+def test_a_winner_that_is_too_big_when_whole_makes_room_for_the_next(verdicts, ranked) -> None:
+    def whole(request: CompileRequest) -> CompiledStep:
+        if request.rules == ranked[0]:
+            raise OutOfMemoryError("it needs 17 GiB")
+        return program(2 * 10**8)
+
+    found = verdicts(lambda r: program(1 * 10**8 + ranked.index(r.rules)), whole)
+    assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
+    assert found[-1].fits is False
+    assert found[-1].compiled is None
+
+
+def test_where_none_fits_when_whole_the_first_says_so(verdicts) -> None:
+    def whole(request: CompileRequest) -> CompiledStep:
+        raise OutOfMemoryError("it needs 17 GiB")
+
+    found = verdicts(lambda _: program(1 * 10**8), whole)
+    assert [verdict.fits for verdict in found] == [False, False, False]
+
+
+def test_one_refused_layout_leaves_the_verdicts_of_the_others(verdicts, ranked) -> None:
+    def shallow(request: CompileRequest) -> CompiledStep:
+        if request.rules == ranked[0]:
+            raise XlaError("no such layout")
+        return program(1 * 10**8)
+
+    found = verdicts(shallow, lambda _: program(1 * 10**8))
+    assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
+    assert found[-1].error == "no such layout"
+
+
+def test_a_child_that_died_says_nothing_of_any(verdicts) -> None:
+    def dead(request: CompileRequest) -> CompiledStep:
+        raise ChildError("killed")
+
+    with pytest.raises(ChildError, match="killed"):
+        verdicts(dead, dead)
