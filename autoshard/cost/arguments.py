@@ -26,10 +26,12 @@ class ArgumentPricer:
 
     def __init__(self, program: Program, machine: Machine) -> None:
         self._machine = machine
-        self._looked_up = {
-            op.operands[0].group
-            for op in program.ops
-            if op.kind == "gather" and op.operands[0].is_held
+        read = {op.operands[0].group for op in program.ops if op.kind == "gather"}
+        # The slots of a table have its family and shape.
+        self._tables = {
+            (argument.family, argument.shape)
+            for argument in program.arguments
+            if argument.role == "weight" and argument.group in read and len(argument.shape) > 1
         }
 
     def is_free(self, argument: Argument) -> bool:
@@ -57,9 +59,8 @@ class ArgumentPricer:
     def _is_table(self, argument: Argument) -> bool:
         return (
             self._machine.chip.kind == "tpu"
-            and argument.group in self._looked_up
             and argument.role in ("weight", "slot")
-            and len(argument.shape) > 1
+            and (argument.family, argument.shape) in self._tables
         )
 
     def _copy_seconds(self, argument: Argument, layout: Layout) -> float:

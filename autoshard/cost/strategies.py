@@ -317,10 +317,11 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     if op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
     sizes = machine.axis_sizes
-    # A lookup reads the rows it returns, not the table.
+    # A lookup reads the rows it returns, not the table; so does a slice.
+    cuts = op.kind == "gather" or op.primitive in ("slice", "dynamic_slice")
     read, written = (
         sum(local_bytes(a.n_bytes, layout_of(a, choice), sizes) for a in arrays)
-        for arrays in (op.results if op.kind == "gather" else op.operands, op.results)
+        for arrays in (op.results if cuts else op.operands, op.results)
     )
     moving = memory_seconds(machine.chip, read, written)
     if not op.flops:

@@ -60,7 +60,7 @@ def build_program(
         if info.role != "state" or info.family
     }
     grouping, left = group_arrays(flat, owners)
-    numbering = _Numbering(grouping)
+    numbering = _Numbering(grouping, held=_held(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
     sums = _sum_targets(flat)
     ops = [
@@ -94,11 +94,21 @@ class _Numbering:
     """Gives the groups in use numbers from 0."""
 
     grouping: Grouping
+    held: frozenset[int]
     numbers: dict[int, int] = field(default_factory=dict)
 
     def number(self, identity: int) -> int:
         root = self.grouping.group_of[identity]
         return self.numbers.setdefault(root, len(self.numbers))
+
+
+def _held(flat: FlatJaxpr) -> frozenset[int]:
+    """The arguments, and casts of them, as mixed precision reads weights: there before any op."""
+    held = {identity for identity in flat.inputs if identity is not None}
+    for equation in flat.equations:
+        if equation.primitive == "convert_element_type" and held.issuperset(equation.operands):
+            held.update(equation.results)
+    return frozenset(held)
 
 
 def _ends(
@@ -229,7 +239,7 @@ def _op(
             group=numbering.number(identity),
             n_bytes=flat.arrays[identity].n_bytes,
             factors=tuple(None if label is None else factors[label] for label in placed),
-            is_held=numbering.grouping.owner[numbering.grouping.group_of[identity]] is not None,
+            is_held=identity in numbering.held,
         )
 
     operands = tuple(array(*pair) for pair in used)

@@ -22,6 +22,7 @@ TiedOp = tuple[Op, tuple[int, ...], int]
 def look_of(op: Op) -> tuple[object, ...]:
     """Everything that decides an op's price but the layouts of its arrays."""
     return (
+        op.primitive,
         op.kind,
         tuple((array.n_bytes, array.factors, array.is_held) for array in op.operands),
         tuple((array.n_bytes, array.factors) for array in op.results),
@@ -43,7 +44,7 @@ def tie_blocks(program: Program) -> tuple[tuple[int, ...], tuple[TiedOp, ...]]:
     ties = nx.Graph()
     ties.add_nodes_from(range(len(program.groups)))
     for op in program.ops:
-        look = (look_of(op), op.primitive, op.backward)
+        look = (look_of(op), op.backward)
         place = (re.sub(r"\d+", "*", op.layer), look, order[op.layer, look])
         order[op.layer, look] += 1
         first = places.setdefault(place, op)

@@ -223,11 +223,16 @@ def _lay(laid: Mapping[str, Spec], now: Mapping[str, Spec]) -> dict[str, Spec]:
 def _put(
     places: Sequence[tuple[Sequence[Choices], int]], axis: str, now: Mapping[str, Spec]
 ) -> dict[str, Spec]:
-    """Put `axis` on a dimension (or none, -1) of each family, if that spec is legal."""
+    """Put `axis` on a dimension (or none, -1) of each family, if that spec is legal.
+
+    What splits that dimension already goes to where the axis comes from.
+    """
     changed = {}
     for members, dim in places:
         for choices in members:
-            spec = tuple(None if entry == axis else entry for entry in now[choices.family])
+            old = now[choices.family]
+            displaced = old[dim] if dim >= 0 else None
+            spec = tuple(displaced if entry == axis else entry for entry in old)
             if dim >= 0:
                 spec = (*spec[:dim], axis, *spec[dim + 1 :])
             if spec in choices.specs:
