@@ -8,6 +8,7 @@ at a time, until no move is better; then again from the best with two sibling gr
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -148,9 +149,11 @@ def _siblings(families: Iterable[Choices]) -> dict[str, list[Choices]]:
 def starting_points(
     families: Sequence[Choices], relaxed: Mapping[str, Spec], mesh: Mesh
 ) -> tuple[dict[str, Spec], ...]:
-    """Where to start: the relaxed problem's answer, and every family in its smallest shards.
+    """Where to start: the relaxed problem's answer, the smallest shards, and the stream left whole.
 
-    The second fits wherever anything does, or nearly, so that a tight limit leaves a way down.
+    The second fits wherever anything does, or nearly, so that a tight limit leaves a way down. The
+    third is what people do by hand: the residual stream, the dimension that most families have, is
+    never split, but heads, feed-forward and vocabulary are, over the last axis.
     """
     whole = {choices.family: choices.specs[0] for choices in families}
     smallest = {
@@ -159,7 +162,20 @@ def starting_points(
         )
         for choices in families
     }
-    return {**whole, **relaxed}, smallest
+    sizes = Counter(size for choices in families for size in set(choices.shape))
+    stream = max(sizes, key=lambda size: (sizes[size], size), default=0)
+    by_hand = {choices.family: _split_beside(stream, choices, mesh) for choices in families}
+    return {**whole, **relaxed}, smallest, by_hand
+
+
+def _split_beside(stream: int, choices: Choices, mesh: Mesh) -> Spec:
+    """The last parallel axis on the first dimension that it divides and that is not the stream."""
+    axis, n = mesh.parallel_axes[-1], len(choices.shape)
+    for dim, size in enumerate(choices.shape):
+        alone = (*(None,) * dim, axis, *(None,) * (n - dim - 1))
+        if size != stream and alone in choices.specs:
+            return alone
+    return choices.specs[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
