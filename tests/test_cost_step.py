@@ -91,13 +91,25 @@ def test_nothing_split_moves_nothing_and_costs_eight_times_the_compute() -> None
     assert 4 < whole.compute_seconds / split.compute_seconds <= 8.5
 
 
-def test_only_a_gather_along_the_contracting_dimension_writes_the_result_again() -> None:
-    # the result is [4096, 32768] in float32: 512 MiB, of which a device makes an eighth
+@pytest.mark.parametrize(
+    ("target", "n", "differ"), [("tpu:v5e:2x2", 4, True), ("tpu:v5e:2x4", 8, False)]
+)
+def test_four_pieces_of_another_dimension_than_the_contracting_are_written_once(
+    target: str, n: int, differ: bool
+) -> None:
+    # the result is [4096, 32768] in float32: 512 MiB, of which a device makes a part
     program = program_of(lambda x, w: jnp.tanh(x) @ w, (4096, 1024), (1024, 32768))
-    rows, contracted = cost_of(program, 0, 1), cost_of(program, 1, 1)
+    chips = parse_target(target)
+    links = (axis_links(parse_mesh(f"1x{n}"), chips)["model"],)
+    pricer = StepPricer(program, Machine(chip=chips.chip, links=links))
+    groups = [argument.group or 0 for argument in program.arguments]
+    rows, contracted = (
+        pricer.price(propagate(program, dict(zip(groups, layouts, strict=True)), (n,)))
+        for layouts in (((0,), (1,)), ((1,), (1,)))
+    )
     assert [t.kind for t in rows.traffic] == [t.kind for t in contracted.traffic] == ["all-gather"]
-    again = 7 * 2 * 64 * 2**20 / MACHINE.chip.hbm_bytes_per_second
-    assert contracted.compute_seconds - rows.compute_seconds == pytest.approx(again)
+    again = (n - 1) * 2 * 512 * 2**20 / n / chips.chip.hbm_bytes_per_second if differ else 0.0
+    assert contracted.compute_seconds - rows.compute_seconds == pytest.approx(again, abs=1e-9)
 
 
 def test_a_donated_weight_and_its_gradient_are_counted_as_shards() -> None:

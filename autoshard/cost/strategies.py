@@ -42,6 +42,8 @@ Choice = tuple[int, ...]
 
 # XLA's default threshold for windowed matmuls (threshold_for_windowed_einsum_mib).
 _WINDOWED_BYTES = 256 * 2**20
+# So many pieces of a result the TPU compiler writes where they belong.
+_PIECES_IN_PLACE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,9 +180,10 @@ def _window_seconds(
 ) -> float:
     """What a windowed matmul pays in memory traffic.
 
-    XLA runs a large matmul whose operand is gathered along the contracted dimension piece by piece
-    as the pieces arrive: every further piece reads and writes the whole result once more. Seen in
-    programs of the TPU compiler at XLA's default threshold for windowed matmuls.
+    XLA runs a large matmul with a gathered operand piece by piece as the pieces arrive. Gathered
+    along the contracted dimension, every further piece reads and writes the whole result once more;
+    along another one, only where the pieces are more than four. Seen in programs of the TPU
+    compiler (groups of four and of eight) at XLA's default threshold for windowed matmuls.
     """
     result = op.results[0] if op.flops else None
     if result is None or result.n_bytes < _WINDOWED_BYTES:
@@ -190,8 +193,9 @@ def _window_seconds(
         if transfer.kind == "all-gather" and transfer.operand is not None:
             array = op.operands[transfer.operand]
             gathered = array.factors[layouts[transfer.operand][transfer.axis]]
-            if gathered in op.reduced and not array.is_held:
-                pieces += machine.links[transfer.axis].size - 1
+            size = machine.links[transfer.axis].size
+            if not array.is_held and (gathered in op.reduced or size > _PIECES_IN_PLACE):
+                pieces += size - 1
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
     return 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
 
