@@ -1,6 +1,7 @@
 """Compilers settle the ranking: what one candidate does there never hides the others."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 from test_planning import plan
@@ -42,6 +43,8 @@ def verdicts(planning: Planning, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     """The verdicts of a made-up compiler: shallow for the ranking, whole for the winner."""
 
     def settled(shallow: Compiler, whole: Compiler) -> list[Verdict]:
+        monkeypatch.setattr(settling, "child_environment", lambda _: {})
+        monkeypatch.setattr(settling, "Child", lambda *_, **__: nullcontext())
         monkeypatch.setattr(settling, "compile_deep", lambda _, request, **__: shallow(request))
         monkeypatch.setattr(settling, "compile_in", lambda _, request, **__: whole(request))
         return list(settle("gemma_2b_en", planning, TARGET))
