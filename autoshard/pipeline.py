@@ -198,16 +198,7 @@ def make_plan(
     shapes = plan_shapes(traced, setups, top=top, watch=watch)
     planning = shapes[0]
     ask = advise and planning.result.ranked[0].excess_bytes > 0
-    verdicts: tuple[Verdict, ...] = ()
-    failure = ""
-    if verify != "none":
-        try:
-            with watch.stage("verify"):
-                verdicts = settle(
-                    model, planning, compiler_for(verify, planning.setup), on_progress=on_progress
-                )
-        except XlaError as error:
-            failure = str(error)
+    verdicts, failure = _verdicts(model, planning, verify, watch)
     winner = verdicts[0].candidate if verdicts else planning.candidates[0]
     return Outcome(
         plan=_plan_value(planning, winner, verdicts),
@@ -219,6 +210,20 @@ def make_plan(
         shapes=() if devices is None else shapes,
         remedies=remedies(model, traced, planning.setup, watch) if ask else (),
     )
+
+
+def _verdicts(
+    model: Any, planning: Planning, verify: Verify, watch: Stopwatch
+) -> tuple[tuple[Verdict, ...], str]:
+    """What the compiler says, best first, or why it says nothing."""
+    if verify == "none":
+        return (), ""
+    compiler = compiler_for(verify, planning.setup)
+    try:
+        with watch.stage("verify"):
+            return settle(model, planning, compiler, on_progress=watch.progress), ""
+    except XlaError as error:
+        return (), str(error)
 
 
 def check(

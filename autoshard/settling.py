@@ -69,8 +69,8 @@ def settle(
         n_settled: how many candidates to compile.
 
     Returns:
-        Verdicts, best first; the first one's program is that of the whole model. One that does not
-        fit after all goes to the end.
+        Verdicts, best first; the first one's program is that of the whole model. A layout that is
+        refused whole goes to the end; where all are, one that does not fit comes first.
 
     Raises:
         XlaError: no candidate could be compiled, or the child died or ran out of time.
@@ -96,9 +96,12 @@ def settle(
             whole = partial(compile_in, child, timeout_seconds=seconds)
             verdict = _verdict(model, planning, shallow.candidate, compiler, whole)
             rest = verdicts[len(refused) + 1 :]
-            if verdict.fits is not False:
+            if verdict.compiled is not None and verdict.fits is not False:
                 return (verdict, *rest, *refused)
             refused.append(verdict)
+    refused.sort(key=lambda verdict: verdict.fits is not False)
+    if refused[0].fits is not False:
+        raise XlaError(f"no candidate compiles whole for {compiler}: {refused[0].error}")
     return (*refused, *verdicts[len(refused) :])
 
 

@@ -73,7 +73,7 @@ def test_a_winner_that_is_too_big_when_whole_makes_room_for_the_next(verdicts, r
             raise OutOfMemoryError("it needs 17 GiB")
         return program(2 * 10**8)
 
-    found = verdicts(lambda r: program(1 * 10**8 + ranked.index(r.rules)), whole)
+    found = verdicts(lambda r: program(10**8 + ranked.index(r.rules)), whole)
     assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
     assert found[-1].fits is False
     assert found[-1].compiled is None
@@ -83,7 +83,7 @@ def test_where_none_fits_when_whole_the_first_says_so(verdicts) -> None:
     def whole(request: CompileRequest) -> CompiledStep:
         raise OutOfMemoryError("it needs 17 GiB")
 
-    found = verdicts(lambda _: program(1 * 10**8), whole)
+    found = verdicts(lambda _: program(10**8), whole)
     assert [verdict.fits for verdict in found] == [False, False, False]
 
 
@@ -91,9 +91,9 @@ def test_one_refused_layout_leaves_the_verdicts_of_the_others(verdicts, ranked) 
     def shallow(request: CompileRequest) -> CompiledStep:
         if request.rules == ranked[0]:
             raise XlaError("no such layout")
-        return program(1 * 10**8)
+        return program(10**8)
 
-    found = verdicts(shallow, lambda _: program(1 * 10**8))
+    found = verdicts(shallow, lambda _: program(10**8))
     assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
     assert found[-1].error == "no such layout"
 
@@ -104,3 +104,21 @@ def test_a_child_that_died_says_nothing_of_any(verdicts) -> None:
 
     with pytest.raises(ChildError, match="killed"):
         verdicts(dead, dead)
+
+
+def test_a_layout_that_only_compiles_shallow_is_no_winner(verdicts, ranked) -> None:
+    def whole(request: CompileRequest) -> CompiledStep:
+        if request.rules == ranked[0]:
+            raise XlaError("no such program")
+        return program(10**8)
+
+    found = verdicts(lambda r: program(10**8 + ranked.index(r.rules)), whole)
+    assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
+
+
+def test_where_none_compiles_whole_nothing_is_verified(verdicts) -> None:
+    def whole(request: CompileRequest) -> CompiledStep:
+        raise XlaError("no such program")
+
+    with pytest.raises(XlaError, match="no candidate compiles whole"):
+        verdicts(lambda _: program(10**8), whole)

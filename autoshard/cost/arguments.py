@@ -39,7 +39,7 @@ class ArgumentPricer:
         return argument.group is None or not (self._passes(argument) or self._is_table(argument))
 
     def seconds(self, argument: Argument, layout: Layout) -> float:
-        """What one argument costs the step.
+        """What an argument, and all like it in the whole model, cost the step.
 
         Args:
             argument: one that has a group.
@@ -47,7 +47,8 @@ class ArgumentPricer:
         """
         machine = self._machine
         passed = local_bytes(argument.n_bytes, layout, machine.axis_sizes) * self._passes(argument)
-        return passed / machine.chip.hbm_bytes_per_second + self._copy_seconds(argument, layout)
+        once = passed / machine.chip.hbm_bytes_per_second + self._copy_seconds(argument, layout)
+        return once * float(argument.count)
 
     @staticmethod
     def _passes(argument: Argument) -> int:

@@ -138,11 +138,10 @@ class StepPricer:
         )
 
     def _argument_seconds(self, index: int, layout: Layout) -> float:
-        """What argument `index` and all like it cost beside the ops."""
+        """What argument `index` costs beside the ops, remembered."""
         seconds = self._argument_prices.get((index, layout))
         if seconds is None:
-            argument = self.program.arguments[index]
-            seconds = self.arguments.seconds(argument, layout) * float(argument.count)
+            seconds = self.arguments.seconds(self.program.arguments[index], layout)
             self._argument_prices[index, layout] = seconds
         return seconds
 

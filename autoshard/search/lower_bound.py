@@ -145,7 +145,7 @@ class _Builder:
                 layout = fixed[argument.group]
                 n_bytes = local_bytes(argument.n_bytes, layout, self.sizes)
                 held += int(n_bytes * argument.count)
-                seconds += self.pricer.arguments.seconds(argument, layout) * float(argument.count)
+                seconds += self.pricer.arguments.seconds(argument, layout)
         return held, seconds
 
     def add_groups(self) -> None:

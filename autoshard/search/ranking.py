@@ -114,16 +114,17 @@ def search(
     program = pricer.program
     families = family_choices(program, mesh)
     bound = output_choices(program, mesh, outputs or {})
+    everything = (*families, *bound)
     scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit)
     relaxed = relax(pricer, families, mesh, memory_limit)
-    if n_assignments([*families, *bound]) <= _EXHAUSTIVE:
-        best = exhaust(scorer, [*families, *bound])
+    if n_assignments(everything) <= _EXHAUSTIVE:
+        best = exhaust(scorer, everything)
     else:
         own = starting_points(families, relaxed.assignment, mesh)
         points = [*own, *({**own[1], **start} for start in starts)]
-        best = descend(scorer, [*families, *bound], points)
-    for choices in [*families, *bound]:
-        _reason(scorer, best, choices)  # the neighbours of the best are ranked too
+        best = descend(scorer, everything, points)
+    for choices in everything:
+        _neighbours(scorer, best, choices)  # they are ranked too
     names = {choices.family for choices in families}
     worthy = [scored for scored in list(scorer.seen.values()) if _gains(scored, names, scorer)]
     ranked = sorted(worthy, key=lambda scored: scored.rank)
@@ -134,7 +135,7 @@ def search(
         bound_seconds=min(relaxed.bound_seconds, best.cost.step_seconds),
         n_scored=len(scorer.seen),
         scorer=scorer,
-        choices=(*families, *bound),
+        choices=everything,
         front=_front(worthy),
         unbound=beyond if beyond.rank < best.rank else None,
     )
@@ -181,14 +182,9 @@ def _same(a: Scored, b: Scored) -> bool:
 
 
 def _reason(scorer: Scorer, best: Scored, choices: Choices) -> Reason:
-    """Price every other spec of one family, all else equal."""
-    assignment = dict(best.assignment)
-    spec = assignment.get(choices.family, NO_RULE)
-    others = [
-        (scorer.score({**assignment, choices.family: other}), other)
-        for other in choices.specs
-        if other != spec
-    ]
+    """The best other spec of one family, all else equal, and what it costs."""
+    spec = dict(best.assignment).get(choices.family, NO_RULE)
+    others = _neighbours(scorer, best, choices)
     if not others:
         return Reason(family=choices.family, spec=spec, next_best=None, cost_seconds=0.0, fits=True)
     found, other = min(others, key=lambda pair: pair[0].rank)
@@ -199,3 +195,14 @@ def _reason(scorer: Scorer, best: Scored, choices: Choices) -> Reason:
         cost_seconds=found.cost.step_seconds - best.cost.step_seconds,
         fits=found.excess_bytes == 0,
     )
+
+
+def _neighbours(scorer: Scorer, scored: Scored, choices: Choices) -> list[tuple[Scored, Spec]]:
+    """A layout with every other spec of one family, all else equal."""
+    assignment = dict(scored.assignment)
+    spec = assignment.get(choices.family, NO_RULE)
+    return [
+        (scorer.score({**assignment, choices.family: other}), other)
+        for other in choices.specs
+        if other != spec
+    ]
