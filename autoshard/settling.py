@@ -25,7 +25,7 @@ from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.partitioned import partitioned_seconds
 
-__all__ = ["Verdict", "compiler_for", "settle"]
+__all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
 
 _N_SETTLED = 3
 _MEMORY_LIMIT_BYTES = 16 * 2**30
@@ -81,7 +81,7 @@ def settle(
         memory_limit_bytes=_MEMORY_LIMIT_BYTES,
     ) as child:
         verdicts = []
-        for candidate in _worth_compiling(planning.candidates)[:n_settled]:
+        for candidate in worth_compiling(planning.candidates)[:n_settled]:
             on_progress(f"compile {candidate.name} for {compiler}, shallow")
             deep = partial(compile_deep, child, timeout_seconds=seconds)
             verdicts.append(_verdict(model, planning, candidate, compiler, deep))
@@ -105,7 +105,7 @@ def settle(
     return (*refused, *verdicts[len(refused) :])
 
 
-def _worth_compiling(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def worth_compiling(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """Those that fit by the prediction, or all where none does."""
     fitting = tuple(c for c in candidates if c.scored is not None and c.scored.excess_bytes == 0)
     return fitting or tuple(candidates)

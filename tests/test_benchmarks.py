@@ -153,9 +153,11 @@ def test_a_rival_that_does_not_fit_is_no_rival() -> None:
             entry("kerashub", None, note="refused"),
         ]
     )
-    # The later of our two verdicts counts: 2.0 against 2.5.
-    assert cell.ratio("ours", ("shape", "hand", "kerashub")) == 2.0 / 2.5
-    assert cell.ratio("ours", ("kerashub",)) is None
+    # The later of two verdicts under one name counts: 2.0 against 2.5.
+    assert cell.ratio(["ours"], ("shape", "hand", "kerashub")) == 2.0 / 2.5
+    assert cell.ratio(["ours"], ("kerashub",)) is None
+    # Of several candidates the fastest does.
+    assert cell.ratio(["hand", "ours"], ["hand"]) == 2.0 / 2.5
 
 
 def test_the_table_shows_marks_and_means() -> None:
@@ -169,16 +171,20 @@ def test_the_table_shows_marks_and_means() -> None:
             entry("hand", 1e-3, mesh="2x4", fits=False),
             entry("ours", 5e-3, mesh="4x2"),
             entry("hand", None, mesh="4x2", note="refused"),
+            entry("ours", 6e-3, mesh="1x4"),
+            entry("ours, second", 2e-3, mesh="1x4"),
+            entry("hand", 4e-3, mesh="1x4"),
         ],
-        "ours",
+        ("ours", "ours, second"),
         ("hand",),
         "hand",
     )
     assert "1.00!" in text
     assert "refused" in text
-    assert "rows with ours and a rival that fits: 2; slower by more than 1%: 0" in text
-    # Twice as fast and as fast: the root of 2 x 1.
-    assert "prefill: 1.414 x as fast as hand (geometric mean of 2 rows)" in text
+    assert "rows with ours and a rival that fits: 3; slower by more than 1%: 0" in text
+    assert "with the first candidate alone 1" in text
+    # Twice as fast, as fast, and twice as fast: the third root of 2 x 1 x 2.
+    assert "prefill: 1.587 x as fast as hand (geometric mean of 3 rows)" in text
 
 
 def test_the_compact_table_has_a_line_a_model() -> None:
@@ -189,7 +195,7 @@ def test_the_compact_table_has_a_line_a_model() -> None:
             entry("ours", 2e-3, mesh="8x1"),
             entry("hand", None, mesh="8x1", note="refused"),
         ],
-        "ours",
+        ("ours", "ours, second"),
         ("hand",),
         "hand",
     )

@@ -1,5 +1,6 @@
 """The planner on real models, and its search against exhaustive search."""
 
+import itertools
 from collections import Counter
 
 import jax
@@ -112,6 +113,39 @@ def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
         # A single prompt, one token at a time: neither of the first two dimensions can be split.
         assert name not in outputs or spec[:2] == ("batch", None)
     assert beyond.scored.rank < best.rank
+
+
+def test_two_outputs_are_laid_out_where_neither_pays_alone() -> None:
+    # Whole weights, and the attention of Gemma 2B (one key/value head) split along the keys.
+    setup = make_setup("1x8", workload="prefill")
+    traced = trace_model("gemma_2b_en", setup.workload)
+    planning = run_planner(traced, setup)
+    scorer = planning.result.scorer
+    value = Rule(
+        pattern=r"decoder_block_\d+/attention/value/output", spec=("batch", None, None, None)
+    )
+    softmax = Rule(
+        pattern=r"decoder_block_\d+/attention/softmax/output",
+        spec=("batch", None, None, None, "model"),
+    )
+    whole, first, second, both = (
+        score_rules("", rules, traced.table, setup.mesh, scorer).scored
+        for rules in ((), (value,), (softmax,), (value, softmax))
+    )
+    best = planning.result.ranked[0]
+    assert whole and first and second and both
+    assert min(first.rank, second.rank) > best.rank
+    assert both.rank >= best.rank
+
+
+def test_no_candidate_runs_the_program_of_a_better_one_in_more_memory() -> None:
+    ranked = plan("qwen2.5_7b_en", make_setup("1x8", workload="prefill")).result.ranked
+    assert len(ranked) > 3
+    for better, worse in itertools.combinations(ranked, 2):
+        same_time = worse.cost.step_seconds < 1.01 * better.cost.step_seconds
+        same_wire = worse.cost.collective_bytes == better.cost.collective_bytes
+        saves = worse.cost.memory.peak_bytes < better.cost.memory.peak_bytes
+        assert saves or not (same_time and same_wire)
 
 
 def step_program(*widths: int) -> Program:

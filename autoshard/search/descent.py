@@ -2,7 +2,8 @@
 
 Exhaustive where the assignments are few; otherwise descent from several starts (the relaxed
 problem's answer first), moving the families of one sibling group, one family, or two sibling groups
-at a time, until no move is better; then again from the best with two sibling groups shaken.
+at a time, until no move is better; then again from the best with two sibling groups shaken. The
+outputs of layers move alone, but one start lays out two groups of them.
 """
 
 import itertools
@@ -19,7 +20,15 @@ from autoshard.graph.propagation import Propagator
 from autoshard.mesh import Mesh, Spec, shard_shape
 from autoshard.search.candidates import NO_RULE, Choices, fixed_layouts
 
-__all__ = ["Scored", "Scorer", "descend", "exhaust", "n_assignments", "starting_points"]
+__all__ = [
+    "Scored",
+    "Scorer",
+    "descend",
+    "exhaust",
+    "n_assignments",
+    "outputs_alone",
+    "starting_points",
+]
 
 Key = tuple[tuple[str, Spec], ...]
 
@@ -168,6 +177,33 @@ def starting_points(
     return {**whole, **relaxed}, smallest, by_hand
 
 
+def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec] | None:
+    """Whole weights, and the two groups of layer outputs laid out that are best together.
+
+    One rule alone may lose what two win: a matmul between them gathers one operand or the other.
+
+    Returns:
+        A further start; None where there are no two groups, or where whole weights take more than
+        twice the memory that there is.
+    """
+    whole = {choices.family: choices.specs[0] for choices in families}
+    groups = _siblings(choices for choices in families if choices.specs[0] == NO_RULE)
+    limit = scorer.memory_limit
+    if len(groups) < 2 or (limit is not None and scorer.score(whole).excess_bytes > limit):
+        return None
+    laid = (
+        {**_laid(first, one), **_laid(second, other)}
+        for first, second in itertools.combinations(groups.values(), 2)
+        for one, other in itertools.product(first[0].specs[1:], second[0].specs[1:])
+    )
+    return min(({**whole, **outputs} for outputs in laid), key=lambda at: scorer.score(at).rank)
+
+
+def _laid(members: Sequence[Choices], spec: Spec) -> dict[str, Spec]:
+    """The outputs of one group with a spec, those that it is legal for."""
+    return {choices.family: spec for choices in members if spec in choices.specs}
+
+
 def _split_beside(stream: int, choices: Choices, mesh: Mesh) -> Spec:
     """The last parallel axis on the first dimension that it divides and that is not the stream."""
     axis, n = mesh.parallel_axes[-1], len(choices.shape)
@@ -227,8 +263,7 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
                 yield _Move(change=partial(_put, places, axis), is_pair=True)
     for members in outputs.values():
         for spec in members[0].specs:
-            laid = {choices.family: spec for choices in members if spec in choices.specs}
-            yield _Move(change=partial(_lay, laid))
+            yield _Move(change=partial(_lay, _laid(members, spec)))
 
 
 def _lay(laid: Mapping[str, Spec], now: Mapping[str, Spec]) -> dict[str, Spec]:

@@ -19,6 +19,7 @@ from autoshard.search.descent import (
     descend,
     exhaust,
     n_assignments,
+    outputs_alone,
     starting_points,
 )
 from autoshard.search.lower_bound import relax
@@ -27,7 +28,7 @@ __all__ = ["Reason", "SearchResult", "search"]
 
 # Below this many assignments every one is scored.
 _EXHAUSTIVE = 64
-# Two layouts whose times and bytes are closer than this are shown as one.
+# Times, bytes on the wire and bytes of memory that differ by less are taken to be equal.
 _SAME = 1e-2
 
 
@@ -122,7 +123,8 @@ def search(
     else:
         own = starting_points(families, relaxed.assignment, mesh)
         points = [*own, *({**own[1], **start} for start in starts)]
-        best = descend(scorer, everything, points)
+        alone = outputs_alone(scorer, everything)
+        best = descend(scorer, everything, [*points, alone] if alone else points)
     for choices in everything:
         _neighbours(scorer, best, choices)  # they are ranked too
     names = {choices.family for choices in families}
@@ -161,23 +163,25 @@ def _gains(scored: Scored, families: Collection[str], scorer: Scorer) -> bool:
 
 
 def _distinct(ranked: Sequence[Scored], top: int) -> tuple[Scored, ...]:
-    """The first of each run of layouts that cost the same."""
+    """The first layouts, without those that run a better one's program with no less memory."""
     kept: list[Scored] = []
     for scored in ranked:
-        if not any(_same(scored, other) for other in kept):
+        if not any(_idle(scored, other) for other in kept):
             kept.append(scored)
         if len(kept) == top:
             break
     return tuple(kept)
 
 
-def _same(a: Scored, b: Scored) -> bool:
-    return all(
-        abs(x - y) <= _SAME * max(x, y)
-        for x, y in (
-            (a.cost.step_seconds, b.cost.step_seconds),
-            (a.cost.memory.peak_bytes, b.cost.memory.peak_bytes),
-        )
+def _idle(scored: Scored, better: Scored) -> bool:
+    """Whether a layout takes the time and the wire of a better one and saves no memory."""
+    ours, theirs = scored.cost, better.cost
+    times = ours.step_seconds, theirs.step_seconds
+    wires = ours.collective_bytes, theirs.collective_bytes
+    saving = theirs.memory.peak_bytes - ours.memory.peak_bytes
+    return (
+        all(abs(x - y) <= _SAME * max(x, y) for x, y in (times, wires))
+        and saving <= _SAME * theirs.memory.peak_bytes
     )
 
 
