@@ -1,5 +1,6 @@
 """What a run compares, what memory it asks for, and how it ends when a process does."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -192,6 +193,25 @@ def test_what_the_machine_cannot_hold_is_run_as_deep_as_it_can(
     assert not found.passed
     # All weights cannot be trained in that, so low-rank factors are.
     assert "low-rank factors of rank 4 (to train all weights takes" in found.parts[2].work
+
+
+def test_memory_is_looked_at_once_for_a_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    needed = needed_bytes(build("gemma_2b_en"), "predict", running_workload("predict"), (), None)
+    # Enough at the start and for the first part; less from then on.
+    looks = itertools.chain([needed, needed], itertools.repeat(needed - 2**20))
+    monkeypatch.setattr(running, "available_bytes", lambda: next(looks))
+
+    def refuse(request: Any, **limits: Any) -> Any:
+        raise ChildError("not now")
+
+    monkeypatch.setattr(running, "execute", refuse)
+    path = tmp_path / "map.py"
+    path.write_text('layout_map["token_embedding/embeddings"] = ("model", None)')
+    predict, generate, _ = running.run(str(path), model="gemma_2b_en", mesh="1x1").parts
+    assert (predict.blocks, predict.failure) == (18, "not now")
+    assert generate.blocks < 18 and generate.failure == "not now"
 
 
 def running_workload(part: str) -> Workload:

@@ -180,7 +180,9 @@ def _adapting(job: _Job, note: str) -> _Job:
 
 def _run_part(job: _Job, on_progress: Callable[[str], None]) -> PartRun:
     """Run a part at the depth that fits, and the reference after it."""
-    repeats, model, missing = _depth(job)
+    # Once: another process may take memory from one look to the next.
+    available = available_bytes()
+    repeats, model, missing = _depth(job, available)
     entry = PartRun(
         part=job.part,
         work=_words(job),
@@ -189,7 +191,6 @@ def _run_part(job: _Job, on_progress: Callable[[str], None]) -> PartRun:
         needed_bytes=job.needed(model),
         missing_bytes=missing,
     )
-    available = available_bytes()
     if available is not None and entry.needed_bytes > available:
         return replace(entry, failure=_refusal(entry, available))
     try:
@@ -245,9 +246,8 @@ def _compared(
     )
 
 
-def _depth(job: _Job) -> tuple[int | None, AbstractModel, int]:
+def _depth(job: _Job, available: int | None) -> tuple[int | None, AbstractModel, int]:
     """The periods of blocks to run (None: all), the model so deep, and what is missing for all."""
-    available = available_bytes()
     missing = 0 if available is None else max(0, job.needed(job.model) - available)
     if job.blocks is not None or not missing or job.part == "load":
         return job.blocks, job.asked_for(), missing
