@@ -38,6 +38,9 @@ def main() -> None:
     MODEL is a preset name (see `autoshard models`), package.module:callable, a local preset
     directory, a .keras or config.json file, or a kaggle:// or hf:// handle.
     """
+    # An installed script does not look for modules in the folder it is called from.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _step_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -317,6 +320,8 @@ def verify(
     _set_backend()
     options["axes"] = _names(axes)
     if runs:
+        if no_cache:
+            raise UsageError("--no-cache is for a compile: leave it out, --run keeps no verdicts")
         _run(layout, processes, form, **options)
         return
     if processes > 1:

@@ -30,6 +30,7 @@ from autoshard.records.parts import (
 from autoshard.settling import Verdict, compiler_for, settle
 from autoshard.setup import make_setup
 from autoshard.sharding_plan import Plan
+from autoshard.xla.collectives import merge_collectives
 from autoshard.xla.compiled import CompiledStep
 
 __all__ = ["Outcome", "check", "inspect", "make_plan", "plan", "prediction"]
@@ -148,13 +149,23 @@ def plan(
     if outcome.failure:
         raise XlaError(outcome.failure)
     if not outcome.fits:
-        assert outcome.winner.scored is not None
         raise NothingFitsError(
             f"no layout of {outcome.plan.model.name} keeps {outcome.planning.setup.memory_limit} "
-            f"bytes a device; the nearest needs {outcome.winner.scored.cost.memory.peak_bytes}"
+            f"bytes a device; {_nearest(outcome)}"
             + "".join(f"; {remedy.change} would fit" for remedy in outcome.remedies)
         )
     return outcome.plan
+
+
+def _nearest(outcome: Outcome) -> str:
+    """What the nearest layout needs: by the compiler where one was asked, else predicted."""
+    if outcome.verdicts:
+        verdict = outcome.verdicts[0]
+        if verdict.compiled is None:
+            return verdict.error
+        return f"the nearest needs {verdict.compiled.peak_bytes} when compiled"
+    assert outcome.winner.scored is not None
+    return f"the nearest needs {outcome.winner.scored.cost.memory.peak_bytes}"
 
 
 def make_plan(
@@ -328,5 +339,5 @@ def _collectives(step: CompiledStep, causes: Causes) -> tuple[Collective, ...]:
             layer=item.layer or None,
             rule=causes.of(item.layer, item.axis),
         )
-        for item in step.collectives
+        for item in merge_collectives(step.collectives, [s.template for s in step.blocks])
     )

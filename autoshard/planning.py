@@ -18,7 +18,7 @@ from autoshard.layout.references import ANNOUNCEMENT_MAP
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise
-from autoshard.mesh import Mesh, Spec
+from autoshard.mesh import Mesh, Spec, divides, format_spec
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.outputs import OutputShapes
@@ -183,6 +183,11 @@ def run_planner(
         )
     with watch.stage("write the rules"):
         candidates = tuple(_expressible(table, result.ranked, top))
+        if not candidates:
+            raise LayoutError(
+                f"no layout found for {table.name} can be told by rules: variables of different "
+                "families share a path; give their layers different names"
+            )
         unbound = [result.unbound] if result.unbound else []
         beyond = [replace(c, name="without generate") for c in _expressible(table, unbound, 1)]
     return Planning(
@@ -335,8 +340,30 @@ def score_rules(
     except LayoutError as error:
         return Candidate(name=name, rules=rules, scored=None, failure=str(error))
     outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
+    failure = _outputs_failure(resolution.outputs, table, mesh, scorer.pricer.program)
+    if failure:
+        return Candidate(name=name, rules=rules, scored=None, failure=failure)
     assignment = _known({**resolution.assignment, **outputs}, scorer)
     return Candidate(name=name, rules=rules, scored=scorer.score(assignment))
+
+
+def _outputs_failure(
+    outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, program: Program
+) -> str:
+    """Why rules for layer outputs cannot be priced, in one line, or ""."""
+    laid: dict[str, set[Spec | None]] = {}
+    for path in table.output_paths:
+        laid.setdefault(table.templates[path], set()).add(outputs.get(path))
+    for template, specs in laid.items():
+        if len(specs) > 1:
+            return f"not priced: it lays out '{template}' in some blocks otherwise than in others"
+    for output in program.layer_outputs:
+        (spec,) = laid.get(output.template, {None})
+        if spec and (len(spec) > len(output.shape) or not divides(output.shape, spec, mesh)):
+            return (
+                f"JAX refuses {format_spec(spec)} for '{output.template}', of shape {output.shape}"
+            )
+    return ""
 
 
 def _known(assignment: Mapping[str, Spec], scorer: Scorer) -> dict[str, Spec]:

@@ -85,9 +85,7 @@ def settle(
             on_progress(f"compile {candidate.name} for {compiler}, shallow")
             deep = partial(compile_deep, child, timeout_seconds=seconds)
             verdicts.append(_verdict(model, planning, candidate, compiler, deep))
-        verdicts.sort(key=lambda verdict: (verdict.fits is False, verdict.step_seconds))
-        if verdicts[0].compiled is None:
-            raise XlaError(f"no candidate compiles for {compiler}: {verdicts[0].error}")
+        verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.step_seconds))
         refused: list[Verdict] = []
         for shallow in verdicts:
             if shallow.compiled is None:
@@ -99,9 +97,10 @@ def settle(
             if verdict.compiled is not None and verdict.fits is not False:
                 return (verdict, *rest, *refused)
             refused.append(verdict)
+    refused = refused or verdicts
     refused.sort(key=lambda verdict: verdict.fits is not False)
     if refused[0].fits is not False:
-        raise XlaError(f"no candidate compiles whole for {compiler}: {refused[0].error}")
+        raise XlaError(f"no candidate compiles for {compiler}: {refused[0].error}")
     return (*refused, *verdicts[len(refused) :])
 
 
@@ -157,7 +156,7 @@ def _judge(
     """Time a compiled step, and hold its memory against the limit where that says something."""
     setup = planning.setup
     if compiler.chip.kind == "tpu":
-        seconds = step_time(compiled).step_seconds
+        seconds = step_time(compiled, setup.mesh).step_seconds
     else:
         # The partitioner for CPUs and the GPU compiler count no cycles.
         assert candidate.scored is not None

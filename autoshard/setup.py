@@ -61,6 +61,8 @@ def make_setup(
     if isinstance(target, str):
         target = parse_target(target)
     if slices is not None:
+        if slices < 1:
+            raise UsageError(f"slices is {slices}; give 1 or more")
         target = _in_slices(mesh, target, slices)
     elif target is None:
         target = default_target(mesh)

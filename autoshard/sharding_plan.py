@@ -260,8 +260,9 @@ keras.distribution.set_distribution(distribution)
 
     def _build(self, model: Any) -> ModelTable:
         model = self.model.name if model is None else model
-        # A name is built as the workload has it, a model that is there stays as it is.
-        lora_rank = self.workload.lora_rank if isinstance(model, str) else None
+        # A name or a callable is built as the workload has it, a model stays as it is.
+        made = isinstance(model, str) or not hasattr(model, "weights")
+        lora_rank = self.workload.lora_rank if made else None
         table: ModelTable = build(model, dtype=self.workload.dtype, lora_rank=lora_rank).table()
         return table
 

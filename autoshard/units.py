@@ -51,14 +51,17 @@ def format_bytes(n_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Print a duration with three significant digits.
+    """Print a duration with three significant digits, or in whole seconds.
 
-    >>> [format_seconds(s) for s in (0, 2.5e-6, 0.01234, 95.5)]
-    ['0 s', '2.5 us', '12.3 ms', '95.5 s']
+    >>> [format_seconds(s) for s in (0, 2.5e-6, 0.01234, 0.9996, 95.5, 999.6)]
+    ['0 s', '2.5 us', '12.3 ms', '1 s', '95.5 s', '1000 s']
     """
+    rounded = float(f"{seconds:.3g}")
+    if abs(rounded) >= 1000:
+        return f"{seconds:.0f} s"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if abs(seconds) >= size:
-            return f"{seconds / size:.3g} {unit}"
+        if abs(rounded) >= size:
+            return f"{rounded / size:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
 
 
@@ -77,10 +80,10 @@ def format_count(count: float) -> str:
 def format_flops(flops: float) -> str:
     """Print a number of floating point operations.
 
-    >>> [format_flops(n) for n in (512, 2.1e13)]
-    ['512 FLOP', '21 TFLOP']
+    >>> [format_flops(n) for n in (512, 2.1e13, 1.7e18)]
+    ['512 FLOP', '21 TFLOP', '1.7 EFLOP']
     """
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if abs(flops) >= size:
             return f"{flops / size:.3g} {prefix}FLOP"
     return f"{flops:.0f} FLOP"

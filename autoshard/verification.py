@@ -35,7 +35,7 @@ from autoshard.units import parse_bytes
 from autoshard.xla.attached import attached_target
 from autoshard.xla.cache import verdict_cache
 from autoshard.xla.children import Child, child_environment
-from autoshard.xla.clock import ring_seconds, step_time
+from autoshard.xla.clock import step_time, step_time_beside
 from autoshard.xla.collectives import merge_collectives
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
@@ -86,7 +86,7 @@ def verify(
             default the plan's.
         blocks: compile only so many periods of each stack of repeated blocks.
         memory_limit: bytes a device, or a text like `15GiB`; by default the chip's usable memory.
-        cache: whether a verdict may be read from the cache.
+        cache: False to ask the compiler again where the cache has its verdict.
         on_progress: called with the name of each stage.
         **options: with `model`: `mesh`, `axes`, `workload`, `batch`, `seq_len`, `lora_rank`,
             `dtype` and `optimizer`, as for `plan`.
@@ -113,7 +113,7 @@ def verify(
         target=str(setup.target),
         repeats=blocks,
     )
-    known = verdict_cache(subject.model) if cache else None
+    known = verdict_cache(subject.model, reads=cache)
     with Child(child_environment(setup.target), memory_limit_bytes=_MEMORY_LIMIT_BYTES) as child:
         try:
             step = compile_in(child, request, timeout_seconds=_COMPILE_SECONDS, cache=known)
@@ -134,6 +134,10 @@ def subject_of(
     given = {name: value for name, value in options.items() if value is not None}
     limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
     if model is None:
+        if isinstance(layout, str) and (layout == "kerashub" or layout.endswith(".py")):
+            raise UsageError(
+                f"{layout} is no plan: name the model and the mesh it is for (--model, --mesh)"
+            )
         if given:
             raise UsageError(
                 f"a plan states its own {', '.join(sorted(given))}; leave that out, or name the "
@@ -218,7 +222,9 @@ def _empty(subject: Subject, predicted: Prediction | None) -> Verification:
 
 def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) -> Verification:
     setup = subject.setup
-    on_cpu = setup.target.chip.kind == "cpu"
+    # Too much for a part is too much for the whole, but what is enough for it may not be.
+    fits = step.peak_bytes <= setup.memory_limit
+    unsaid = setup.target.chip.kind == "cpu" or (fits and not step.is_whole)
     all_flops = (step.flops or 0) * setup.mesh.n_devices
     repeated = None
     if all_flops and step.model_flops is not None:
@@ -227,7 +233,7 @@ def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) 
         _empty(subject, predicted),
         blocks=sum(stack.traced for stack in step.blocks) or None,
         n_blocks=sum(stack.n_blocks for stack in step.blocks) or None,
-        fits=None if on_cpu else step.peak_bytes <= setup.memory_limit,
+        fits=None if unsaid else fits,
         memory=MemoryUse(
             arguments=step.argument_bytes,
             temporaries=step.temporary_bytes,
@@ -235,7 +241,7 @@ def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) 
             aliased=step.alias_bytes,
             peak=step.peak_bytes,
         ),
-        step_seconds=_seconds(step, setup.target, predicted),
+        step_seconds=_seconds(step, setup, predicted),
         collectives=tuple(_collectives(subject, step)),
         flops_per_device=step.flops,
         model_flops=step.model_flops,
@@ -243,19 +249,18 @@ def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) 
     )
 
 
-def _seconds(
-    step: CompiledStep, target: Target, predicted: Prediction | None
-) -> StepSeconds | None:
-    """The compiler's cycles and the collectives on a ring; predicted compute for a GPU."""
-    if target.chip.kind == "tpu":
-        time = step_time(step)
-    elif target.chip.kind == "gpu" and predicted is not None and step.is_whole:
-        time = ring_seconds(step, predicted.compute_seconds)
+def _seconds(step: CompiledStep, setup: Setup, predicted: Prediction | None) -> StepSeconds | None:
+    """The compiler's cycles and the collectives on the mesh's links; a GPU's predicted compute."""
+    kind = setup.target.chip.kind
+    if kind == "tpu":
+        time = step_time(step, setup.mesh)
+    elif kind == "gpu" and predicted is not None and step.is_whole:
+        time = step_time_beside(step, predicted.compute_seconds, setup.mesh)
     else:
         return None
     return StepSeconds(
         compute=time.compute_seconds,
-        compute_is_predicted=target.chip.kind == "gpu",
+        compute_is_predicted=kind == "gpu",
         blocking=time.blocking_seconds,
         overlapped=time.overlapped_seconds,
         step=time.step_seconds,

@@ -60,6 +60,25 @@ def test_bad_input_is_one_line_on_standard_error(
     assert "Traceback" not in result.output
 
 
+def test_a_callable_is_found_in_the_folder_the_script_is_called_from(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import keras\n"
+        "def build():\n"
+        "    return keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])\n"
+    )
+    script = "from autoshard.cli import main; main()"
+    # -P: an installed script has its own folder on the path, not the one it is called from.
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", script, "inspect", "mine:build"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "dense/kernel" in found.stdout
+
+
 def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
     result = plan_small("-o", str(tmp_path / "none" / "plan.json"))
     assert result.exit_code == 1

@@ -107,7 +107,7 @@ def test_json_that_is_no_plan_is_refused(text: str, message: str) -> None:
 def test_a_plans_json_gives_its_rules() -> None:
     text = '{"format": "autoshard-plan", "layout_map": [["a/kernel", ["model", null]]]}'
     assert parse_layout(text) == (Rule(pattern="a/kernel", spec=("model", None)),)
-    with pytest.raises(LayoutError, match=r'\["a/kernel", "model"\] is not a rule; expected'):
+    with pytest.raises(PlanFileError, match=r'the layout: \["a/kernel", "model"\] is not a rule'):
         parse_layout('{"format": "autoshard-plan", "layout_map": [["a/kernel", "model"]]}')
 
 

@@ -125,7 +125,7 @@ def test_two_outputs_are_laid_out_where_neither_pays_alone() -> None:
         pattern=r"decoder_block_\d+/attention/value/output", spec=("batch", None, None, None)
     )
     softmax = Rule(
-        pattern=r"decoder_block_\d+/attention/softmax/output",
+        pattern=r"decoder_block_\d+/attention/softmax(_\d+)?/output",
         spec=("batch", None, None, None, "model"),
     )
     whole, first, second, both = (
@@ -194,6 +194,39 @@ def test_the_search_finds_what_exhaustive_search_finds(
     assert found.rank == best.rank
     if limit is None:
         assert relaxed.bound_seconds <= best.cost.step_seconds * (1 + 1e-9)
+
+
+def test_one_device_has_one_layout() -> None:
+    planning = plan("gemma_2b_en", make_setup("1x1", workload="prefill"))
+    assert [candidate.rules for candidate in planning.candidates] == [()]
+
+
+def test_where_nothing_fits_there_is_no_bound() -> None:
+    # Weights and Adam of Gemma 7B: 48 GiB over two devices of 15.75.
+    planning = plan("gemma_7b_en", make_setup("1x2"))
+    assert planning.result.ranked[0].excess_bytes > 0
+    assert planning.result.bound_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "spec", "words"),
+    [
+        ("decoder_block_0/ffw_linear/output", ("batch", None, "model"), "not priced: it lays out"),
+        (r"decoder_block_\d+/ffw_linear/output", (None, None, None, "model"), "JAX refuses"),
+        (r"decoder_block_\d+/attention/query/output", (None, None, None, "model"), ""),
+    ],
+)
+def test_a_rule_for_outputs_is_priced_where_it_can_be(
+    pattern: str, spec: tuple[str | None, ...], words: str
+) -> None:
+    setup = make_setup("1x8", workload="prefill")
+    traced = trace_model("gemma_7b_en", setup.workload)
+    pricer = make_pricer(traced.program, setup)
+    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
+    rules = (Rule(pattern=pattern, spec=spec),)
+    candidate = score_rules("the map", rules, traced.table, setup.mesh, scorer)
+    assert words in candidate.failure
+    assert (candidate.scored is None) == bool(words)
 
 
 def test_the_cache_of_all_blocks_is_counted() -> None:

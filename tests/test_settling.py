@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 from test_planning import plan
@@ -13,6 +14,8 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.planning import Planning
 from autoshard.settling import Verdict, settle
 from autoshard.setup import make_setup
+from autoshard.xla.clock import step_time
+from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
 TARGET = parse_target("tpu:v5e:2x4")
@@ -98,6 +101,49 @@ def test_one_refused_layout_leaves_the_verdicts_of_the_others(verdicts, ranked) 
     assert found[-1].error == "no such layout"
 
 
+def test_a_refused_layout_hides_none_that_is_too_big(verdicts, ranked) -> None:
+    def shallow(request: CompileRequest) -> CompiledStep:
+        if request.rules == ranked[0]:
+            raise XlaError("no such layout")
+        return replace(program(10**8), argument_bytes=2**50)
+
+    found = verdicts(shallow, shallow)
+    assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
+    assert [verdict.fits for verdict in found] == [False, False, None]
+
+
+def test_where_none_fits_even_shallow_the_nearest_is_said_not_to_fit(verdicts) -> None:
+    def full(request: CompileRequest) -> CompiledStep:
+        raise OutOfMemoryError("too big")
+
+    found = verdicts(full, full)
+    assert [(verdict.fits, verdict.error) for verdict in found] == [(False, "too big")] * 3
+
+
+def test_collectives_between_slices_take_the_network(monkeypatch, planning, ranked) -> None:
+    setup = make_setup("2x8", target="tpu:v5e:2x4:2")
+    reduced = Collective(
+        kind="all-reduce",
+        axis="batch",
+        n_bytes=2**30,
+        dtype="bf16",
+        group_size=2,
+        layer="",
+        phase="backward",
+        overlapped=False,
+        count=1,
+        launches=1,
+    )
+    step = replace(program(10**8), target=str(setup.target), collectives=(reduced,))
+    verdict = settling._judge(
+        replace(planning, setup=setup), planning.candidates[0], step, setup.target
+    )
+    # 2 x 1 GiB x 1/2 through each device; the network of a v5e host carries far less than its ring.
+    network = setup.target.chip.network_bytes_per_second
+    assert network is not None
+    assert verdict.step_seconds > 2**30 / network / 2 > step_time(step).step_seconds
+
+
 def test_a_child_that_died_says_nothing_of_any(verdicts) -> None:
     def dead(request: CompileRequest) -> CompiledStep:
         raise ChildError("killed")
@@ -120,5 +166,5 @@ def test_where_none_compiles_whole_nothing_is_verified(verdicts) -> None:
     def whole(request: CompileRequest) -> CompiledStep:
         raise XlaError("no such program")
 
-    with pytest.raises(XlaError, match="no candidate compiles whole"):
+    with pytest.raises(XlaError, match="no candidate compiles for"):
         verdicts(lambda _: program(10**8), whole)

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 from test_cli import SMALL, environment, plan_small, run
+from test_xla_compile import program
 
+from autoshard import verification
 from autoshard.errors import UsageError, XlaError
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.causes import Causes
 from autoshard.layout.rules import Rule
 from autoshard.mesh import parse_mesh
+from autoshard.report.verify import verification_text
 from autoshard.verification import verify
 from autoshard.xla.attached import Seen, target_seen
 
@@ -64,6 +67,9 @@ def test_a_map_from_elsewhere_is_compiled_too(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("kerashub", "--model", SMALL), "needs its mesh"),
+        (("kerashub",), "kerashub is no plan: name the model and the mesh it is for"),
+        (("map.py",), "map.py is no plan: name the model and the mesh it is for"),
+        (("PLAN", "--run", "--no-cache"), "--run keeps no verdicts"),
         (("PLAN", "--mesh", "1x8"), "a plan states its own mesh"),
         (("PLAN", "--target", "tpu:v5e:2x2"), "8 devices"),
         (("PLAN", "--target", "abacus:8"), "unknown chip"),
@@ -87,6 +93,22 @@ def test_a_missing_compiler_gives_the_pip_command(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(XlaError, match=r'pip install "autoshard\[cuda\]"'):
         verify(plan_file, target="gpu:h100-sxm:8")
+
+
+@pytest.mark.parametrize(("peak", "fits"), [(2**30, None), (2**50, False)])
+def test_part_of_a_model_that_fits_says_nothing_of_the_whole(
+    peak: int, fits: bool | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step = program(2, 4, 0, argument_bytes=peak, target="tpu:v5e:2x4")
+    monkeypatch.setattr(verification, "child_environment", lambda target: {})
+    monkeypatch.setattr(verification, "compile_in", lambda *_, **__: step)
+    path = tmp_path / "map.py"
+    path.write_text(MAP)
+    found = verify(str(path), model=SMALL, mesh="1x8", target="tpu:v5e:2x4", blocks=2)
+    assert found.fits is fits
+    text = verification_text(found)
+    assert ("2 of 10 blocks; whether all fit" in text) == (fits is None)
+    assert ("DOES NOT FIT" in text) == (fits is False)
 
 
 @pytest.mark.tpu

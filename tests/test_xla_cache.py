@@ -42,6 +42,14 @@ def test_flags_of_the_compiler_are_part_of_the_question(
     assert cache.get(request()) is None
 
 
+def test_a_cache_that_is_not_read_keeps_the_new_answer(cache: VerdictCache) -> None:
+    cache.put(request(), program(2, 4, 100))
+    again = replace(cache, reads=False)
+    assert again.get(request()) is None
+    again.put(request(), program(2, 4, 200))
+    assert cache.get(request()) == program(2, 4, 200)
+
+
 def test_a_refusal_is_kept_as_well(cache: VerdictCache) -> None:
     cache.put(request(), OutOfMemoryError("it does not fit"))
     with pytest.raises(OutOfMemoryError, match="it does not fit"):
@@ -85,4 +93,5 @@ def test_a_model_whose_code_may_change_has_no_key(
     assert found is not None
     assert found.folder == tmp_path / "autoshard" / "verdicts"
     assert found == verdict_cache(build(small_gemma_backbone))
+    assert verdict_cache(build(small_gemma_backbone), reads=False) == replace(found, reads=False)
     assert found != verdict_cache(build("gemma_2b_en"))

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,21 @@ def test_a_child_answers_calls_in_sequence_from_one_process_and_names_its_stages
         assert child.call(f"{HERE}:_double", 21, timeout_seconds=60) == 42
         assert child.call(f"{HERE}:_process_id", None, timeout_seconds=60) == first != os.getpid()
     assert stages == ["import", "import", "double", "import"]
+
+
+def test_a_request_that_the_child_cannot_read_is_an_error_that_says_so(monkeypatch):
+    module = types.ModuleType("only_the_parents")
+    module.Sent = type("Sent", (), {"__module__": "only_the_parents"})
+    monkeypatch.setitem(sys.modules, "only_the_parents", module)
+    with Child() as child, pytest.raises(XlaError, match="No module named 'only_the_parents'"):
+        child.call(f"{HERE}:_double", module.Sent(), timeout_seconds=60)
+
+
+def test_a_module_in_the_current_folder_does_not_get_into_a_child(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise RuntimeError('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    with Child() as child:
+        assert child.call(f"{HERE}:_double", 21, timeout_seconds=60) == 42
 
 
 def test_a_child_gets_the_environment_it_was_given():

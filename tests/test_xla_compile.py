@@ -11,11 +11,12 @@ from autoshard.mesh import parse_mesh
 from autoshard.model.folding import BlockStack
 from autoshard.model.workload import Workload
 from autoshard.xla.children import Child, child_environment
-from autoshard.xla.clock import collective_bytes, step_time
+from autoshard.xla.clock import collective_seconds, link_of, step_time
 from autoshard.xla.collectives import Collective, merge_collectives
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.extrapolate import extrapolate
+from autoshard.xla.partitioned import target_collectives, total_wire_bytes
 
 SECONDS = 240
 MEGATRON = (
@@ -78,7 +79,7 @@ def test_megatron_layout_has_two_all_reduces_a_block_and_one_for_the_embedding(c
     }
     assert {c.dtype for c in step.collectives} == {"bf16"}
     # Wire bytes of a ring: 2 b (g - 1) / g each.
-    assert collective_bytes(step) == 5 * 2 * 32768 * 7 / 8
+    assert total_wire_bytes(step.collectives) == 5 * 2 * 32768 * 7 / 8
     # Logits, a device's share of the vocabulary: 8 x 32 x 512 / 8 bfloat16.
     assert step.output_bytes == 8 * 32 * 64 * 2
     assert step.estimated_cycles is None
@@ -121,6 +122,17 @@ def test_two_axes_are_told_apart(child):
     assert axes == {("model", 4), ("batch", 2)}
 
 
+def test_equal_sums_of_neighbours_are_one_inside_a_block_only():
+    sums = [
+        replace(program(2, 4, 0).collectives[0], layer=layer, phase="backward")
+        for layer in ("block_*/query", "block_*/key", "dense_1", "dense_2")
+    ]
+    step = program(2, 4, 0, target="cpu:8", collectives=tuple(sums))
+    found = {one.layer for one in target_collectives(step, "batch")}
+    assert len(found & {"block_*/query", "block_*/key"}) == 1
+    assert {"dense_1", "dense_2"} <= found
+
+
 @pytest.mark.parametrize("kind", ["prefill", "train"])
 def test_extrapolation_equals_a_direct_compile(child, kind):
     workload = Workload(kind=kind, batch=8, seq_len=32)
@@ -145,7 +157,7 @@ def test_a_deep_compile_extends_two_copies_to_the_whole_model(child):
     assert step.is_whole
     whole = compiled(child, repeats=None)
     assert step.argument_bytes == whole.argument_bytes
-    assert collective_bytes(step) == collective_bytes(whole)
+    assert total_wire_bytes(step.collectives) == total_wire_bytes(whole.collectives)
 
 
 def test_a_layout_that_keras_refuses_is_one_line(child):
@@ -212,6 +224,15 @@ def test_amounts_grow_linearly_with_depth():
     assert whole.estimated_cycles == 30_000
     with pytest.raises(XlaError, match="no shallower and deeper copy"):
         extrapolate(program(4, 8, 180), program(4, 8, 180))
+
+
+def test_a_collective_of_part_of_an_axis_takes_the_time_of_its_groups():
+    whole = replace(program(2, 4, 0).collectives[0], n_bytes=2**30)
+    half = replace(whole, group_size=4)
+    mesh, target = parse_mesh("1x8"), parse_target("tpu:v5e:2x4")
+    times = [collective_seconds(one, link_of(one, mesh, target)) for one in (whole, half)]
+    # 2 b (g - 1) / g bytes through each device.
+    assert times[1] / times[0] == pytest.approx((3 / 4) / (7 / 8), rel=1e-3)
 
 
 def test_the_clock_adds_compute_blocking_and_what_overlap_exceeds():

@@ -7,7 +7,7 @@ All devices share the machine's memory, so a run needs
   + 4 bytes x elements x copies of the largest variable: XLA's CPU backend multiplies bfloat16 in
     float32, and converts one weight at a time
   + 16 bytes for each element of the outputs: they, and float32 copies for loss and comparison
-  + 1 GiB for Python and its libraries
+  + 1 GiB a process for Python and its libraries
 
 It holds for the flags of `autoshard.execution.children`; with XLA's defaults every weight is
 converted at once, and a run needs three times as much.
@@ -44,7 +44,12 @@ class _Held:
 
 
 def needed_bytes(
-    model: AbstractModel, part: Part, workload: Workload, rules: LayoutRules, mesh: Mesh | None
+    model: AbstractModel,
+    part: Part,
+    workload: Workload,
+    rules: LayoutRules,
+    mesh: Mesh | None,
+    n_processes: int = 1,
 ) -> int:
     """Bytes of memory that a part needs, all devices together.
 
@@ -54,6 +59,7 @@ def needed_bytes(
         workload: batch, sequence length and optimizer.
         rules: the layout map.
         mesh: the grid of devices; None for one device.
+        n_processes: processes that share the devices.
     """
     held = [_held(v, rules, mesh) for v in model.model.weights]
     needed = sum(item.n_bytes * item.copies for item in held)
@@ -68,7 +74,8 @@ def needed_bytes(
             n_elements = math.prod(slot.shape)
             size = _itemsize(slot.dtype)
             needed += n_elements * size * copies.get(slot.owner or "", 1)
-    return round(needed + _OUTPUT_BYTES * _output_elements(model, workload)) + _LIBRARY_BYTES
+    needed += _OUTPUT_BYTES * _output_elements(model, workload)
+    return round(needed) + n_processes * _LIBRARY_BYTES
 
 
 def _held(variable: Any, rules: LayoutRules, mesh: Mesh | None) -> _Held:
@@ -116,6 +123,9 @@ def _group_bytes() -> tuple[int, ...]:
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         used = (_CGROUP / "memory.current").read_text(encoding="ascii").strip()
+        kept = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return ()
-    return () if limit == "max" else (int(limit) - int(used),)
+    # Files that were read lately count as used, and are given up when memory is asked for.
+    files = next((int(line.split()[1]) for line in kept if line.startswith("inactive_file ")), 0)
+    return () if limit == "max" else (int(limit) - int(used) + files,)

@@ -56,8 +56,12 @@ class _Job:
     def needed(self, model: AbstractModel) -> int:
         """Memory for a model of some depth, under the plan and without it."""
         rules, mesh = self.subject.rules, self.subject.setup.mesh
-        both = ((rules, mesh), ((), None)) if self.n_processes == 1 else ((rules, mesh),)
-        return max(needed_bytes(model, self.part, self.workload, *each) for each in both)
+        sharded = needed_bytes(
+            model, self.part, self.workload, rules, mesh, n_processes=self.n_processes
+        )
+        if self.n_processes > 1:
+            return sharded
+        return max(sharded, needed_bytes(model, self.part, self.workload, (), None))
 
 
 def run(
@@ -222,11 +226,12 @@ def _compared(
         reference = replace(reference, mesh=None, rules=())
 
     def outcomes(title: str, asked: RunRequest, n_processes: int) -> tuple[Outcome, ...]:
+        available = available_bytes()
         return execute(
             asked,
             n_processes=n_processes,
             timeout_seconds=_PART_SECONDS,
-            memory_limit_bytes=available_bytes(),
+            memory_limit_bytes=available and available // n_processes,
             on_stage=lambda stage: on_progress(f"{job.part}, {title}: {stage}"),
         )
 

@@ -126,7 +126,10 @@ def _plan_rules(text: str, name: str) -> LayoutRules:
     rules = value.get("layout_map")
     if not isinstance(rules, list):
         raise PlanFileError(f"{name} is not a plan: layout_map is not a list of rules")
-    return tuple(Rule.from_json(rule) for rule in rules)
+    try:
+        return tuple(Rule.from_json(rule) for rule in rules)
+    except LayoutError as error:
+        raise PlanFileError(f"{name}: {error}") from None
 
 
 class _Source:

@@ -151,7 +151,8 @@ class Compiled:
         fits: whether the program fits the target's memory, None where the compiler cannot tell.
         peak_bytes_per_device: its own figure, None where it says nothing of the target.
         collectives: what it put into the program.
-        step_seconds: from its cycles, None where it gives none.
+        step_seconds: its collectives on the mesh's links, and the cycles that a TPU's compiler
+            counts or the predicted compute; None where it was not timed.
     """
 
     target: str

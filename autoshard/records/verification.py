@@ -81,7 +81,8 @@ class Verification:
         target: what it was compiled for.
         blocks: repeated blocks in the program; None where the model has none.
         n_blocks: those of the whole model.
-        fits: whether it fits the memory; None from `cpu`, whose memory is not the target's.
+        fits: whether it fits the memory; None from `cpu`, whose memory is not the target's, and
+            where only some of the blocks were compiled and those fit.
         memory_limit: bytes a device that it may use.
         refusal: why the compiler refused it, in one sentence, or "".
         memory: bytes of a device; None where the compiler refused.

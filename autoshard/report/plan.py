@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from tabulate import tabulate
 
 from autoshard.cost.values import StepCost
+from autoshard.hardware.targets import parse_target
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, format_rules
 from autoshard.mesh import format_spec
@@ -99,7 +100,6 @@ def _cost(outcome: Outcome) -> str:
     assert outcome.winner.scored is not None
     scored, planning = outcome.winner.scored, outcome.planning
     cost, memory, result = scored.cost, scored.cost.memory, planning.result
-    gap = result.gap(scored)
     parts = (
         ("weights", memory.weights),
         ("gradients", memory.gradients),
@@ -110,6 +110,12 @@ def _cost(outcome: Outcome) -> str:
     shown = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts if n)
     caches = Counter(planning.cache_specs(scored))
     laid = [f"KV cache, laid out by XLA: {n} x {format_spec(spec)}" for spec, n in caches.items()]
+    bound = "no layout keeps the memory limit, by the same formulas"
+    if result.bound_seconds:
+        bound = (
+            f"no layout can be faster than {format_seconds(result.bound_seconds)} by the same "
+            f"formulas (gap {result.gap(scored):.0%})"
+        )
     return "\n".join(
         (
             f"predicted step {format_seconds(cost.step_seconds)}: compute "
@@ -119,8 +125,7 @@ def _cost(outcome: Outcome) -> str:
             f"{format_bytes(cost.collective_bytes)} on the wire a device",
             f"predicted memory {format_bytes(memory.peak_bytes)} a device at the peak: {shown}",
             *laid,
-            f"searched {result.n_scored} layouts; no layout can be faster than "
-            f"{format_seconds(result.bound_seconds)} by the same formulas (gap {gap:.0%})",
+            f"searched {result.n_scored} layouts; {bound}",
         )
     )
 
@@ -178,15 +183,19 @@ def _ranking(outcome: Outcome) -> str:
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     headers = ("layout", "step", "compute", "collectives", "wire", "memory", "compiled", "")
     table = tabulate(rows, headers=headers, disable_numparse=True)
-    by = outcome.verdicts[0].compiled if outcome.verdicts else None
     note = "all predicted by formulas"
+    by = next((v.compiled.target for v in outcome.verdicts if v.compiled), None)
     if by is not None:
-        note += (
-            "; compiled: the step with the collectives that XLA's partitioner put in"
-            if by.target.startswith("cpu")
-            else f"; compiled: by the compiler of {by.target}, its cycles and collectives"
-        )
+        note += f"; compiled: the step with the collectives {_source(by)}"
     return f"{table}\n({note})\n\n" + "\n\n".join(_differences(outcome))
+
+
+def _source(target: str) -> str:
+    """Whose collectives and compute a compiled time has."""
+    kind = parse_target(target).chip.kind
+    if kind == "cpu":
+        return "that XLA's partitioner put in"
+    return f"and the cycles of the compiler of {target}" if kind == "tpu" else f"of {target}"
 
 
 def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ...]:
@@ -196,8 +205,8 @@ def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ..
     compiled, note = "", ""
     if verdict is not None:
         compiled = format_seconds(verdict.step_seconds) if verdict.compiled else "fails"
-        note = verdict.error
-    if candidate.scored.excess_bytes:
+        note = verdict.error or ("" if verdict.fits is not False else "too much when compiled")
+    if candidate.scored.excess_bytes and not note:
         note = f"{format_bytes(candidate.scored.excess_bytes)} too much"
     return (
         format_seconds(cost.step_seconds),

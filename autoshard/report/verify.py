@@ -58,23 +58,32 @@ def _verdict_line(found: Verification) -> str:
     if found.refusal:
         return f"DOES NOT FIT: {found.refusal}"
     assert found.memory is not None
-    if found.fits is None:
+    if _on_cpu(found):
         return (
             "compiles; whether it fits cannot be told from a compile for CPU devices, which "
             "computes bfloat16 in float32 and keeps everything"
         )
     peak = format_bytes(found.memory.peak)
+    if found.fits is None:
+        return (
+            f"compiles: {peak} of {limit} usable a device at the peak, for {found.blocks} of "
+            f"{found.n_blocks} blocks; whether all fit takes a compile without --blocks"
+        )
     if found.fits:
         return f"fits: {peak} of {limit} usable a device at the peak"
     excess = format_bytes(found.memory.peak - found.memory_limit)
     return f"DOES NOT FIT: {peak} a device at the peak, {excess} more than the usable {limit}"
 
 
+def _on_cpu(found: Verification) -> bool:
+    return parse_target(found.target).chip.kind == "cpu"
+
+
 def _comparison(found: Verification) -> Iterator[str]:
     """Compiler and prediction, side by side."""
     rows: list[tuple[str, str, str]] = []
     predicted, memory, time = found.predicted, found.memory, found.step_seconds
-    if memory is not None and found.fits is not None:
+    if memory is not None and not _on_cpu(found):
         peak = format_bytes(predicted.peak_bytes_per_device) if predicted else ""
         rows += [
             ("memory at the peak, a device", format_bytes(memory.peak), peak),
@@ -117,7 +126,7 @@ def _notes(found: Verification) -> str:
     notes = []
     if found.step_seconds is not None:
         notes.append(
-            "collectives by the ring formulas over the chip's links; overlap is taken as perfect"
+            "collectives by the ring formulas over the mesh's links; overlap is taken as perfect"
         )
     partial = found.blocks is not None and found.blocks != found.n_blocks
     if partial and found.predicted is not None:
@@ -147,7 +156,7 @@ def _collectives(found: Verification) -> Iterator[str]:
     if not found.collectives:
         yield "no collectives"
         return
-    on_cpu = parse_target(found.target).chip.kind == "cpu"
+    on_cpu = _on_cpu(found)
     rows = [
         (
             item.kind,

@@ -150,7 +150,9 @@ def output_choices(program: Program, mesh: Mesh, shapes: Shapes) -> tuple[Choice
 def _output_specs(
     shape: tuple[int, ...], mesh: Mesh, shapes: Collection[tuple[int, ...]]
 ) -> tuple[Spec, ...]:
-    """Specs of an activation that all of `shapes` can bear."""
+    """Specs of an activation that all of `shapes` can bear; none on a single device."""
+    if not mesh.parallel_axes:
+        return ()
     data, others = mesh.data_axis, [a for a in mesh.parallel_axes if a != mesh.data_axis]
     specs = []
     for dims in itertools.product(range(-1, len(shape)), repeat=len(others)):

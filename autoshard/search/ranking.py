@@ -59,7 +59,7 @@ class SearchResult:
 
     Attributes:
         ranked: layouts from best to worst, distinct in cost.
-        bound_seconds: no layout has a faster step, by the cost model.
+        bound_seconds: no layout has a faster step, by the cost model; 0 where none fits.
         n_scored: how many assignments were propagated and priced.
         scorer: what priced them, and remembers.
         choices: what was to be decided for each family and layer output.
@@ -127,20 +127,34 @@ def search(
         best = descend(scorer, everything, [*points, alone] if alone else points)
     for choices in everything:
         _neighbours(scorer, best, choices)  # they are ranked too
-    names = {choices.family for choices in families}
-    worthy = [scored for scored in list(scorer.seen.values()) if _gains(scored, names, scorer)]
-    ranked = sorted(worthy, key=lambda scored: scored.rank)
     free = output_choices(program, mesh, unbound_outputs or {})
     beyond = descend(scorer, [*families, *free], [dict(best.assignment)]) if free else best
+    names = {choices.family for choices in families}
+    worthy = [
+        scored
+        for scored in list(scorer.seen.values())
+        if _keeps(scored, everything) and _gains(scored, names, scorer)
+    ]
+    ranked = sorted(worthy, key=lambda scored: scored.rank)
     return SearchResult(
         ranked=_distinct(ranked, top),
-        bound_seconds=min(relaxed.bound_seconds, best.cost.step_seconds),
+        bound_seconds=_bound(relaxed.bound_seconds, ranked[0]),
         n_scored=len(scorer.seen),
         scorer=scorer,
         choices=everything,
         front=_front(worthy),
-        unbound=beyond if beyond.rank < best.rank else None,
+        unbound=beyond if beyond.rank < ranked[0].rank else None,
     )
+
+
+def _keeps(scored: Scored, everything: Sequence[Choices]) -> bool:
+    """Whether a layout takes only specs that are to be chosen from."""
+    specs = {choices.family: choices.specs for choices in everything}
+    return all(spec in specs.get(name, ()) for name, spec in scored.assignment)
+
+
+def _bound(relaxed_seconds: float, best: Scored) -> float:
+    return min(relaxed_seconds, best.cost.step_seconds) if math.isfinite(relaxed_seconds) else 0.0
 
 
 def _front(layouts: Sequence[Scored]) -> tuple[Scored, ...]:

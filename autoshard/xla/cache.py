@@ -1,4 +1,4 @@
-"""Compiled verdicts on disk, so that no compiler is asked the same question twice.
+"""Compiled verdicts on disk, so that `verify` asks no compiler the same question twice.
 
 A verdict is a program's summary or the sentence by which the compiler refused it for its memory.
 Its key is a hash of all that decides it: the model (its table of variables and its configuration),
@@ -40,10 +40,12 @@ class VerdictCache:
     Attributes:
         folder: where the entries lie.
         model_key: what stands for the model.
+        reads: whether it tells what it keeps; otherwise the compiler is asked again.
     """
 
     folder: Path
     model_key: str
+    reads: bool = True
 
     def get(self, request: CompileRequest) -> CompiledStep | None:
         """The verdict on a request, or None where there is none.
@@ -51,6 +53,8 @@ class VerdictCache:
         Raises:
             OutOfMemoryError: the verdict is that the program does not fit.
         """
+        if not self.reads:
+            return None
         try:
             entry = json.loads(self._path(request).read_text(encoding="utf-8"))
             refusal: str | None = entry["refusal"]
@@ -70,15 +74,10 @@ class VerdictCache:
         path = self._path(request)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".tmp", delete=False
-            ) as file:
-                beside = Path(file.name)
-                file.write(json.dumps(entry))
-            try:
-                os.replace(beside, path)
-            finally:
-                beside.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as beside:
+                written = Path(beside) / path.name
+                written.write_text(json.dumps(entry), encoding="utf-8")
+                os.replace(written, path)
 
     def _path(self, request: CompileRequest) -> Path:
         question = request.to_json() | {"model": self.model_key, "installed": _installed()}
@@ -87,15 +86,17 @@ class VerdictCache:
         return self.folder / f"{digest}.json"
 
 
-def verdict_cache(model: AbstractModel) -> VerdictCache | None:
+def verdict_cache(model: AbstractModel, *, reads: bool = True) -> VerdictCache | None:
     """The cache for a model, in the user's cache directory; None for one that has no key.
 
     Args:
         model: the whole model.
+        reads: False to ask the compiler again, and keep its new answer.
     """
     backbone = type(model.backbone)
     config = model.recipe.config if model.recipe else None
-    if config is None or not backbone.__module__.startswith("keras_hub."):
+    codes = (backbone.__module__, type(model.model).__module__)
+    if config is None or not all(code.startswith("keras_hub.") for code in codes):
         return None
     described = [
         model.table().fingerprint,
@@ -106,6 +107,7 @@ def verdict_cache(model: AbstractModel) -> VerdictCache | None:
     return VerdictCache(
         folder=Path(user_cache_dir("autoshard")) / "verdicts",
         model_key=hashlib.sha256("\n".join(described).encode()).hexdigest(),
+        reads=reads,
     )
 
 

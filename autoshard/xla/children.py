@@ -164,7 +164,8 @@ class Child:
         self._stage = "start"
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "autoshard.xla.worker", str(writer)],
+                # -P: what lies in the current folder is imported only if it is on the path below.
+                [sys.executable, "-P", "-m", "autoshard.xla.worker", str(writer)],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=self._log,

@@ -8,23 +8,23 @@
 Overlap is taken as perfect: what runs beside the computation costs only what it exceeds it by. An
 operation that moves several arrays pays its latency once.
 
-The plain ring makes verdicts on one chip comparable whatever the mesh; `links` times the same
-program on the links that the mesh really has.
+With a mesh the collectives are timed on the links that its axes really have, across slices and
+nodes too. The plain ring makes verdicts on one chip comparable whatever the mesh.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoshard.errors import XlaError
 from autoshard.hardware.chips import Chip
-from autoshard.hardware.collectives import seconds, wire_bytes
+from autoshard.hardware.collectives import seconds
 from autoshard.hardware.links import AxisLink, group_link, ring_link
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.mesh import Mesh
 from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
 
-__all__ = ["StepTime", "collective_bytes", "collective_seconds", "ring_seconds", "step_time"]
+__all__ = ["StepTime", "collective_seconds", "link_of", "step_time", "step_time_beside"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +67,15 @@ def step_time(step: CompiledStep, mesh: Mesh | None = None) -> StepTime:
     return _timed(step, step.estimated_cycles / clock, link)
 
 
-def ring_seconds(step: CompiledStep, compute_seconds: float) -> StepTime:
+def step_time_beside(step: CompiledStep, compute_seconds: float, mesh: Mesh) -> StepTime:
     """Time a program whose compiler counts no cycles, as the GPU's.
 
     Args:
         step: the program.
         compute_seconds: what its computation takes, from elsewhere.
+        mesh: the collectives are timed on the links of its axes.
     """
-    return _timed(step, compute_seconds, _rings(parse_target(step.target).chip))
+    return _timed(step, compute_seconds, _links(parse_target(step.target), mesh))
 
 
 def _timed(
@@ -98,9 +99,10 @@ def collective_seconds(collective: Collective, link: AxisLink) -> float:
     return collective.count * (once - latency) + collective.launches * latency
 
 
-def collective_bytes(step: CompiledStep) -> float:
-    """Wire bytes through one device in one step, by the ring formulas."""
-    return sum(c.count * wire_bytes(c.kind, c.n_bytes, c.group_size) for c in step.collectives)
+def link_of(collective: Collective, mesh: Mesh, target: Target) -> AxisLink:
+    """What a collective runs on: the links of its axes, for as many devices as its groups have."""
+    link = group_link(collective.axis.split(","), mesh, target)
+    return replace(link, size=collective.group_size)
 
 
 def _rings(chip: Chip) -> Callable[[Collective], AxisLink]:
@@ -108,4 +110,4 @@ def _rings(chip: Chip) -> Callable[[Collective], AxisLink]:
 
 
 def _links(target: Target, mesh: Mesh) -> Callable[[Collective], AxisLink]:
-    return lambda collective: group_link(collective.axis.split(","), mesh, target)
+    return lambda collective: link_of(collective, mesh, target)

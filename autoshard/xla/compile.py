@@ -78,7 +78,6 @@ def compile_deep(
     *,
     periods: int = 2,
     timeout_seconds: float,
-    cache: VerdictCache | None = None,
 ) -> CompiledStep:
     """The whole model's program, from copies with `periods` and twice as many periods of blocks.
 
@@ -89,7 +88,6 @@ def compile_deep(
         request: what to compile; its `repeats` is not used.
         periods: periods of blocks in the shallower copy.
         timeout_seconds: the limit of each compilation.
-        cache: as for `compile_in`.
 
     Raises:
         OutOfMemoryError: not even a copy fits.
@@ -99,7 +97,7 @@ def compile_deep(
 
     def compiled(periods: int) -> CompiledStep:
         copy = request.with_repeats(periods)
-        return compile_in(child, copy, timeout_seconds=timeout_seconds, cache=cache)
+        return compile_in(child, copy, timeout_seconds=timeout_seconds)
 
     small = compiled(periods)
     if small.is_whole:

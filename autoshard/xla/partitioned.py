@@ -3,7 +3,8 @@
 It decides on the same collectives. But where the gradients of several matmuls that read one array
 are partial sums (those of query, key and value), it reduces each, and the target's compiler adds
 them first. Such are all-reduces of equal bytes in the backward pass, between the devices of one
-data shard, of layers that stand side by side; gradients of weights are sums over the data axis.
+data shard, of layers that stand side by side in a block; gradients of weights are sums over the
+data axis.
 """
 
 from collections import defaultdict
@@ -11,12 +12,12 @@ from dataclasses import replace
 
 from autoshard.cost.values import StepCost
 from autoshard.hardware.collectives import wire_bytes
-from autoshard.hardware.links import group_link
 from autoshard.hardware.targets import Target
 from autoshard.mesh import Mesh
-from autoshard.xla.clock import collective_seconds
+from autoshard.xla.clock import collective_seconds, link_of
 from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
+from autoshard.xla.names import template
 
 __all__ = ["partitioned_seconds", "target_collectives", "total_wire_bytes"]
 
@@ -30,17 +31,22 @@ def target_collectives(step: CompiledStep, data_axis: str) -> tuple[Collective, 
     """
     if not step.target.startswith("cpu"):
         return step.collectives
+    blocks = [stack.template for stack in step.blocks]
     apart: list[Collective] = []
     siblings: dict[tuple[object, ...], list[Collective]] = defaultdict(list)
     for one in step.collectives:
-        if _may_be_added(one, data_axis):
-            beside = one.layer.rpartition("/")[0]
-            siblings[one.axis, one.n_bytes, one.dtype, beside].append(one)
+        if _may_be_added(one, data_axis) and "*" in template(_parent(one), blocks):
+            siblings[one.axis, one.n_bytes, one.dtype, _parent(one)].append(one)
         else:
             apart.append(one)
     added = [max(several, key=lambda one: one.count) for several in siblings.values()]
     # Each moves on its own: how XLA for CPUs combines them into one launch is its own affair.
     return tuple(replace(one, launches=one.count) for one in (*apart, *added))
+
+
+def _parent(one: Collective) -> str:
+    """The layer that holds the one it serves."""
+    return one.layer.rpartition("/")[0]
 
 
 def _may_be_added(one: Collective, data_axis: str) -> bool:
@@ -67,7 +73,7 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
     predicted = {(item.kind, item.axis, item.n_bytes): item.overlapped for item in cost.traffic}
     hidden = blocking = 0.0
     for one in target_collectives(step, mesh.data_axis):
-        link = group_link(one.axis.split(","), mesh, target)
+        link = link_of(one, mesh, target)
         by_kind = one.kind != "all-gather" and one.kind in target.chip.overlapped_collectives
         if predicted.get((one.kind, one.axis, one.n_bytes), by_kind):
             hidden += collective_seconds(one, link)

@@ -32,7 +32,11 @@ def read_frame(stream: IO[bytes]) -> Any:
     Raises:
         EOFError: the other side closed the stream.
     """
-    return pickle.loads(_read(stream, _LENGTH.unpack(_read(stream, _LENGTH.size))[0]))
+    return pickle.loads(_read_body(stream))
+
+
+def _read_body(stream: IO[bytes]) -> bytes:
+    return _read(stream, _LENGTH.unpack(_read(stream, _LENGTH.size))[0])
 
 
 def _read(stream: IO[bytes], size: int) -> bytes:
@@ -60,9 +64,10 @@ def _resolve(name: str) -> Function:
     return function
 
 
-def _answer(name: str, request: Any, progress: Callable[[str], None]) -> tuple[Any, ...]:
+def _answer(body: bytes, progress: Callable[[str], None]) -> tuple[Any, ...]:
     try:
         progress("import")
+        name, request = pickle.loads(body)
         return ("result", _resolve(name)(request, progress))
     except Exception as error:
         # The class travels by name: one of jax's or of the caller's may not unpickle there.
@@ -72,7 +77,7 @@ def _answer(name: str, request: Any, progress: Callable[[str], None]) -> tuple[A
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    requests: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     source = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     replies = os.fdopen(int(sys.argv[1]), "wb")
 
@@ -80,15 +85,14 @@ def main() -> None:
         # Whatever ends the stream, a half frame included, means that nobody waits for an answer.
         with contextlib.suppress(Exception):
             while True:
-                requests.put(read_frame(source))
+                requests.put(_read_body(source))
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
-        name, request = requests.get()
-        answer = _answer(name, request, lambda stage: write_frame(replies, ("stage", stage)))
+        answer = _answer(requests.get(), lambda stage: write_frame(replies, ("stage", stage)))
         write_frame(replies, answer)
 
 
