@@ -26,7 +26,7 @@ from autoshard.records.comparison import ComparedLayout, Comparison, CostlyColle
 from autoshard.records.parts import Versions
 from autoshard.search.descent import Scorer
 from autoshard.setup import Setup, make_setup
-from autoshard.sharding_plan import Plan
+from autoshard.sharding_plan import Plan, plan_of
 
 __all__ = ["PLANNED", "compare"]
 
@@ -95,8 +95,10 @@ def _rules(
     on_progress: Callable[[str], None],
 ) -> LayoutRules | str:
     """The rules of a layout, or why there are none: KerasHub ships no map, or refuses the mesh."""
-    if isinstance(layout, Plan):
-        return layout.rules
+    plan = plan_of(layout)
+    if plan is not None:
+        return plan.rules
+    assert not isinstance(layout, Plan)
     if layout == PLANNED:
         watch = Stopwatch(progress=on_progress)
         return run_planner(traced, setup, top=1, watch=watch).candidates[0].rules

@@ -16,6 +16,7 @@ from autoshard.mesh import Mesh, parse_mesh
 from autoshard.mesh_shapes import make_setups, plan_shapes
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
+from autoshard.model.workload import Workload
 from autoshard.planning import Candidate, Planning, Stopwatch, trace_model
 from autoshard.records.parts import (
     Alternative,
@@ -29,7 +30,7 @@ from autoshard.records.parts import (
 )
 from autoshard.settling import Verdict, compiler_for, settle
 from autoshard.setup import make_setup
-from autoshard.sharding_plan import Plan
+from autoshard.sharding_plan import Plan, plan_of
 from autoshard.xla.collectives import merge_collectives
 from autoshard.xla.compiled import CompiledStep
 
@@ -242,15 +243,20 @@ def check(
 ) -> tuple[Finding, ...]:
     """What is wrong with a map for a model, errors first.
 
+    The model has the low-rank factors that a plan file's workload trains.
+
     Args:
         model: as for `inspect`.
         layout: a plan file, Python source with `layout_map[...] = ...` lines, or `kerashub`.
-        mesh: where given, axis names and divisibility are checked too.
+        mesh: where given, axis names and divisibility are checked too; a plan file has its own.
         axes: names of the mesh axes.
     """
+    plan = plan_of(layout)
     grid = parse_mesh(mesh, axes) if isinstance(mesh, str) else mesh
-    abstract = build(model, dtype="bfloat16")
-    rules = read_layout(layout, backbone=abstract.backbone, mesh=grid)
+    grid = plan.mesh if plan and grid is None else grid
+    workload = plan.workload if plan else Workload()
+    abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    rules = plan.rules if plan else read_layout(layout, backbone=abstract.backbone, mesh=grid)
     return resolve(rules, abstract.table(), grid).findings
 
 

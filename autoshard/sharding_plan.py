@@ -32,7 +32,7 @@ from autoshard.records.parts import (
     Versions,
 )
 
-__all__ = ["Plan", "load"]
+__all__ = ["Plan", "load", "plan_of"]
 
 _FORMAT = "autoshard-plan"
 _VERSION = 1
@@ -277,6 +277,18 @@ keras.distribution.set_distribution(distribution)
                 f"the plan was made for {self.model.name}, and {table.name} differs from it: "
                 f"{self.model.difference(table)}; plan for this model"
             )
+
+
+def plan_of(layout: Any) -> Plan | None:
+    """The plan that a layout is, or that it names as a `.json` file; None where it is a map.
+
+    Raises:
+        PlanFileError: as for `load`.
+    """
+    if isinstance(layout, Plan):
+        return layout
+    named = isinstance(layout, (str, os.PathLike)) and os.fspath(layout).endswith(".json")
+    return load(layout) if named else None
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

@@ -1,10 +1,13 @@
 """Rules on the variable tables of real KerasHub models, held against Keras' own LayoutMap."""
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import keras
 import pytest
 from layout_tables import MESH
+from test_end_to_end import small_gemma_backbone
 
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
@@ -15,6 +18,9 @@ from autoshard.mesh import Spec, divides
 from autoshard.model.build import AbstractModel, build
 from autoshard.model.keras_import import import_keras_hub
 from autoshard.model.variables import Family
+from autoshard.model.workload import Workload
+from autoshard.pipeline import check
+from autoshard.records.parts import BytesPerDevice, PlannedModel, Prediction
 from autoshard.sharding_plan import Plan
 
 PRESETS = (
@@ -117,11 +123,35 @@ def test_partition_specs_come_from_the_name_alone_or_from_a_model(gemma_plan: Pl
     assert by_name == gemma_plan.partition_specs(model("gemma_7b_en").model)
 
 
+def test_a_plan_for_low_rank_factors_is_checked_with_them(gemma_plan: Plan, tmp_path: Path) -> None:
+    pattern = r"decoder_block_\d+/attention/query/lora_kernel_a"
+    lora = replace(
+        gemma_plan,
+        model=PlannedModel.of(model("gemma_7b_en", 4).table()),
+        rules=(Rule(pattern=pattern, spec=("model", None, None)),),
+        workload=Workload(kind="lora", lora_rank=4),
+    )
+    lora.save(tmp_path / "plan.json")
+    assert check("gemma_7b_en", str(tmp_path / "plan.json")) == ()
+    # As a map for the model without factors the rule takes nothing.
+    (tmp_path / "map.py").write_text(lora.to_python())
+    (finding,) = check("gemma_7b_en", str(tmp_path / "map.py"), mesh="1x8")
+    assert "takes no variable" in finding.message
+
+
+def test_partition_specs_of_a_callable_have_the_low_rank_factors(gemma_plan: Plan) -> None:
+    table = build(small_gemma_backbone, dtype="bfloat16", lora_rank=4).table()
+    lora = replace(
+        gemma_plan,
+        model=PlannedModel.of(table),
+        workload=Workload(kind="lora", lora_rank=4),
+    )
+    specs = lora.partition_specs(small_gemma_backbone)
+    assert len(specs) == len(table.variables)
+
+
 @pytest.fixture
 def gemma_plan() -> Plan:
-    from autoshard.model.workload import Workload
-    from autoshard.records.parts import BytesPerDevice, PlannedModel, Prediction
-
     return Plan(
         model=PlannedModel.of(model("gemma_7b_en").table()),
         mesh=MESH,
