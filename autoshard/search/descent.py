@@ -183,13 +183,12 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
     One rule alone may lose what two win: a matmul between them gathers one operand or the other.
 
     Returns:
-        A further start; None where there are no two groups, or where whole weights take more than
-        twice the memory that there is.
+        A further start; None where there are no two groups, or where whole weights do not fit:
+        what a descent makes of the mixture XLA propagates otherwise than we do.
     """
     whole = {choices.family: choices.specs[0] for choices in families}
     groups = _siblings(choices for choices in families if choices.specs[0] == NO_RULE)
-    limit = scorer.memory_limit
-    if len(groups) < 2 or (limit is not None and scorer.score(whole).excess_bytes > limit):
+    if len(groups) < 2 or scorer.score(whole).excess_bytes:
         return None
     laid = (
         {**_laid(first, one), **_laid(second, other)}
