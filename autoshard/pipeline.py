@@ -159,12 +159,9 @@ def plan(
 
 
 def _nearest(outcome: Outcome) -> str:
-    """What the nearest layout needs: by the compiler where one was asked, else predicted."""
-    if outcome.verdicts:
-        verdict = outcome.verdicts[0]
-        if verdict.compiled is None:
-            return verdict.error
-        return f"the nearest needs {verdict.compiled.peak_bytes} when compiled"
+    """What the nearest layout needs: by the target's compiler where it said so, else predicted."""
+    if outcome.verdicts and outcome.verdicts[0].misfit:
+        return f"by the target's compiler {outcome.verdicts[0].misfit}"
     assert outcome.winner.scored is not None
     return f"the nearest needs {outcome.winner.scored.cost.memory.peak_bytes}"
 
@@ -251,12 +248,12 @@ def check(
         mesh: where given, axis names and divisibility are checked too; a plan file has its own.
         axes: names of the mesh axes.
     """
-    plan = plan_of(layout)
+    made = plan_of(layout)
     grid = parse_mesh(mesh, axes) if isinstance(mesh, str) else mesh
-    grid = plan.mesh if plan and grid is None else grid
-    workload = plan.workload if plan else Workload()
+    grid = made.mesh if made and grid is None else grid
+    workload = made.workload if made else Workload()
     abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    rules = plan.rules if plan else read_layout(layout, backbone=abstract.backbone, mesh=grid)
+    rules = made.rules if made else read_layout(layout, backbone=abstract.backbone, mesh=grid)
     return resolve(rules, abstract.table(), grid).findings
 
 

@@ -19,6 +19,7 @@ from autoshard.errors import (
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.planning import Candidate, Planning
 from autoshard.setup import Setup
+from autoshard.units import format_bytes
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_deep, compile_in
@@ -49,6 +50,13 @@ class Verdict:
     step_seconds: float
     fits: bool | None
     error: str = ""
+
+    @property
+    def misfit(self) -> str:
+        """What the target's compiler says of the memory where that is too little, else ""."""
+        if self.fits is not False:
+            return ""
+        return f"it needs {format_bytes(self.compiled.peak_bytes)}" if self.compiled else self.error
 
 
 def settle(

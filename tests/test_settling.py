@@ -120,7 +120,18 @@ def test_where_none_fits_even_shallow_the_nearest_is_said_not_to_fit(verdicts) -
     assert [(verdict.fits, verdict.error) for verdict in found] == [(False, "too big")] * 3
 
 
-def test_collectives_between_slices_take_the_network(monkeypatch, planning, ranked) -> None:
+def test_a_compile_for_cpu_devices_says_nothing_of_the_memory(planning) -> None:
+    # So an error about memory quotes the prediction, not what the host's compiler used.
+    step = replace(program(10**8), target="cpu:8", argument_bytes=2**50)
+    on_cpu = settling._judge(planning, planning.candidates[0], step, parse_target("cpu:8"))
+    on_tpu = settling._judge(
+        planning, planning.candidates[0], replace(step, target=str(TARGET)), TARGET
+    )
+    assert on_cpu.misfit == ""
+    assert on_tpu.misfit == "it needs 1024.00 TiB"
+
+
+def test_collectives_between_slices_take_the_network(planning) -> None:
     setup = make_setup("2x8", target="tpu:v5e:2x4:2")
     reduced = Collective(
         kind="all-reduce",

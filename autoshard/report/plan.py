@@ -80,9 +80,8 @@ def _misfit(outcome: Outcome) -> str:
     assert outcome.winner.scored is not None
     peak = outcome.winner.scored.cost.memory.peak_bytes
     limit = format_bytes(outcome.planning.setup.memory_limit)
-    verdict = outcome.verdicts[0] if outcome.verdicts else None
-    if verdict is not None and verdict.fits is False:
-        said = verdict.error or f"it needs {format_bytes(verdict.compiled.peak_bytes)}"  # type: ignore[union-attr]
+    if outcome.verdicts and outcome.verdicts[0].misfit:
+        said = outcome.verdicts[0].misfit
         return f"DOES NOT FIT {limit} a device, by the target's compiler: {said}"
     lines = [
         f"DOES NOT FIT {limit} a device: this is the nearest plan; it needs {format_bytes(peak)} "

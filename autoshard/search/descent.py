@@ -191,16 +191,11 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
     if len(groups) < 2 or scorer.score(whole).excess_bytes:
         return None
     laid = (
-        {**_laid(first, one), **_laid(second, other)}
+        {**whole, **_lay(first, one, whole), **_lay(second, other, whole)}
         for first, second in itertools.combinations(groups.values(), 2)
         for one, other in itertools.product(first[0].specs[1:], second[0].specs[1:])
     )
-    return min(({**whole, **outputs} for outputs in laid), key=lambda at: scorer.score(at).rank)
-
-
-def _laid(members: Sequence[Choices], spec: Spec) -> dict[str, Spec]:
-    """The outputs of one group with a spec, those that it is legal for."""
-    return {choices.family: spec for choices in members if spec in choices.specs}
+    return min(laid, key=lambda assignment: scorer.score(assignment).rank)
 
 
 def _split_beside(stream: int, choices: Choices, mesh: Mesh) -> Spec:
@@ -262,12 +257,12 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
                 yield _Move(change=partial(_put, places, axis), is_pair=True)
     for members in outputs.values():
         for spec in members[0].specs:
-            yield _Move(change=partial(_lay, _laid(members, spec)))
+            yield _Move(change=partial(_lay, members, spec))
 
 
-def _lay(laid: Mapping[str, Spec], now: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Lay out some outputs, whatever the assignment now."""
-    return dict(laid)
+def _lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Lay out the outputs of one group that `spec` is legal for, whatever the assignment now."""
+    return {choices.family: spec for choices in members if spec in choices.specs}
 
 
 def _put(

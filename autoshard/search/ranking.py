@@ -130,10 +130,11 @@ def search(
     free = output_choices(program, mesh, unbound_outputs or {})
     beyond = descend(scorer, [*families, *free], [dict(best.assignment)]) if free else best
     names = {choices.family for choices in families}
+    specs = {choices.family: choices.specs for choices in everything}
     worthy = [
         scored
         for scored in list(scorer.seen.values())
-        if _keeps(scored, everything) and _gains(scored, names, scorer)
+        if _keeps(scored, specs) and _gains(scored, names, scorer)
     ]
     ranked = sorted(worthy, key=lambda scored: scored.rank)
     return SearchResult(
@@ -147,9 +148,8 @@ def search(
     )
 
 
-def _keeps(scored: Scored, everything: Sequence[Choices]) -> bool:
+def _keeps(scored: Scored, specs: Mapping[str, Sequence[Spec]]) -> bool:
     """Whether a layout takes only specs that are to be chosen from."""
-    specs = {choices.family: choices.specs for choices in everything}
     return all(spec in specs.get(name, ()) for name, spec in scored.assignment)
 
 
@@ -190,13 +190,16 @@ def _distinct(ranked: Sequence[Scored], top: int) -> tuple[Scored, ...]:
 def _idle(scored: Scored, better: Scored) -> bool:
     """Whether a layout takes the time and the wire of a better one and saves no memory."""
     ours, theirs = scored.cost, better.cost
-    times = ours.step_seconds, theirs.step_seconds
-    wires = ours.collective_bytes, theirs.collective_bytes
-    saving = theirs.memory.peak_bytes - ours.memory.peak_bytes
+    # The sum over all collectives comes last: most layouts differ before.
     return (
-        all(abs(x - y) <= _SAME * max(x, y) for x, y in (times, wires))
-        and saving <= _SAME * theirs.memory.peak_bytes
+        ours.memory.peak_bytes >= (1 - _SAME) * theirs.memory.peak_bytes
+        and _equal(ours.step_seconds, theirs.step_seconds)
+        and _equal(ours.collective_bytes, theirs.collective_bytes)
     )
+
+
+def _equal(a: float, b: float) -> bool:
+    return abs(a - b) <= _SAME * max(a, b)
 
 
 def _reason(scorer: Scorer, best: Scored, choices: Choices) -> Reason:
