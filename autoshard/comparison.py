@@ -14,24 +14,18 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
 from autoshard.model.variables import ModelTable
 from autoshard.pipeline import prediction
-from autoshard.planning import (
-    Stopwatch,
-    TracedModel,
-    make_pricer,
-    run_planner,
-    score_rules,
-    trace_model,
-)
+from autoshard.planning import Stopwatch, TracedModel, run_planner, trace_model
+from autoshard.pricing import make_pricer, score_rules
 from autoshard.records.comparison import ComparedLayout, Comparison, CostlyCollective
 from autoshard.records.parts import Versions
 from autoshard.search.descent import Scorer
 from autoshard.setup import Setup, make_setup
 from autoshard.sharding_plan import Plan, plan_of
 
-__all__ = ["PLANNED", "compare"]
+__all__ = ["compare"]
 
 # The word for the layout that `autoshard.plan` finds.
-PLANNED = "autoshard"
+_PLANNED = "autoshard"
 
 
 def compare(
@@ -99,7 +93,7 @@ def _rules(
     if plan is not None:
         return plan.rules
     assert not isinstance(layout, Plan)
-    if layout == PLANNED:
+    if layout == _PLANNED:
         watch = Stopwatch(progress=on_progress)
         return run_planner(traced, setup, top=1, watch=watch).candidates[0].rules
     try:

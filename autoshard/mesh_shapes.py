@@ -56,7 +56,7 @@ def make_setups(
         **options: as for `make_setup`.
 
     Raises:
-        MeshError: the batch divides over no shape, or the axes are not two.
+        MeshError: the axes are not two.
     """
     shapes = mesh_shapes(n_devices)
     batch = -(-8 // n_devices) * n_devices if batch is None else batch

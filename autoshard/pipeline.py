@@ -17,7 +17,8 @@ from autoshard.mesh_shapes import make_setups, plan_shapes
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.planning import Candidate, Planning, Stopwatch, trace_model
+from autoshard.planning import Planning, Stopwatch, trace_model
+from autoshard.pricing import Candidate
 from autoshard.records.parts import (
     Alternative,
     BytesPerDevice,
@@ -277,8 +278,10 @@ def prediction(cost: StepCost) -> Prediction:
 
 
 def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, ...]) -> Plan:
-    """The winner as a plan file's value, the other candidates as alternatives."""
+    """The winner as a plan file's value, the others as alternatives, those compiled first."""
     said = {verdict.candidate.name: _compiled(verdict, planning) for verdict in verdicts}
+    judged = [verdict.candidate for verdict in verdicts]
+    others = [candidate for candidate in planning.candidates if candidate not in judged]
     assert winner.scored is not None
     return Plan(
         model=PlannedModel.of(planning.table),
@@ -304,7 +307,7 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
                 predicted=prediction(candidate.scored.cost),
                 compiled=said.get(candidate.name),
             )
-            for candidate in planning.candidates
+            for candidate in (*judged, *others)
             if candidate is not winner and candidate.scored is not None
         ),
         versions=Versions.installed(),

@@ -1,70 +1,39 @@
 """The planner's stages one after the other: trace, graph, search, rules. No compiler runs here."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import Machine
-from autoshard.errors import AutoshardError, LayoutError, ModelError
+from autoshard.errors import LayoutError, ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.graph.propagation import propagate
-from autoshard.hardware.links import axis_links
-from autoshard.layout.reading import kerashub_rules
-from autoshard.layout.references import ANNOUNCEMENT_MAP
-from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise
-from autoshard.mesh import Mesh, Spec, divides, format_spec
+from autoshard.mesh import Mesh, Spec
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import QUANTIZED, Workload
-from autoshard.search.candidates import fixed_layouts
-from autoshard.search.descent import Scored, Scorer
+from autoshard.model.workload import Workload
+from autoshard.pricing import Candidate, make_pricer, published_maps
+from autoshard.search.candidates import NO_RULE, fixed_layouts, split_by_hand
+from autoshard.search.descent import Scored
 from autoshard.search.ranking import SearchResult, search
 from autoshard.setup import Setup
 
 __all__ = [
-    "Candidate",
     "Planning",
     "Stopwatch",
     "TracedModel",
-    "make_pricer",
     "make_program",
     "run_planner",
-    "score_rules",
     "trace_model",
 ]
-
-_MATMUL_DTYPES = {
-    "mixed_bfloat16": "bfloat16",
-    "mixed_float16": "float16",
-    QUANTIZED: "bfloat16",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A layout in the running.
-
-    Attributes:
-        name: what a table calls it.
-        rules: its layout map.
-        scored: its assignment and cost; None where Keras refuses the map.
-        failure: why Keras refuses it, in one line, or "".
-    """
-
-    name: str
-    rules: LayoutRules
-    scored: Scored | None
-    failure: str = ""
 
 
 @dataclass(slots=True)
@@ -96,6 +65,8 @@ class Planning:
         unknown: primitives of the step that have no rule.
         result: the search.
         candidates: the best layouts that a LayoutMap can express, best first.
+        by_hand: what people write, told by shapes; a candidate where it is one, None where rules
+            cannot tell it.
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` fails, or None.
         program: the op graph of the step.
@@ -109,7 +80,8 @@ class Planning:
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
     program: Program
-    without_generate: Candidate | None = None
+    by_hand: Candidate | None
+    without_generate: Candidate | None
 
     def cache_specs(self, scored: Scored) -> tuple[Spec, ...]:
         """How a layout lays out each array of a KV cache.
@@ -169,7 +141,7 @@ def run_planner(
     table, folded = traced.table, traced.folded
     with watch.stage("search"):
         pricer = make_pricer(traced.program, setup)
-        rivals = tuple(_rivals(traced.whole, table, setup, pricer))
+        rivals = tuple(published_maps(traced.whole, table, setup, pricer))
         starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
         shapes = _output_shapes(pricer.program)
         result = search(
@@ -188,8 +160,13 @@ def run_planner(
                 f"no layout found for {table.name} can be told by rules: variables of different "
                 "families share a path; give their layers different names"
             )
-        unbound = [result.unbound] if result.unbound else []
-        beyond = [replace(c, name="without generate") for c in _expressible(table, unbound, 1)]
+        beyond = _named("without generate", table, result.unbound)
+        weights = [choices for choices in result.choices if choices.specs[0] != NO_RULE]
+        split = result.scorer.score(split_by_hand(weights, setup.mesh))
+        by_hand = _named("split by hand", table, split)
+        known = (
+            candidate for candidate in candidates if by_hand and candidate.rules == by_hand.rules
+        )
     return Planning(
         setup=setup,
         table=table,
@@ -198,7 +175,8 @@ def run_planner(
         result=result,
         candidates=candidates,
         rivals=rivals,
-        without_generate=beyond[0] if beyond else None,
+        by_hand=next(known, by_hand),
+        without_generate=beyond,
         program=traced.program,
     )
 
@@ -232,18 +210,6 @@ def make_program(
         closed = trace(step)
     with watch.stage("build the op graph"):
         return _program(closed, step, folded)
-
-
-def make_pricer(program: Program, setup: Setup) -> StepPricer:
-    """What prices layouts of a program on the mesh and chips of a setup."""
-    links = axis_links(setup.mesh, setup.target)
-    dtype = setup.workload.dtype
-    machine = Machine(
-        chip=setup.target.chip,
-        links=tuple(links[axis] for axis in setup.mesh.parallel_axes),
-        matmul_dtype=_MATMUL_DTYPES.get(dtype, dtype),
-    )
-    return StepPricer(program, machine)
 
 
 def _output_shapes(program: Program) -> OutputShapes:
@@ -305,73 +271,10 @@ def _layer_count(layer: str, multiplicity: Callable[[str], int]) -> int:
     return next((count for count in counts if count != 1), 1)
 
 
-def _rivals(
-    model: AbstractModel, table: ModelTable, setup: Setup, pricer: StepPricer
-) -> Iterator[Candidate]:
-    """Maps that others published for this class of models, priced as they are."""
-    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
-    published: list[tuple[str, Callable[[], LayoutRules]]] = [
-        ("KerasHub's own map", lambda: kerashub_rules(model.backbone, setup.mesh))
-    ]
-    if type(model.backbone).__name__ == "GemmaBackbone":
-        published.append(("the announcement's map", lambda: ANNOUNCEMENT_MAP))
-    for name, rules_of in published:
-        try:
-            rules = rules_of()
-        except AutoshardError:
-            continue
-        yield score_rules(name, rules, table, setup.mesh, scorer)
-
-
-def score_rules(
-    name: str, rules: LayoutRules, table: ModelTable, mesh: Mesh, scorer: Scorer
-) -> Candidate:
-    """Price a map that somebody wrote.
-
-    Args:
-        name: what a table calls it.
-        rules: the map.
-        table: the model's variables.
-        mesh: the mesh.
-        scorer: prices assignments.
-    """
-    try:
-        resolution = resolve(rules, table, mesh).checked()
-    except LayoutError as error:
-        return Candidate(name=name, rules=rules, scored=None, failure=str(error))
-    outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
-    failure = _outputs_failure(resolution.outputs, table, mesh, scorer.pricer.program)
-    if failure:
-        return Candidate(name=name, rules=rules, scored=None, failure=failure)
-    assignment = _known({**resolution.assignment, **outputs}, scorer)
-    return Candidate(name=name, rules=rules, scored=scorer.score(assignment))
-
-
-def _outputs_failure(
-    outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, program: Program
-) -> str:
-    """Why rules for layer outputs cannot be priced, in one line, or ""."""
-    laid: dict[str, set[Spec | None]] = {}
-    for path in table.output_paths:
-        laid.setdefault(table.templates[path], set()).add(outputs.get(path))
-    for template, specs in laid.items():
-        if len(specs) > 1:
-            return f"not priced: it lays out '{template}' in some blocks otherwise than in others"
-    for output in program.layer_outputs:
-        (spec,) = laid.get(output.template, {None})
-        if spec and (len(spec) > len(output.shape) or not divides(output.shape, spec, mesh)):
-            return (
-                f"JAX refuses {format_spec(spec)} for '{output.template}', of shape {output.shape}"
-            )
-    return ""
-
-
-def _known(assignment: Mapping[str, Spec], scorer: Scorer) -> dict[str, Spec]:
-    """The part of an assignment that the step has arrays for."""
-    program = scorer.pricer.program
-    known = {argument.family for argument in program.arguments}
-    known |= {output.template for output in program.layer_outputs}
-    return {name: spec for name, spec in assignment.items() if name in known}
+def _named(name: str, table: ModelTable, scored: Scored | None) -> Candidate | None:
+    """A layout that is no candidate, if there is one and rules can tell it."""
+    found = _expressible(table, [scored] if scored else [], top=1)
+    return next((replace(candidate, name=name) for candidate in found), None)
 
 
 def _expressible(table: ModelTable, ranked: Sequence[Scored], top: int) -> Iterator[Candidate]:

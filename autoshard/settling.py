@@ -5,7 +5,8 @@ collectives there are; their time is that of the target's links, and compute is 
 `target`: the target's own compiler says that too, and memory, and the cycles of a TPU.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +18,8 @@ from autoshard.errors import (
     XlaError,
 )
 from autoshard.hardware.targets import Target, parse_target
-from autoshard.planning import Candidate, Planning
+from autoshard.planning import Planning
+from autoshard.pricing import Candidate
 from autoshard.setup import Setup
 from autoshard.units import format_bytes
 from autoshard.xla.children import Child, child_environment
@@ -29,6 +31,8 @@ from autoshard.xla.partitioned import partitioned_seconds
 __all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
 
 _N_SETTLED = 3
+# The split by hand is compiled unless it is predicted to take so many times as long.
+_NEAR = 1.25
 _MEMORY_LIMIT_BYTES = 16 * 2**30
 _COMPILE_SECONDS = {"cpu": 150.0, "tpu": 580.0, "gpu": 580.0}
 
@@ -65,7 +69,6 @@ def settle(
     compiler: Target,
     *,
     on_progress: Callable[[str], None] = lambda stage: None,
-    n_settled: int = _N_SETTLED,
 ) -> tuple[Verdict, ...]:
     """Compile the best candidates shallowly, rank them, and compile the winner at full depth.
 
@@ -74,7 +77,6 @@ def settle(
         planning: the candidates.
         compiler: the target to compile for: `cpu:N`, or the setup's own.
         on_progress: called with each stage.
-        n_settled: how many candidates to compile.
 
     Returns:
         Verdicts, best first; the first one's program is that of the whole model. A layout that is
@@ -89,7 +91,7 @@ def settle(
         memory_limit_bytes=_MEMORY_LIMIT_BYTES,
     ) as child:
         verdicts = []
-        for candidate in worth_compiling(planning.candidates)[:n_settled]:
+        for candidate in worth_compiling(planning, compiler):
             on_progress(f"compile {candidate.name} for {compiler}, shallow")
             deep = partial(compile_deep, child, timeout_seconds=seconds)
             verdicts.append(_verdict(model, planning, candidate, compiler, deep))
@@ -112,10 +114,26 @@ def settle(
     return (*refused, *verdicts[len(refused) :])
 
 
-def worth_compiling(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Those that fit by the prediction, or all where none does."""
-    fitting = tuple(c for c in candidates if c.scored is not None and c.scored.excess_bytes == 0)
-    return fitting or tuple(candidates)
+def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ...]:
+    """The first that fit by the prediction, or of all where none does.
+
+    The compiler of a TPU, which alone times compute, is asked about the split by hand too, where
+    that fits and is not far behind: it may find it faster.
+    """
+    fitting = tuple(filter(_fits, planning.candidates))
+    chosen = (fitting or planning.candidates)[:_N_SETTLED]
+    hand = planning.by_hand
+    if compiler.chip.kind != "tpu" or hand is None or hand in chosen or not _fits(hand):
+        return chosen
+    return chosen if _seconds(hand) > _NEAR * _seconds(chosen[0]) else (*chosen, hand)
+
+
+def _fits(candidate: Candidate) -> bool:
+    return candidate.scored is not None and candidate.scored.excess_bytes == 0
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.scored.cost.step_seconds if candidate.scored else math.inf
 
 
 def _request(model: str, setup: Setup, candidate: Candidate, compiler: Target) -> CompileRequest:
@@ -152,7 +170,7 @@ def _failed(candidate: Candidate, error: AutoshardError, fits: bool | None) -> V
     return Verdict(
         candidate=candidate,
         compiled=None,
-        step_seconds=float("inf"),
+        step_seconds=math.inf,
         fits=fits,
         error=str(error),
     )

@@ -9,7 +9,7 @@ from autoshard.mesh import Mesh, parse_mesh
 from autoshard.model.workload import Workload
 from autoshard.units import parse_bytes
 
-__all__ = ["Setup", "make_setup"]
+__all__ = ["Setup", "limit_bytes", "make_setup"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +75,6 @@ def make_setup(
             f"a batch of {batch} does not divide over the {n_data} devices of the data axis "
             f"'{mesh.data_axis}'; use a multiple of {n_data}"
         )
-    if isinstance(memory_limit, str):
-        memory_limit = parse_bytes(memory_limit)
     if workload == "lora" and lora_rank is None:
         lora_rank = 4
     return Setup(
@@ -90,9 +88,27 @@ def make_setup(
             optimizer=optimizer,
             lora_rank=lora_rank,
         ),
-        memory_limit=memory_limit or target.chip.hbm_bytes,
+        memory_limit=limit_bytes(memory_limit, target),
         generate=generate,
     )
+
+
+def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
+    """Bytes a device that a step may take.
+
+    Args:
+        memory_limit: bytes, or a text like `15GiB`; None for all that the target's chip has.
+        target: the chips.
+
+    Raises:
+        UsageError: it is not a number of bytes above 0.
+    """
+    if memory_limit is None:
+        return target.chip.hbm_bytes
+    n_bytes = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    if n_bytes < 1:
+        raise UsageError(f"a memory limit of {n_bytes} bytes holds nothing; give 1 or more")
+    return n_bytes
 
 
 def _in_slices(mesh: Mesh, target: Target | None, n_slices: int) -> Target:

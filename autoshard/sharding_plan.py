@@ -280,15 +280,35 @@ keras.distribution.set_distribution(distribution)
 
 
 def plan_of(layout: Any) -> Plan | None:
-    """The plan that a layout is, or that it names as a `.json` file; None where it is a map.
+    """The plan that a layout is, names or writes out; None where it is a map.
+
+    Args:
+        layout: a plan, the path of a plan file, or its text; anything else is a map.
 
     Raises:
-        PlanFileError: as for `load`.
+        PlanFileError: it is JSON, or named `.json`, and no plan that can be read.
     """
     if isinstance(layout, Plan):
         return layout
-    named = isinstance(layout, (str, os.PathLike)) and os.fspath(layout).endswith(".json")
-    return load(layout) if named else None
+    if not isinstance(layout, (str, os.PathLike)):
+        return None
+    name = os.fspath(layout)
+    if _is_json(name):
+        return Plan.from_json(name)
+    return load(name) if name.endswith(".json") or _is_json(_start_of(name)) else None
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip().startswith("{")
+
+
+def _start_of(path: str) -> str:
+    """The first characters of a file, "" where there is none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(1024)
+    except (OSError, ValueError):
+        return ""
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

@@ -20,7 +20,8 @@ from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.pipeline import prediction
-from autoshard.planning import make_pricer, make_program, score_rules
+from autoshard.planning import make_program
+from autoshard.pricing import make_pricer, score_rules
 from autoshard.records.parts import Prediction, Versions
 from autoshard.records.verification import (
     MemoryUse,
@@ -29,9 +30,8 @@ from autoshard.records.verification import (
     VerifiedCollective,
 )
 from autoshard.search.descent import Scorer
-from autoshard.setup import Setup, make_setup
-from autoshard.sharding_plan import Plan, load
-from autoshard.units import parse_bytes
+from autoshard.setup import Setup, limit_bytes, make_setup
+from autoshard.sharding_plan import Plan, load, plan_of
 from autoshard.xla.attached import attached_target
 from autoshard.xla.cache import verdict_cache
 from autoshard.xla.children import Child, child_environment
@@ -132,7 +132,6 @@ def subject_of(
 ) -> Subject:
     """Read what is to be verified: see `verify`."""
     given = {name: value for name, value in options.items() if value is not None}
-    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
     if model is None:
         if isinstance(layout, str) and (layout == "kerashub" or layout.endswith(".py")):
             raise UsageError(
@@ -143,30 +142,30 @@ def subject_of(
                 f"a plan states its own {', '.join(sorted(given))}; leave that out, or name the "
                 "model whose layout this is"
             )
-        return _planned(layout if isinstance(layout, Plan) else load(layout), target, limit)
+        return _planned(layout if isinstance(layout, Plan) else load(layout), target, memory_limit)
     if not isinstance(model, str):
         raise UsageError("the compiler's process builds the model itself: pass its name")
     if "mesh" not in given:
         raise UsageError("a layout that is no plan needs its mesh, such as 1x8")
-    setup = make_setup(**given, target=_named(target), memory_limit=limit)
+    setup = make_setup(**given, target=_named(target), memory_limit=memory_limit)
     if target == "cpu":
-        setup = _retargeted(setup, "cpu", limit)
+        setup = _retargeted(setup, "cpu", memory_limit)
     workload = setup.workload
     built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    rules = read_layout(layout, backbone=built.backbone, mesh=setup.mesh)
+    plan = plan_of(layout)
+    rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
     return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)
 
 
-def _planned(plan: Plan, target: str | None, limit: int | None) -> Subject:
+def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> Subject:
     workload = plan.workload
     built = build(plan.model.name, dtype=workload.dtype, lora_rank=workload.lora_rank)
     plan.check_model(built.table())
     own = parse_target(plan.target)
-    setup = Setup(
-        mesh=plan.mesh, target=own, workload=workload, memory_limit=limit or own.chip.hbm_bytes
-    )
+    limit = limit_bytes(memory_limit, own)
+    setup = Setup(mesh=plan.mesh, target=own, workload=workload, memory_limit=limit)
     if target is not None:
-        setup = _retargeted(setup, target, limit)
+        setup = _retargeted(setup, target, memory_limit)
     same = setup.target == own or setup.target.chip.kind == "cpu"
     return Subject(
         name=plan.model.name,
@@ -184,18 +183,18 @@ def _named(target: str | None) -> str | None:
     return None if target == "cpu" else target
 
 
-def _retargeted(setup: Setup, target: str, limit: int | None) -> Setup:
+def _retargeted(setup: Setup, target: str, memory_limit: str | int | None) -> Setup:
     name = f"cpu:{setup.mesh.n_devices}" if target == "cpu" else _named(target)
     assert name is not None
     new = parse_target(name)
-    return replace(setup, target=new, memory_limit=limit or new.chip.hbm_bytes)
+    return replace(setup, target=new, memory_limit=limit_bytes(memory_limit, new))
 
 
 def _predict(subject: Subject) -> Prediction | None:
     """The formulas' word on a map; None where they cannot lay it out."""
     setup, table = subject.setup, subject.model.table()
     resolve(subject.rules, table, setup.mesh).checked()
-    pricer = make_pricer(make_program(fold(subject.model), setup.workload), setup)
+    pricer = make_pricer(make_program(fold(subject.model, periods=2), setup.workload), setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
     scored = score_rules("the map", subject.rules, table, setup.mesh, scorer).scored
     return prediction(scored.cost) if scored else None

@@ -27,6 +27,7 @@ ROOMS = (
     "records",
     "sharding_plan",
     "setup",
+    "pricing",
     "planning",
     "mesh_shapes",
     "fitting",

@@ -12,7 +12,7 @@ from layout_tables import MESH, gemma_table
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import Rule
 from autoshard.mesh import parse_mesh
-from autoshard.model.catalogue import names
+from autoshard.model.catalogue import get, names
 from autoshard.model.variables import make_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
@@ -22,6 +22,7 @@ import fidelity  # noqa: E402
 import layouts  # noqa: E402
 import maps  # noqa: E402
 import rivals  # noqa: E402
+import scaling  # noqa: E402
 from scores import Pair, byte_error, quantile, score, spearman  # noqa: E402
 from tables import Entry, cells, compact_table, rivals_table  # noqa: E402
 from verdicts import Question, Results  # noqa: E402
@@ -240,3 +241,25 @@ def test_a_preset_that_cannot_be_planned_is_a_row(monkeypatch) -> None:
     assert len(line) == len(catalogue.HEADERS)
     assert (line[0], line[-1], seconds) == ("one and 1 like it", "ZeroDivisionError: no", None)
     assert catalogue.summary([], 1) == "0 of 1 configurations planned"
+
+
+def test_scaling_plans_every_depth_on_one_mesh_and_the_preset_on_every_mesh() -> None:
+    asked = []
+
+    def planned(model, mesh, *, target):
+        asked.append((model, mesh))
+        timings = {scaling.BUILD: 1.0, "trace the step": 0.25, "search": 0.5}
+        predicted = SimpleNamespace(step_seconds=0.1)
+        plan = SimpleNamespace(predicted=predicted)
+        return SimpleNamespace(timings=timings, plan=plan, fits=True)
+
+    rows = list(scaling.rows(get("gemma_2b_en"), planned))
+    assert [row[:2] for row in rows[:4]] == [
+        ("2", "1x8"),
+        ("8", "1x8"),
+        ("28", "1x8"),
+        ("80", "1x8"),
+    ]
+    assert asked[4:] == [("gemma_2b_en", mesh) for mesh, _ in scaling.MESHES]
+    assert rows[4][0] == "18"
+    assert rows[4][3:] == ("1.00 s", "0.25 s", "0.50 s", "0.75 s", "100 ms", "yes")

@@ -1,4 +1,4 @@
-"""Maps that people wrote: Python source, plans, KerasHub's own."""
+"""Maps that people wrote: Python source, KerasHub's own."""
 
 from pathlib import Path
 
@@ -88,27 +88,6 @@ def test_source_that_holds_no_readable_map_is_refused_with_its_line(
     with pytest.raises(LayoutError) as error:
         parse_layout(source)
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "the layout is not JSON: Expecting property name enclosed in double quotes"),
-        ("{}", 'the layout is not a plan: "format" is not "autoshard-plan"'),
-        ('{"format": "autoshard-plan"}', "the layout is not a plan: layout_map is not a list"),
-    ],
-)
-def test_json_that_is_no_plan_is_refused(text: str, message: str) -> None:
-    with pytest.raises(PlanFileError) as error:
-        parse_layout(text)
-    assert str(error.value).startswith(message)
-
-
-def test_a_plans_json_gives_its_rules() -> None:
-    text = '{"format": "autoshard-plan", "layout_map": [["a/kernel", ["model", null]]]}'
-    assert parse_layout(text) == (Rule(pattern="a/kernel", spec=("model", None)),)
-    with pytest.raises(PlanFileError, match=r'the layout: \["a/kernel", "model"\] is not a rule'):
-        parse_layout('{"format": "autoshard-plan", "layout_map": [["a/kernel", "model"]]}')
 
 
 def test_a_file_is_read_and_a_missing_one_named(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_model_with_values_keeps_them() -> None:
 def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
     model = build(plain_network)
     assert model.task == "Functional"
-    assert fold(model).folding.is_folded is False
+    assert fold(model).folding.blocks == ()
     step = make_step(model, Workload(kind="train", batch=2, optimizer="sgd"))
     assert step.loss == "mean square of the outputs"
     trace(step)
@@ -144,7 +144,7 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert build(str(tmp_path / "model.keras"), dtype="float32").table().fingerprint == expected
     read = build(str(tmp_path / "config.json"), dtype="float32")
     assert read.table().fingerprint == expected
-    assert fold(read).folding.is_folded
+    assert [stack.traced for stack in fold(read, periods=1).folding.blocks] == [1]
     assert build(str(tmp_path), dtype="float32").table().fingerprint == expected
 
 

@@ -29,7 +29,7 @@ from autoshard.records.parts import (
     Reason,
     Versions,
 )
-from autoshard.sharding_plan import Plan, load
+from autoshard.sharding_plan import Plan, load, plan_of
 
 RULES = (
     Rule(pattern="token_embedding/embeddings", spec=("model", None)),
@@ -329,6 +329,20 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(PlanFileError, match="is not JSON: it is not UTF-8 text"):
         load(path)
+
+
+def test_a_layout_is_a_plan_by_what_it_holds_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    PLAN.save(path)
+    assert plan_of(PLAN) is PLAN
+    assert plan_of(path) == plan_of(str(path)) == plan_of(PLAN.to_json()) == PLAN
+    source = tmp_path / "map.py"
+    source.write_text(PLAN.to_python())
+    for layout in (source, PLAN.to_python(), "kerashub", "missing.py", tmp_path):
+        assert plan_of(layout) is None
+    for broken in ("{", tmp_path / "missing.json"):
+        with pytest.raises(PlanFileError):
+            plan_of(broken)
 
 
 def test_a_rule_that_stands_twice_makes_no_plan() -> None:

@@ -15,7 +15,8 @@ from autoshard.hardware.links import axis_links
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
-from autoshard.planning import Planning, make_pricer, run_planner, score_rules, trace_model
+from autoshard.planning import Planning, run_planner, trace_model
+from autoshard.pricing import make_pricer, score_rules
 from autoshard.search.candidates import family_choices
 from autoshard.search.descent import Scorer, descend, exhaust, n_assignments, starting_points
 from autoshard.search.lower_bound import relax
@@ -52,6 +53,19 @@ def test_the_announcements_map_loses_and_the_bound_holds(gemma: Planning) -> Non
     assert best is not None and announced is not None
     assert announced.cost.step_seconds > 2 * best.cost.step_seconds
     assert gemma.result.bound_seconds <= best.cost.step_seconds
+
+
+def test_the_split_by_hand_leaves_whole_what_has_no_other_dimension_that_divides() -> None:
+    # 28 query heads and 4 key/value heads on 8 devices; the feed-forward layers and the vocabulary
+    # divide, and dimension 128 of a head is none that people split.
+    hand = plan("qwen2.5_7b_en", make_setup("1x8", workload="prefill")).by_hand
+    assert hand is not None
+    assert {rule.pattern: rule.spec for rule in hand.rules} == {
+        "token_embedding/embeddings": ("model", None),
+        "token_embedding/reverse_embeddings": (None, "model"),
+        r"transformer_layer_\d+/feedforward_(intermediate|gate)_dense/kernel": (None, "model"),
+        r"transformer_layer_\d+/feedforward_output_dense/kernel": ("model", None),
+    }
 
 
 def test_heads_ffn_and_vocabulary_pay_two_all_reduces_a_block_forward(gemma: Planning) -> None:
@@ -115,7 +129,7 @@ def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
     assert beyond.scored.rank < best.rank
 
 
-def test_two_outputs_are_laid_out_where_neither_pays_alone() -> None:
+def test_two_outputs_are_laid_out_where_they_beat_either_alone() -> None:
     # Whole weights, and the attention of Gemma 2B (one key/value head) split along the keys.
     setup = make_setup("1x8", workload="prefill")
     traced = trace_model("gemma_2b_en", setup.workload)

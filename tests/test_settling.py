@@ -11,9 +11,12 @@ import autoshard.settling as settling
 from autoshard.errors import ChildError, OutOfMemoryError, XlaError
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules
+from autoshard.pipeline import make_plan
 from autoshard.planning import Planning
-from autoshard.settling import Verdict, settle
+from autoshard.report.plan import plan_text
+from autoshard.settling import Verdict, settle, worth_compiling
 from autoshard.setup import make_setup
+from autoshard.sharding_plan import Plan
 from autoshard.xla.clock import step_time
 from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep, CompileRequest
@@ -24,8 +27,13 @@ Compiler = Callable[[CompileRequest], CompiledStep]
 
 
 @pytest.fixture(scope="module")
-def planning() -> Planning:
+def planned() -> Planning:
     return plan("gemma_2b_en", make_setup("1x8"))
+
+
+@pytest.fixture
+def planning(planned: Planning) -> Planning:
+    return replace(planned, by_hand=None)
 
 
 def program(n_cycles: int) -> CompiledStep:
@@ -118,6 +126,46 @@ def test_where_none_fits_even_shallow_the_nearest_is_said_not_to_fit(verdicts) -
 
     found = verdicts(full, full)
     assert [(verdict.fits, verdict.error) for verdict in found] == [(False, "too big")] * 3
+
+
+def test_the_targets_compiler_is_asked_about_the_split_by_hand_too(planned) -> None:
+    first_three = ["candidate 1", "candidate 2", "candidate 3"]
+    asked = worth_compiling(planned, TARGET)
+    assert [candidate.name for candidate in asked] == [*first_three, "split by hand"]
+    # The partitioner for CPUs says nothing of compute.
+    asked = worth_compiling(planned, parse_target("cpu:8"))
+    assert [candidate.name for candidate in asked] == first_three
+
+
+def test_the_split_by_hand_is_not_compiled_where_it_is_far_behind_or_too_big(planned) -> None:
+    hand = planned.by_hand
+    slow = replace(hand.scored.cost, blocking_seconds=planned.candidates[0].scored.rank[1])
+    for scored in (replace(hand.scored, cost=slow), replace(hand.scored, excess_bytes=1)):
+        changed = replace(planned, by_hand=replace(hand, scored=scored))
+        assert worth_compiling(changed, TARGET) == planned.candidates[:3]
+
+
+def test_the_split_by_hand_can_win(planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = planned.by_hand
+
+    def compiled(_, request: CompileRequest, **__) -> CompiledStep:
+        return program(10**8 if request.rules == hand.rules else 2 * 10**8)
+
+    monkeypatch.setattr(settling, "child_environment", lambda _: {})
+    monkeypatch.setattr(settling, "Child", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(settling, "compile_deep", compiled)
+    monkeypatch.setattr(settling, "compile_in", compiled)
+    outcome = make_plan("gemma_2b_en", "1x8", target=TARGET, verify="target")
+    made = outcome.plan
+    assert made.rules == hand.rules
+    # The runners-up: what was compiled first, then the other candidates.
+    alternatives = [alternative.rules for alternative in made.alternatives]
+    assert alternatives == [candidate.rules for candidate in outcome.planning.candidates]
+    assert [one.compiled is not None for one in made.alternatives][:4] == [True, True, True, False]
+    assert Plan.from_json(made.to_json()) == made
+    text = plan_text(outcome)
+    assert "-> split by hand" in text
+    assert "\ncandidate 1\n" in text
 
 
 def test_a_compile_for_cpu_devices_says_nothing_of_the_memory(planning) -> None:

@@ -180,10 +180,6 @@ def test_other_wrong_requests_are_one_line(child):
         compiled(child, mesh=parse_mesh("1x16"), target="cpu:16")
 
 
-def test_a_request_survives_json():
-    assert CompileRequest.from_json(request().to_json()) == request()
-
-
 def program(traced, count, n_bytes, **changes):
     stack = BlockStack(template="block_*", n_blocks=10, traced=traced)
     inner = Collective(

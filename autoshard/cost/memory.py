@@ -63,7 +63,7 @@ class PeakMemory:
         )
 
     def op_bytes(self, op: Op, around: Sequence[Layout], cost: OpCost) -> tuple[int, int]:
-        """What one op keeps for the backward half, and its working set; one of the two is 0.
+        """What one op keeps for the backward half, and its working set beside that.
 
         Args:
             op: the op.

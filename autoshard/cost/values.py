@@ -1,6 +1,6 @@
-"""The values of cost. They add: a sum of costs is the cost of one after the other.
+"""The values of cost.
 
-Step time is not a plain sum, because some collectives run behind compute:
+Step time is not a plain sum of its parts, because some collectives run behind compute:
 
     step = compute + blocking collectives + max(0, overlapped collectives - compute)
 """

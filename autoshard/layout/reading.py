@@ -1,4 +1,4 @@
-"""Reading a map that somebody wrote: a plan's JSON, Python source, or the one KerasHub ships.
+"""Reading a map that somebody wrote: Python source, or the one KerasHub ships.
 
 Python source is parsed with `ast` and never executed. What is read is each assignment
 `layout_map[...] = (...)`, also through `keras.distribution.TensorLayout(...)`, where the pattern
@@ -6,7 +6,6 @@ and the axes are strings or names that the source gives one string (`model_dim =
 """
 
 import ast
-import json
 import os
 import warnings
 from pathlib import Path
@@ -23,16 +22,16 @@ __all__ = ["kerashub_rules", "parse_layout", "read_layout"]
 def read_layout(
     layout: str | os.PathLike[str], backbone: object = None, mesh: Mesh | None = None
 ) -> LayoutRules:
-    """Read the LAYOUT of a command.
+    """Read a map.
 
     Args:
-        layout: the word `kerashub`, a path to a plan or to Python source, or such text itself.
+        layout: the word `kerashub`, a path to Python source, or such source itself.
         backbone: the KerasHub backbone, or its class, that `kerashub` asks; else not needed.
         mesh: gives `kerashub` its axis names; `batch` and `model` by default.
 
     Raises:
         UsageError: there is no such file, or `kerashub` without a backbone.
-        PlanFileError: the file cannot be read, or is JSON and no plan.
+        PlanFileError: the file cannot be read.
         LayoutError: the source holds no map, or a rule that cannot be read.
     """
     if layout == "kerashub":
@@ -54,21 +53,18 @@ def read_layout(
 
 
 def parse_layout(text: str, name: str = "the layout") -> LayoutRules:
-    """Read the text of a plan or of Python source.
+    """Read Python source.
 
     Args:
-        text: what a LAYOUT file holds.
+        text: what a file holds.
         name: what an error calls it.
 
     Raises:
-        PlanFileError: the text is JSON and no plan.
         LayoutError: the source holds no map, or a rule that cannot be read.
 
     >>> parse_layout('layout_map["ffw_linear/kernel"] = ("model", None)')
     (Rule(pattern='ffw_linear/kernel', spec=('model', None)),)
     """
-    if text.lstrip().startswith("{"):
-        return _plan_rules(text, name)
     try:
         with warnings.catch_warnings():  # "\\d" outside a raw string warns, and is what we want
             warnings.simplefilter("ignore")
@@ -114,22 +110,6 @@ def kerashub_rules(backbone: object, mesh: Mesh | None = None) -> LayoutRules:
     return tuple(
         Rule(pattern=pattern, spec=tuple(layout.axes)) for pattern, layout in layout_map.items()
     )
-
-
-def _plan_rules(text: str, name: str) -> LayoutRules:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PlanFileError(f"{name} is not JSON: {error}") from None
-    if not isinstance(value, dict) or value.get("format") != "autoshard-plan":
-        raise PlanFileError(f'{name} is not a plan: "format" is not "autoshard-plan"')
-    rules = value.get("layout_map")
-    if not isinstance(rules, list):
-        raise PlanFileError(f"{name} is not a plan: layout_map is not a list of rules")
-    try:
-        return tuple(Rule.from_json(rule) for rule in rules)
-    except LayoutError as error:
-        raise PlanFileError(f"{name}: {error}") from None
 
 
 class _Source:

@@ -80,11 +80,6 @@ class Folding:
     blocks: tuple[BlockStack, ...] = ()
 
     @property
-    def is_folded(self) -> bool:
-        """Whether any block stands for more than itself."""
-        return any(stack.traced < stack.n_blocks for stack in self.blocks)
-
-    @property
     def depth_ratio(self) -> Fraction:
         """Blocks of the real model for each one traced: by how much what they share grows."""
         traced = sum(stack.traced for stack in self.blocks)

@@ -24,7 +24,6 @@ __all__ = [
     "is_task",
     "layers_by_path",
     "one_line",
-    "with_task",
     "wrap",
 ]
 
@@ -123,7 +122,7 @@ def assemble(recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
     backbone = made.backbone if is_task(made) else made
     if recipe.lora_rank is not None:
         _enable_lora(backbone, recipe.lora_rank)
-    return backbone, made if made is not backbone else with_task(backbone, recipe.task_class)
+    return backbone, made if made is not backbone else _with_task(backbone, recipe.task_class)
 
 
 def wrap(
@@ -189,7 +188,7 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line}"
 
 
-def with_task(backbone: Any, task_class: Any) -> Any:
+def _with_task(backbone: Any, task_class: Any) -> Any:
     """The task around a backbone, as `fit` and `generate` use it.
 
     Without a class asked for, the backbone's own CausalLM; the backbone itself where it has none,

@@ -1,7 +1,6 @@
 """The workload: what the model is asked to do in one step."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -69,16 +68,3 @@ class Workload:
     def to_json(self) -> dict[str, Any]:
         """The workload as JSON values, in the order of the fields."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Workload":
-        """Read what `to_json` wrote.
-
-        Raises:
-            UsageError: a value is missing, unknown or out of range.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(data) != names:
-            wrong = ", ".join(sorted(names ^ set(data)))
-            raise UsageError(f"a workload has the entries {', '.join(sorted(names))}; see {wrong}")
-        return cls(**data)

@@ -12,7 +12,8 @@ from autoshard.layout.rules import LayoutRules, format_rules
 from autoshard.mesh import format_spec
 from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import Outcome
-from autoshard.planning import Candidate
+from autoshard.planning import Planning
+from autoshard.pricing import Candidate
 from autoshard.search.candidates import legal_specs
 from autoshard.settling import Verdict
 from autoshard.sharding_plan import Plan
@@ -176,8 +177,8 @@ def _ranking(outcome: Outcome) -> str:
     said = {verdict.candidate.name: verdict for verdict in outcome.verdicts}
     rows = []
     planning = outcome.planning
-    beyond = (planning.without_generate,) if planning.without_generate else ()
-    for candidate in (*planning.candidates, *beyond, *planning.rivals):
+    others = (planning.without_generate, *planning.rivals)
+    for candidate in (*_candidates(planning), *filter(None, others)):
         name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     headers = ("layout", "step", "compute", "collectives", "wire", "memory", "compiled", "")
@@ -187,6 +188,14 @@ def _ranking(outcome: Outcome) -> str:
     if by is not None:
         note += f"; compiled: the step with the collectives {_source(by)}"
     return f"{table}\n({note})\n\n" + "\n\n".join(_differences(outcome))
+
+
+def _candidates(planning: Planning) -> tuple[Candidate, ...]:
+    """The candidates, and the split by hand behind them if it is none of these."""
+    hand = planning.by_hand
+    if hand is None or hand in planning.candidates:
+        return planning.candidates
+    return (*planning.candidates, hand)
 
 
 def _source(target: str) -> str:
@@ -221,7 +230,7 @@ def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ..
 def _differences(outcome: Outcome) -> Iterator[str]:
     """Each other candidate by the rules that it has not (-) and has (+) beside the plan's."""
     planning, winner = outcome.planning, outcome.winner.rules
-    for candidate in planning.candidates:
+    for candidate in _candidates(planning):
         if candidate is not outcome.winner:
             yield f"{candidate.name}\n{_changes(winner, candidate.rules)}"
     if planning.without_generate:

@@ -10,6 +10,7 @@ has to bear it, the gradient's and those of `generate` included.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ __all__ = [
     "legal_specs",
     "output_choices",
     "replicated",
+    "split_by_hand",
 ]
 
 Assignment = Mapping[str, Spec]
@@ -111,6 +113,26 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
         )
         for family in sorted(n_bytes, key=lambda name: (-n_bytes[name], name))
     )
+
+
+def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
+    """The layout that people write, told by shapes: heads, feed-forward and vocabulary are split.
+
+    The last mesh axis splits the first dimension of each family that is not the residual stream;
+    where that is not legal the family stays whole. The stream is the dimension that most families
+    have, the smallest of several: it is narrower than a feed-forward layer.
+    """
+    sizes = Counter(size for choices in families for size in set(choices.shape))
+    stream = max(sizes, key=lambda size: (sizes[size], -size), default=0)
+    assignment = {}
+    for choices in families:
+        beside = (dim for dim, size in enumerate(choices.shape) if size != stream)
+        split = next(beside, None)
+        spec = tuple(
+            mesh.axis_names[-1] if dim == split else None for dim in range(len(choices.shape))
+        )
+        assignment[choices.family] = spec if spec in choices.specs else choices.specs[0]
+    return assignment
 
 
 def output_choices(program: Program, mesh: Mesh, shapes: Shapes) -> tuple[Choices, ...]:

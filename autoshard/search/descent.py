@@ -1,15 +1,14 @@
 """Search over assignments of specs to families, each scored as the program that propagation gives.
 
 Exhaustive where the assignments are few; otherwise descent from several starts (the relaxed
-problem's answer first), moving the families of one sibling group, one family, or two sibling groups
-at a time, until no move is better; then again from the best with two sibling groups shaken. The
-outputs of layers move alone, but one start lays out two groups of them.
+problem's answer first), moving the families of one sibling group or one family at a time until no
+move is better; from the best, two sibling groups at a time too; then again from the best with two
+sibling groups shaken. The outputs of layers move alone, but one start lays out two groups of them.
 """
 
 import itertools
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.graph.propagation import Propagator
 from autoshard.mesh import Mesh, Spec, shard_shape
-from autoshard.search.candidates import NO_RULE, Choices, fixed_layouts
+from autoshard.search.candidates import NO_RULE, Choices, fixed_layouts, split_by_hand
 
 __all__ = [
     "Scored",
@@ -127,8 +126,9 @@ def descend(
     moves = list(_moves(families, scorer.mesh))
     simple = [move for move in moves if not move.is_pair]
     best = min(
-        (_descend_from(scorer, moves, start) for start in starts), key=lambda scored: scored.rank
+        (_descend_from(scorer, simple, start) for start in starts), key=lambda scored: scored.rank
     )
+    best = _descend_from(scorer, moves, dict(best.assignment))
     source = random.Random(0)
     for _ in range(_SHAKES):
         shaken = {**dict(best.assignment), **_shake(families, source)}
@@ -158,11 +158,10 @@ def _siblings(families: Iterable[Choices]) -> dict[str, list[Choices]]:
 def starting_points(
     families: Sequence[Choices], relaxed: Mapping[str, Spec], mesh: Mesh
 ) -> tuple[dict[str, Spec], ...]:
-    """Where to start: the relaxed problem's answer, the smallest shards, and the stream left whole.
+    """Where to start: the relaxed problem's answer, the smallest shards, and the split by hand.
 
     The second fits wherever anything does, or nearly, so that a tight limit leaves a way down. The
-    third is what people do by hand: the residual stream, the dimension that most families have, is
-    never split, but heads, feed-forward and vocabulary are, over the last axis.
+    third is what people do by hand.
     """
     whole = {choices.family: choices.specs[0] for choices in families}
     smallest = {
@@ -171,10 +170,7 @@ def starting_points(
         )
         for choices in families
     }
-    sizes = Counter(size for choices in families for size in set(choices.shape))
-    stream = max(sizes, key=lambda size: (sizes[size], size), default=0)
-    by_hand = {choices.family: _split_beside(stream, choices, mesh) for choices in families}
-    return {**whole, **relaxed}, smallest, by_hand
+    return {**whole, **relaxed}, smallest, split_by_hand(families, mesh)
 
 
 def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec] | None:
@@ -196,16 +192,6 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
         for one, other in itertools.product(first[0].specs[1:], second[0].specs[1:])
     )
     return min(laid, key=lambda assignment: scorer.score(assignment).rank)
-
-
-def _split_beside(stream: int, choices: Choices, mesh: Mesh) -> Spec:
-    """The last parallel axis on the first dimension that it divides and that is not the stream."""
-    axis, n = mesh.parallel_axes[-1], len(choices.shape)
-    for dim, size in enumerate(choices.shape):
-        alone = (*(None,) * dim, axis, *(None,) * (n - dim - 1))
-        if size != stream and alone in choices.specs:
-            return alone
-    return choices.specs[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoshard.errors import UsageError
-from autoshard.layout.rules import LayoutRules, Rule
+from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
 from autoshard.model.folding import BlockStack
 from autoshard.model.workload import Workload
@@ -53,19 +53,6 @@ class CompileRequest:
             "target": self.target,
             "repeats": self.repeats,
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "CompileRequest":
-        """The inverse of `to_json`."""
-        mesh = data["mesh"]
-        return cls(
-            model=data["model"],
-            workload=Workload.from_json(data["workload"]),
-            mesh=Mesh(shape=tuple(mesh["shape"]), axis_names=tuple(mesh["axis_names"])),
-            rules=tuple(Rule.from_json(rule) for rule in data["rules"]),
-            target=data["target"],
-            repeats=data["repeats"],
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ from autoshard.mesh import Mesh, shard_bytes
 from autoshard.model.build import build
 from autoshard.model.folding import Folding
 from autoshard.model.variables import ModelTable, dtype_bytes
-from autoshard.planning import make_pricer, make_program, score_rules
+from autoshard.planning import make_program
+from autoshard.pricing import make_pricer, score_rules
 from autoshard.search.descent import Scorer
 from autoshard.setup import Setup, make_setup
 

@@ -31,6 +31,7 @@ from verdicts import (
     Row,
     answer_all,
     compiled,
+    installed_versions,
     plan_here,
     rules_of,
     verdict_target,
@@ -65,8 +66,8 @@ MODELS = (
 TRAINED = ("gemma_2b_en", "llama3_8b_en", "qwen3_8b_en")
 MESHES = ("1x8", "2x4", "4x2", "8x1")
 WORKLOADS = ("prefill", "train")
-# The first by the formulas, then the others of the three that `--verify target` compiles.
-OURS = ("autoshard", "autoshard, second", "autoshard, third")
+# The first by the formulas, then the others that `--verify target` compiles.
+OURS = ("autoshard", "autoshard, second", "autoshard, third", "autoshard, fourth")
 HAND = "megatron"
 RIVALS = ("announcement", "kerashub", "largest dimension", HAND)
 RESULTS = Path(__file__).parent / "results" / "rivals.jsonl"
@@ -132,17 +133,18 @@ def _layouts(
             seq_len=SEQ_LEN,
             verify="none",
         )
-        candidates = worth_compiling(outcome.planning.candidates)
+        candidates = worth_compiling(outcome.planning, setup.target)
         yield from zip(OURS, (candidate.rules for candidate in candidates), strict=False)
 
 
 def _entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
     """The verdicts that the table shows, in its order."""
     places = {name: place for place, name in enumerate(MODELS)}
+    versions = installed_versions()
     rows = [
         row
         for row in results.rows.values()
-        if row["target"] == verdict_target()
+        if (row["target"], row["versions"]) == (verdict_target(), versions)
         and row["model"] in arguments.models
         and row["mesh"] in arguments.meshes
         and row["workload"]["kind"] in arguments.workload

@@ -1,0 +1,133 @@
+"""Candidates, and the prices of maps that others wrote or published."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from autoshard.cost.step import StepPricer
+from autoshard.cost.strategies import Machine
+from autoshard.errors import AutoshardError, LayoutError
+from autoshard.graph.program import Program
+from autoshard.hardware.links import axis_links
+from autoshard.layout.reading import kerashub_rules
+from autoshard.layout.references import ANNOUNCEMENT_MAP
+from autoshard.layout.resolve import resolve
+from autoshard.layout.rules import LayoutRules
+from autoshard.mesh import Mesh, Spec, divides, format_spec
+from autoshard.model.recipe import AbstractModel
+from autoshard.model.variables import ModelTable
+from autoshard.model.workload import QUANTIZED
+from autoshard.search.descent import Scored, Scorer
+from autoshard.setup import Setup
+
+__all__ = ["Candidate", "make_pricer", "published_maps", "score_rules"]
+
+_MATMUL_DTYPES = {
+    "mixed_bfloat16": "bfloat16",
+    "mixed_float16": "float16",
+    QUANTIZED: "bfloat16",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A layout in the running.
+
+    Attributes:
+        name: what a table calls it.
+        rules: its layout map.
+        scored: its assignment and cost; None where Keras refuses the map.
+        failure: why Keras refuses it, in one line, or "".
+    """
+
+    name: str
+    rules: LayoutRules
+    scored: Scored | None
+    failure: str = ""
+
+
+def make_pricer(program: Program, setup: Setup) -> StepPricer:
+    """What prices layouts of a program on the mesh and chips of a setup."""
+    links = axis_links(setup.mesh, setup.target)
+    dtype = setup.workload.dtype
+    machine = Machine(
+        chip=setup.target.chip,
+        links=tuple(links[axis] for axis in setup.mesh.parallel_axes),
+        matmul_dtype=_MATMUL_DTYPES.get(dtype, dtype),
+    )
+    return StepPricer(program, machine)
+
+
+def published_maps(
+    model: AbstractModel, table: ModelTable, setup: Setup, pricer: StepPricer
+) -> Iterator[Candidate]:
+    """The maps that others published for this class of models, priced as they are.
+
+    Args:
+        model: the model.
+        table: its variables.
+        setup: mesh, target, workload, memory.
+        pricer: prices the step.
+    """
+    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
+    published: list[tuple[str, Callable[[], LayoutRules]]] = [
+        ("KerasHub's own map", lambda: kerashub_rules(model.backbone, setup.mesh))
+    ]
+    if type(model.backbone).__name__ == "GemmaBackbone":
+        published.append(("the announcement's map", lambda: ANNOUNCEMENT_MAP))
+    for name, rules_of in published:
+        try:
+            rules = rules_of()
+        except AutoshardError:
+            continue
+        yield score_rules(name, rules, table, setup.mesh, scorer)
+
+
+def score_rules(
+    name: str, rules: LayoutRules, table: ModelTable, mesh: Mesh, scorer: Scorer
+) -> Candidate:
+    """Price a map that somebody wrote.
+
+    Args:
+        name: what a table calls it.
+        rules: the map.
+        table: the model's variables.
+        mesh: the mesh.
+        scorer: prices assignments.
+    """
+    try:
+        resolution = resolve(rules, table, mesh).checked()
+    except LayoutError as error:
+        return Candidate(name=name, rules=rules, scored=None, failure=str(error))
+    outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
+    failure = _outputs_failure(resolution.outputs, table, mesh, scorer.pricer.program)
+    if failure:
+        return Candidate(name=name, rules=rules, scored=None, failure=failure)
+    assignment = _known({**resolution.assignment, **outputs}, scorer)
+    return Candidate(name=name, rules=rules, scored=scorer.score(assignment))
+
+
+def _outputs_failure(
+    outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, program: Program
+) -> str:
+    """Why rules for layer outputs cannot be priced, in one line, or ""."""
+    laid: dict[str, set[Spec | None]] = {}
+    for path in table.output_paths:
+        laid.setdefault(table.templates[path], set()).add(outputs.get(path))
+    for template, specs in laid.items():
+        if len(specs) > 1:
+            return f"not priced: it lays out '{template}' in some blocks otherwise than in others"
+    for output in program.layer_outputs:
+        (spec,) = laid.get(output.template, {None})
+        if spec and (len(spec) > len(output.shape) or not divides(output.shape, spec, mesh)):
+            return (
+                f"JAX refuses {format_spec(spec)} for '{output.template}', of shape {output.shape}"
+            )
+    return ""
+
+
+def _known(assignment: Mapping[str, Spec], scorer: Scorer) -> dict[str, Spec]:
+    """The part of an assignment that the step has arrays for."""
+    program = scorer.pricer.program
+    known = {argument.family for argument in program.arguments}
+    known |= {output.template for output in program.layer_outputs}
+    return {name: spec for name, spec in assignment.items() if name in known}
