@@ -15,6 +15,7 @@ import click
 
 from autoshard import __version__
 from autoshard.errors import AutoshardError, PlanFileError, UsageError
+from autoshard.model.keras_import import PLANNING_ONLY
 
 __all__ = ["chips", "check", "compare", "explain", "inspect", "main", "models", "plan", "verify"]
 
@@ -366,7 +367,7 @@ def _names(axes: str | None) -> list[str] | None:
 def _set_backend() -> None:
     """Planning needs no accelerator; the choice must be made before keras and jax load."""
     os.environ["KERAS_BACKEND"] = "jax"
-    os.environ["AUTOSHARD_PLANNING_ONLY"] = "1"
+    os.environ[PLANNING_ONLY] = "1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -24,7 +24,7 @@ from autoshard.setup import Setup
 from autoshard.units import format_bytes
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time
-from autoshard.xla.compile import compile_deep, compile_in
+from autoshard.xla.compile import MEMORY_LIMIT_BYTES, compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.partitioned import partitioned_seconds
 
@@ -33,7 +33,6 @@ __all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
 _N_SETTLED = 3
 # The split by hand is compiled unless it is predicted to take so many times as long.
 _NEAR = 1.25
-_MEMORY_LIMIT_BYTES = 16 * 2**30
 _COMPILE_SECONDS = {"cpu": 150.0, "tpu": 580.0, "gpu": 580.0}
 
 
@@ -88,7 +87,7 @@ def settle(
     seconds = _COMPILE_SECONDS[compiler.chip.kind]
     with Child(
         child_environment(compiler),
-        memory_limit_bytes=_MEMORY_LIMIT_BYTES,
+        memory_limit_bytes=MEMORY_LIMIT_BYTES,
     ) as child:
         verdicts = []
         for candidate in worth_compiling(planning, compiler):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autoshard.errors import LayoutError, MeshError, PlanFileError
+from autoshard.layout.distribution import keras_layout_map
 from autoshard.layout.rules import LayoutRules, format_rules, match
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.build import build
@@ -204,7 +205,6 @@ keras.distribution.set_distribution(distribution)
             MeshError: the mesh is another, or the machine has another number of devices.
             BackendError: Keras runs on another backend than JAX.
         """
-        keras = import_keras()
         if device_mesh is None:
             device_mesh = self.device_mesh()
         shape, names = tuple(device_mesh.shape), tuple(device_mesh.axis_names)
@@ -214,10 +214,7 @@ keras.distribution.set_distribution(distribution)
                 f"is for {self.mesh} ({', '.join(self.mesh.axis_names)}); make that mesh, or plan "
                 "for this one"
             )
-        layout_map = keras.distribution.LayoutMap(device_mesh)
-        for rule in self.rules:
-            layout_map[rule.pattern] = rule.spec
-        return layout_map
+        return keras_layout_map(self.rules, device_mesh)
 
     def distribution(self, devices: Sequence[Any] | None = None) -> Any:
         """The plan as a `keras.distribution.ModelParallel`, to be set before the model is built.

@@ -6,12 +6,12 @@ each is held against the rules to tell which one causes it. The prediction stand
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from autoshard.errors import OutOfMemoryError, UsageError
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target, parse_target
+from autoshard.installed import installed_version
 from autoshard.layout.causes import Causes
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import resolve
@@ -37,12 +37,11 @@ from autoshard.xla.cache import verdict_cache
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time, step_time_beside
 from autoshard.xla.collectives import merge_collectives
-from autoshard.xla.compile import compile_in
+from autoshard.xla.compile import MEMORY_LIMIT_BYTES, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
 __all__ = ["Subject", "subject_of", "verify"]
 
-_MEMORY_LIMIT_BYTES = 16 * 2**30
 _COMPILE_SECONDS = 1800.0
 _COMPILER_PACKAGES = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
@@ -114,7 +113,7 @@ def verify(
         repeats=blocks,
     )
     known = verdict_cache(subject.model, reads=cache)
-    with Child(child_environment(setup.target), memory_limit_bytes=_MEMORY_LIMIT_BYTES) as child:
+    with Child(child_environment(setup.target), memory_limit_bytes=MEMORY_LIMIT_BYTES) as child:
         try:
             step = compile_in(child, request, timeout_seconds=_COMPILE_SECONDS, cache=known)
         except OutOfMemoryError as error:
@@ -292,7 +291,4 @@ def _paths(model: AbstractModel) -> tuple[str, ...]:
 
 def _compiler(target: Target) -> str:
     package = _COMPILER_PACKAGES[target.chip.kind]
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return package
+    return f"{package} {installed_version(package)}".rstrip()

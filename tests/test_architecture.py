@@ -16,6 +16,7 @@ PACKAGE = Path(autoshard.__file__).parent
 ROOMS = (
     "errors",
     "units",
+    "installed",
     "mesh",
     "hardware",
     "model",
@@ -51,7 +52,6 @@ LIBRARIES = {
     "scipy": {"search"},
     "platformdirs": {"xla"},
     "tabulate": {"report"},
-    "jinja2": {"report"},
     "click": {"cli"},
 }
 LOADED_ONLY_WHEN_USED = (

@@ -7,7 +7,12 @@ Step time is not a plain sum of its parts, because some collectives run behind c
 
 from dataclasses import dataclass
 
-__all__ = ["Memory", "StepCost", "Traffic"]
+__all__ = ["Memory", "StepCost", "Traffic", "step_seconds"]
+
+
+def step_seconds(compute: float, blocking: float, overlapped: float) -> float:
+    """Seconds of a step: compute, what blocks it, and what the hidden collectives exceed it by."""
+    return compute + blocking + max(0.0, overlapped - compute)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +79,8 @@ class StepCost:
 
     @property
     def step_seconds(self) -> float:
-        """Compute, what blocks it, and what the hidden collectives exceed it by."""
-        exposed = max(0.0, self.overlapped_seconds - self.compute_seconds)
-        return self.compute_seconds + self.blocking_seconds + exposed
+        """Time of the step; see `step_seconds`."""
+        return step_seconds(self.compute_seconds, self.blocking_seconds, self.overlapped_seconds)
 
     @property
     def collective_bytes(self) -> int:

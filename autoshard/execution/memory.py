@@ -24,6 +24,7 @@ from autoshard.mesh import Mesh
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.slots import make_slots
+from autoshard.model.variables import dtype_bytes
 from autoshard.model.workload import Workload
 
 __all__ = ["available_bytes", "needed_bytes"]
@@ -72,7 +73,7 @@ def needed_bytes(
         copies = {v.path: _held(v, rules, mesh).copies for v in trained}
         for slot in make_slots(workload.optimizer, trained).slots:
             n_elements = math.prod(slot.shape)
-            size = _itemsize(slot.dtype)
+            size = dtype_bytes(slot.dtype)
             needed += n_elements * size * copies.get(slot.owner or "", 1)
     needed += _OUTPUT_BYTES * _output_elements(model, workload)
     return round(needed) + n_processes * _LIBRARY_BYTES
@@ -86,14 +87,8 @@ def _held(variable: Any, rules: LayoutRules, mesh: Mesh | None) -> _Held:
         sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
         copies = mesh.n_devices / math.prod(sizes[axis] for axis in spec if axis is not None)
     n_elements = math.prod(shape)
-    n_bytes = n_elements * _itemsize(str(variable.dtype))
+    n_bytes = n_elements * dtype_bytes(str(variable.dtype))
     return _Held(n_elements=n_elements, n_bytes=n_bytes, copies=copies)
-
-
-def _itemsize(dtype: str) -> int:
-    import jax
-
-    return int(jax.numpy.dtype(dtype).itemsize)
 
 
 def _output_elements(model: AbstractModel, workload: Workload) -> int:

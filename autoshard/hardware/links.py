@@ -34,12 +34,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoshard.hardware.chips import Chip
-from autoshard.hardware.targets import Target, check_devices
+from autoshard.hardware.targets import HOST_EDGE, Target, check_devices
 from autoshard.mesh import Mesh
 
 __all__ = ["AxisLink", "axis_links", "device_coordinates", "group_link", "ring_link"]
-
-_HOST_EDGE = 2
 
 _Place = tuple[int, tuple[int, ...], int]
 
@@ -158,9 +156,9 @@ def device_coordinates(target: Target) -> tuple[_Place, ...]:
 
 def _host(spot: tuple[int, ...], topology: tuple[int, ...]) -> tuple[int, ...]:
     # A slice that hosts of 2x2 chips do not tile has one chip a host (see Target.topology_options).
-    if len(topology) < 2 or any(size % _HOST_EDGE for size in topology[:2]):
+    if len(topology) < 2 or any(size % HOST_EDGE for size in topology[:2]):
         return ()
-    return (spot[0] // _HOST_EDGE, spot[1] // _HOST_EDGE, *spot[2:])
+    return (spot[0] // HOST_EDGE, spot[1] // HOST_EDGE, *spot[2:])
 
 
 def _first_group(axes: Sequence[str], mesh: Mesh, target: Target) -> list[_Place]:

@@ -17,11 +17,11 @@ from autoshard.hardware.chips import Chip, get_chip, known_chips
 from autoshard.hardware.gpu_config import gpu_target_config
 from autoshard.mesh import Mesh
 
-__all__ = ["Target", "check_devices", "default_target", "parse_target", "target_of"]
+__all__ = ["HOST_EDGE", "Target", "check_devices", "default_target", "parse_target", "target_of"]
 
 _DEFAULT_CHIP = "tpu:v5e"
 # Chips that one host drives on the first two torus axes of a slice, unless the compiler is told.
-_HOST_EDGE = 2
+HOST_EDGE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class Target:
         }
         if self.n_slices > 1:
             options["num_slices"] = self.n_slices
-        if any(size % _HOST_EDGE for size in self.topology[:2]):
+        if any(size % HOST_EDGE for size in self.topology[:2]):
             options["chips_per_host_bounds"] = (1, 1, 1)
         return options
 

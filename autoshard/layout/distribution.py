@@ -1,4 +1,4 @@
-"""A layout map as Keras' own distribution."""
+"""Rules as Keras' own objects."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,15 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
 from autoshard.model.keras_import import import_keras
 
-__all__ = ["keras_distribution"]
+__all__ = ["keras_distribution", "keras_layout_map"]
+
+
+def keras_layout_map(rules: LayoutRules, device_mesh: Any) -> Any:
+    """The `keras.distribution.LayoutMap` of some rules on a `DeviceMesh`."""
+    layout_map = import_keras().distribution.LayoutMap(device_mesh)
+    for rule in rules:
+        layout_map[rule.pattern] = rule.spec
+    return layout_map
 
 
 def keras_distribution(rules: LayoutRules, mesh: Mesh, devices: Sequence[Any]) -> Any:
@@ -22,9 +30,8 @@ def keras_distribution(rules: LayoutRules, mesh: Mesh, devices: Sequence[Any]) -
     """
     keras = import_keras()
     device_mesh = keras.distribution.DeviceMesh(mesh.shape, mesh.axis_names, list(devices))
-    layout_map = keras.distribution.LayoutMap(device_mesh)
-    for rule in rules:
-        layout_map[rule.pattern] = rule.spec
     return keras.distribution.ModelParallel(
-        layout_map=layout_map, batch_dim_name=mesh.data_axis, auto_shard_dataset=False
+        layout_map=keras_layout_map(rules, device_mesh),
+        batch_dim_name=mesh.data_axis,
+        auto_shard_dataset=False,
     )

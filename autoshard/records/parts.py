@@ -1,8 +1,8 @@
 """The values inside a `Plan`: the model it is for, predictions, compilers' words, reasons."""
 
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 
+from autoshard.installed import installed_version
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Spec
 from autoshard.model.variables import ModelTable
@@ -203,12 +203,4 @@ class Versions:
     @classmethod
     def installed(cls) -> "Versions":
         """The versions in this environment, without importing the packages."""
-
-        def installed(package: str) -> str:
-            try:
-                return version(package)
-            except PackageNotFoundError:
-                return ""
-
-        names = {key: installed(key.replace("_", "-")) for key in keys(cls)}
-        return cls(**names)
+        return cls(**{key: installed_version(key.replace("_", "-")) for key in keys(cls)})

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from tabulate import tabulate
 
-from autoshard.layout.rules import format_rules
 from autoshard.records.codec import dump, to_record
 from autoshard.records.execution import PartRun, PlanRun
+from autoshard.report.plan import rules_text
 from autoshard.units import format_bytes, format_seconds
 
 __all__ = ["run_json", "run_text"]
@@ -25,9 +25,8 @@ def run_text(found: PlanRun) -> str:
     Args:
         found: what `autoshard.run` returned.
     """
-    rules = format_rules(found.rules) or "no rule: every variable is whole on every device"
     parts = ["\n".join(_part(part)) for part in found.parts]
-    return "\n\n".join([_head(found), rules, *parts, _verdict(found)])
+    return "\n\n".join([_head(found), rules_text(found.rules), *parts, _verdict(found)])
 
 
 def _head(found: PlanRun) -> str:

@@ -21,7 +21,7 @@ from autoshard.units import format_bytes, format_count, format_seconds
 from autoshard.xla.collectives import Collective
 from autoshard.xla.partitioned import target_collectives
 
-__all__ = ["plan_text", "reasons_text"]
+__all__ = ["plan_text", "reasons_text", "rules_text"]
 
 # Whole weights of less than this share of the model are not worth a line.
 _TRIFLE = 0.01
@@ -50,9 +50,13 @@ def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
 
 
 def _map(plan: Plan) -> str:
-    if not plan.rules:
-        return "no rule: every variable is whole on every device"
-    return f"layout_map = keras.distribution.LayoutMap(device_mesh)\n{format_rules(plan.rules)}"
+    head = "layout_map = keras.distribution.LayoutMap(device_mesh)\n" if plan.rules else ""
+    return head + rules_text(plan.rules)
+
+
+def rules_text(rules: LayoutRules) -> str:
+    """A map as the lines that a person would write."""
+    return format_rules(rules) or "no rule: every variable is whole on every device"
 
 
 def _head(outcome: Outcome) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from tabulate import tabulate
 
 from autoshard.hardware.targets import parse_target
-from autoshard.layout.rules import format_rules
 from autoshard.records.codec import dump, to_record
 from autoshard.records.verification import Verification
+from autoshard.report.plan import rules_text
 from autoshard.units import format_bytes, format_flops, format_seconds
 
 __all__ = ["verification_json", "verification_text"]
@@ -26,7 +26,7 @@ def verification_text(verification: Verification) -> str:
     """
     parts = [
         _head(verification),
-        format_rules(verification.rules) or "no rule: every variable is whole on every device",
+        rules_text(verification.rules),
         _verdict_line(verification),
         *_comparison(verification),
         *_flops(verification),

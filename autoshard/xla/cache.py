@@ -16,13 +16,13 @@ import os
 import tempfile
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_dir
 
 from autoshard.errors import OutOfMemoryError
+from autoshard.installed import installed_version
 from autoshard.model.recipe import AbstractModel
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
@@ -121,12 +121,5 @@ def _installed() -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "autoshard": source.hexdigest(),
-        **{package: _version(package) for package in _PACKAGES},
+        **{package: installed_version(package) for package in _PACKAGES},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

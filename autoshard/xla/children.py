@@ -26,6 +26,7 @@ from typing import IO, Any
 from autoshard import errors
 from autoshard.errors import AutoshardError, ChildError, ChildTimeoutError, XlaError
 from autoshard.hardware.targets import Target
+from autoshard.model.keras_import import PLANNING_ONLY
 from autoshard.units import format_bytes
 from autoshard.xla.worker import read_frame, write_frame
 
@@ -47,7 +48,7 @@ def child_environment(target: Target) -> dict[str, str]:
         XlaError: the compiler of the target is not installed; the text has the pip command.
     """
     environment = {
-        "AUTOSHARD_PLANNING_ONLY": "1",
+        PLANNING_ONLY: "1",
         "KERAS_BACKEND": "jax",
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",

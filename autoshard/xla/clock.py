@@ -15,6 +15,7 @@ nodes too. The plain ring makes verdicts on one chip comparable whatever the mes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from autoshard.cost.values import step_seconds
 from autoshard.errors import XlaError
 from autoshard.hardware.chips import Chip
 from autoshard.hardware.collectives import seconds
@@ -43,9 +44,8 @@ class StepTime:
 
     @property
     def step_seconds(self) -> float:
-        """Compute, blocking, and what the overlapped exceed compute by."""
-        exposed = max(0.0, self.overlapped_seconds - self.compute_seconds)
-        return self.compute_seconds + self.blocking_seconds + exposed
+        """Time of the step, as the cost model has it."""
+        return step_seconds(self.compute_seconds, self.blocking_seconds, self.overlapped_seconds)
 
 
 def step_time(step: CompiledStep, mesh: Mesh | None = None) -> StepTime:

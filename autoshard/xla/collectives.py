@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autoshard.hardware.collectives import KINDS
 from autoshard.mesh import Mesh
 from autoshard.xla.groups import Groups, axes_of, parse_groups, parse_pairs
 from autoshard.xla.hlo import Computation, HloModule, Instruction, Shape
@@ -31,7 +32,6 @@ __all__ = [
     "read_collectives",
 ]
 
-_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # One buffer in as many pieces as there are devices, not several arrays.
 _ONE_BUFFER = ("all-to-all",)
 
@@ -213,7 +213,7 @@ def _sites(
     computation: Computation, instruction: Instruction, op_name: str, times: int, n_devices: int
 ) -> Iterator[Site]:
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in _KINDS:
+    if kind not in KINDS:
         return
     started = instruction.opcode.endswith("-start")
     shapes = _moved(kind, started, instruction, n_devices)

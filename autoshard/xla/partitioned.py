@@ -10,7 +10,7 @@ data axis.
 from collections import defaultdict
 from dataclasses import replace
 
-from autoshard.cost.values import StepCost
+from autoshard.cost.values import StepCost, step_seconds
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target
 from autoshard.mesh import Mesh
@@ -79,4 +79,4 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
             hidden += collective_seconds(one, link)
         else:
             blocking += collective_seconds(one, link)
-    return cost.compute_seconds + blocking + max(0.0, hidden - cost.compute_seconds)
+    return step_seconds(cost.compute_seconds, blocking, hidden)

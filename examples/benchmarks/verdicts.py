@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -19,8 +18,10 @@ from typing import Any
 
 from autoshard.errors import AutoshardError
 from autoshard.hardware.targets import parse_target
+from autoshard.installed import installed_version
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import parse_mesh
+from autoshard.model.keras_import import PLANNING_ONLY
 from autoshard.model.workload import Workload
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.collectives import merge_collectives
@@ -97,14 +98,7 @@ class Question:
 
 def installed_versions() -> dict[str, str]:
     """The packages that decide a verdict, `""` for one that is not installed."""
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return ""
-
-    return {package: installed(package) for package in _PACKAGES}
+    return {package: installed_version(package) for package in _PACKAGES}
 
 
 def rules_of(row: Row) -> LayoutRules:
@@ -243,6 +237,6 @@ def verdict_target(n_devices: int = 8) -> str:
 
 def plan_here() -> None:
     """Set this process up for planning, as the commands do, before Keras and JAX are imported."""
-    os.environ |= {"KERAS_BACKEND": "jax", "AUTOSHARD_PLANNING_ONLY": "1"}
+    os.environ |= {"KERAS_BACKEND": "jax", PLANNING_ONLY: "1"}
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
