@@ -7,7 +7,7 @@ failure of the work; 2: wrong usage.
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ def main() -> None:
     directory, a .keras or config.json file, or a kaggle:// or hf:// handle.
     """
     # An installed script does not look for modules in the folder it is called from.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    with suppress(FileNotFoundError):  # of a folder that was deleted
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
 
 
 def _step_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -376,6 +377,8 @@ def _check_writable(output: str | None) -> None:
     """Fail before the work, not after it."""
     if output is None:
         return
+    if not output:
+        raise UsageError("the name of the output file is empty")
     path = Path(output)
     if path.is_dir():
         raise PlanFileError(f"cannot write {output}: it is a directory")

@@ -87,8 +87,14 @@ def _smaller_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
 
 def _more_devices(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Twice the devices of the same chip along the last axis, and twice that."""
-    mesh = setup.mesh
+    mesh, n_slices = setup.mesh, setup.target.n_slices
     for _ in range(_MOST_DOUBLINGS):
         mesh = Mesh(shape=(*mesh.shape[:-1], 2 * mesh.shape[-1]), axis_names=mesh.axis_names)
-        target = target_of(setup.target.chip, mesh.n_devices)
-        yield f"--mesh {mesh} --target {target}", replace(setup, mesh=mesh, target=target)
+        one = target_of(setup.target.chip, mesh.n_devices // n_slices)
+        target = replace(one, n_slices=n_slices)
+        n_data = mesh.sizes[mesh.data_axis]
+        batch = -(-setup.workload.batch // n_data) * n_data
+        change = f"--mesh {mesh} --target {target} --batch {batch}"
+        change += " in place of --slices" if n_slices > 1 else ""
+        workload = replace(setup.workload, batch=batch)
+        yield change, replace(setup, mesh=mesh, target=target, workload=workload)

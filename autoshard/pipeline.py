@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from autoshard.cost.values import StepCost
 from autoshard.errors import NothingFitsError, UsageError, XlaError
@@ -190,6 +190,8 @@ def make_plan(
         on_progress: called with the name of each stage.
         **options: the other arguments of `plan`.
     """
+    if verify not in get_args(Verify):
+        raise UsageError(f"verify is {verify!r}; give 'none', 'cpu' or 'target'")
     if verify != "none" and not isinstance(model, str):
         raise UsageError(
             "a compiler runs in a process of its own, which must build the model: pass its name or "

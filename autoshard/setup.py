@@ -58,6 +58,8 @@ def make_setup(
     """
     if isinstance(mesh, str):
         mesh = parse_mesh(mesh, axes)
+    if not isinstance(mesh, Mesh):
+        raise UsageError(f"mesh is {mesh!r}; give a text like 1x8, or a Mesh")
     if isinstance(target, str):
         target = parse_target(target)
     if slices is not None:

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autoshard.errors import LayoutError, MeshError, PlanFileError
+from autoshard.errors import (
+    LayoutError,
+    MeshError,
+    ModelError,
+    PlanFileError,
+    UnknownNameError,
+)
 from autoshard.layout.distribution import keras_layout_map
 from autoshard.layout.rules import LayoutRules, format_rules, match
 from autoshard.mesh import Mesh, format_spec
@@ -136,6 +142,8 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan file. Either the whole file is there afterwards or nothing has changed.
 
+        What is there and no file, a pipe say, is written to.
+
         Raises:
             PlanFileError: it cannot be written.
         """
@@ -143,6 +151,9 @@ class Plan:
         text = self.to_json()
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
+            if path.exists() and not path.is_file():
+                path.write_text(text, encoding="utf-8")
+                return
             try:
                 with beside.open("x", encoding="utf-8", newline="\n") as file:
                     file.write(text)
@@ -260,7 +271,14 @@ keras.distribution.set_distribution(distribution)
         # A name or a callable is built as the workload has it, a model stays as it is.
         made = isinstance(model, str) or not hasattr(model, "weights")
         lora_rank = self.workload.lora_rank if made else None
-        table: ModelTable = build(model, dtype=self.workload.dtype, lora_rank=lora_rank).table()
+        try:
+            abstract = build(model, dtype=self.workload.dtype, lora_rank=lora_rank)
+        except UnknownNameError:
+            raise ModelError(
+                f"the plan was made for the model '{self.model.name}', which no name finds again: "
+                "pass the model"
+            ) from None
+        table: ModelTable = abstract.table()
         return table
 
     def check_model(self, table: ModelTable) -> None:

@@ -144,14 +144,17 @@ def subject_of(
         return _planned(layout if isinstance(layout, Plan) else load(layout), target, memory_limit)
     if not isinstance(model, str):
         raise UsageError("the compiler's process builds the model itself: pass its name")
+    plan = plan_of(layout)
     if "mesh" not in given:
-        raise UsageError("a layout that is no plan needs its mesh, such as 1x8")
+        raise UsageError(
+            "a layout needs the mesh that it is to be compiled for, such as 1x8"
+            + ("; a plan states its own model and mesh: leave the model out" if plan else "")
+        )
     setup = make_setup(**given, target=_named(target), memory_limit=memory_limit)
     if target == "cpu":
         setup = _retargeted(setup, "cpu", memory_limit)
     workload = setup.workload
     built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    plan = plan_of(layout)
     rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
     return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)
 

@@ -17,7 +17,10 @@ def options(change: str) -> dict[str, Any]:
     words = change.split()
     pairs = zip(words[::2], words[1::2], strict=True)
     named = {name.removeprefix("--").replace("-", "_"): value for name, value in pairs}
-    return {name: int(value) if value.isdecimal() else value for name, value in named.items()}
+    numbers = {
+        name: int(value) for name, value in named.items() if name != "mesh" and value.isdecimal()
+    }
+    return named | numbers
 
 
 def test_every_remedy_fits_when_it_is_asked_for() -> None:
@@ -29,6 +32,15 @@ def test_every_remedy_fits_when_it_is_asked_for() -> None:
         changed = make_plan(small_gemma_backbone, **{**REQUEST, **options(remedy.change)})
         assert changed.fits, remedy
         assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
+
+
+def test_more_devices_on_the_data_axis_come_with_the_batch_they_divide() -> None:
+    request = {**REQUEST, "mesh": "2", "batch": 2, "memory_limit": "500kB"}
+    outcome = make_plan(small_gemma_backbone, **request)
+    (remedy,) = [one for one in outcome.remedies if one.change.startswith("--mesh")]
+    changed = make_plan(small_gemma_backbone, **{**request, **options(remedy.change)})
+    assert changed.fits
+    assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
 
 
 def test_the_error_names_the_remedies() -> None:

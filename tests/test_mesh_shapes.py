@@ -56,3 +56,12 @@ def test_one_of_mesh_and_devices_is_asked_for() -> None:
             make_plan(small_gemma_backbone, mesh, devices=devices)
     with pytest.raises(MeshError, match="axes"):
         make_plan(small_gemma_backbone, devices=8, axes=["a", "b", "c"])
+
+
+def test_what_is_no_mesh_and_no_compiler_is_wrong_usage() -> None:
+    with pytest.raises(UsageError, match=r"mesh is \(1, 8\)"):
+        make_plan(small_gemma_backbone, (1, 8))
+    with pytest.raises(UsageError, match="verify is 'tpu'"):
+        make_plan(small_gemma_backbone, "1x8", verify="tpu")
+    with pytest.raises(UsageError, match="0 bytes"):
+        make_plan(small_gemma_backbone, "1x8", memory_limit=0)

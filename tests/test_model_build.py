@@ -131,6 +131,16 @@ def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
         build(plain_network, lora_rank=2)
 
 
+def test_a_sequential_model_takes_what_the_model_inside_it_takes() -> None:
+    def sequential() -> Any:
+        layers = import_keras().layers
+        return import_keras().Sequential([import_keras().Input((8,)), layers.Dense(4)])
+
+    step = make_step(build(sequential), Workload(kind="train", batch=2, optimizer="sgd"))
+    assert [argument.shape for argument in step.arguments if argument.role == "data"][0] == (2, 8)
+    trace(step)
+
+
 # Keras' saving reads a variable in a way that numpy 2 warns about.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")

@@ -29,7 +29,8 @@ The bounds (rms: root mean square of the reference):
 the second being the expected maximum of N normal values, three deviations added, and a step of the
 result's own rounding. A greedy token is compared where the two largest logits are further apart
 than the third. A loss may be off by 2 delta of itself: a mean square changes by twice the relative
-change of its argument; a cross-entropy of V classes with logits of deviation s is at least
+change of its argument, the distance to targets drawn apart from the outputs by no more than these;
+a cross-entropy of V classes with logits of deviation s is at least
 s sqrt(2 ln V) and changes by sqrt(2) delta s.
 
 Where a router sends tokens to experts, a near tie may fall the other way in a low precision, and

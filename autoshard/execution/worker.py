@@ -152,7 +152,7 @@ def _fit(model: AbstractModel, request: RunRequest, distribution: Any) -> tuple[
     keras = import_keras()
     workload = request.workload
     data = run_data(model, workload, request.seed)
-    targets = targets_of(model, data)
+    targets = targets_of(model, data, request.seed)
     checkpoint_blocks(model, data)
     # A KerasHub task's own `compile` would add metrics.
     model.model.compile(optimizer=workload.optimizer, loss=targets.loss, weighted_metrics=[])

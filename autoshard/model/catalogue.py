@@ -52,7 +52,7 @@ def names(pattern: str | None = None) -> tuple[str, ...]:
     """Preset names in the catalogue's order.
 
     Args:
-        pattern: a shell pattern (`gemma*7b*`) or a part of the name; all names by default.
+        pattern: a shell pattern (`gemma*7b*`) or a part of the name, in any case; all by default.
 
     >>> names("gemma_7b_e*")
     ('gemma_7b_en',)
@@ -61,7 +61,7 @@ def names(pattern: str | None = None) -> tuple[str, ...]:
         return tuple(_rows())
     if not any(character in pattern for character in "*?["):
         pattern = f"*{pattern}*"
-    return tuple(name for name in _rows() if fnmatchcase(name, pattern))
+    return tuple(name for name in _rows() if fnmatchcase(name.lower(), pattern.lower()))
 
 
 def get(name: str) -> Preset:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.model.inputs import Input, model_inputs
+from autoshard.model.inputs import Input, functional, model_inputs
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Array
@@ -64,12 +64,17 @@ def prompt_data(model: AbstractModel, workload: Workload, n_prompt: int, seed: i
     return import_keras().tree.map_structure(cut, data)
 
 
-def targets_of(model: AbstractModel, data: Any) -> Targets:
-    """The loss of `fit`: that of the compiled training step.
+def targets_of(model: AbstractModel, data: Any, seed: int) -> Targets:
+    """The loss of `fit`, and what it compares outputs with.
+
+    Without a cross-entropy the targets are drawn, not 0 as in the compiled training step: outputs
+    that a layer has normalised have a mean square of 1 whatever the weights before it, so that all
+    their gradients would be rounding, which Adam makes as large as any.
 
     Args:
         model: the model.
         data: what `run_data` gave.
+        seed: of the targets.
     """
     keras = import_keras()
     if model.generates:
@@ -79,16 +84,17 @@ def targets_of(model: AbstractModel, data: Any) -> Targets:
             values=np.roll(tokens, -1, axis=1),
             words="cross-entropy of the next token",
         )
-    outputs = model.model._outputs_struct
+    outputs = functional(model.model)._outputs_struct
     batch = len(keras.tree.flatten(data)[0])
     flat = keras.tree.flatten(outputs)
     shapes = [_filled(tuple(output.shape), batch, data) for output in flat]
-    zeros = [np.zeros(shape, "float32") for shape in shapes]
+    draw = np.random.default_rng((seed, 1))
+    targets = [draw.standard_normal(shape, "float32") for shape in shapes]
     make: Callable[[Any], Any] = lambda _: keras.losses.MeanSquaredError()  # noqa: E731
     return Targets(
         loss=keras.tree.map_structure(make, outputs),
-        values=keras.tree.pack_sequence_as(outputs, zeros),
-        words="mean square of the outputs",
+        values=keras.tree.pack_sequence_as(outputs, targets),
+        words="mean square of the distance to random targets",
     )
 
 

@@ -7,7 +7,7 @@ from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
-__all__ = ["Input", "model_inputs"]
+__all__ = ["Input", "functional", "model_inputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,11 @@ class Input:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+def functional(model: Any) -> Any:
+    """The functional model that a `Sequential` keeps inside; any other model itself."""
+    return getattr(model, "_functional", None) or model
 
 
 def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any]:
@@ -43,7 +48,7 @@ def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any
         ModelError: the model does not say what it takes.
     """
     keras = import_keras()
-    structure = getattr(model, "_inputs_struct", None)
+    structure = getattr(functional(model), "_inputs_struct", None)
     if structure is None:
         raise ModelError(
             f"{type(model).__name__} '{model.name}' does not say what inputs it takes; give a "

@@ -6,6 +6,7 @@ Taken are: a preset of the catalogue; `package.module:callable`; a local preset 
 
 import importlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,13 @@ from autoshard.model.recipe import Recipe, one_line
 __all__ = ["recipe_of"]
 
 
-def recipe_of(reference: str | Callable[[], Any], dtype: str, lora_rank: int | None) -> Recipe:
+def recipe_of(
+    reference: str | os.PathLike[str] | Callable[[], Any], dtype: str, lora_rank: int | None
+) -> Recipe:
     """Read a reference.
 
     Args:
-        reference: a model's name or a callable that returns a Keras model.
+        reference: a model's name, a path, or a callable that returns a Keras model.
         dtype: Keras dtype policy to build it with.
         lora_rank: rank of the low-rank factors, or None.
 
@@ -33,13 +36,17 @@ def recipe_of(reference: str | Callable[[], Any], dtype: str, lora_rank: int | N
         UsageError: the callable cannot be imported.
         ModelError: the file holds no model.
     """
+    if isinstance(reference, os.PathLike):
+        reference = os.fspath(reference)
     if not isinstance(reference, str):
         name = getattr(reference, "__name__", type(reference).__name__)
         return _from_callable(name, reference, dtype, lora_rank)
     if "://" in reference:
         return _from_preset(reference, dtype, lora_rank)
     path = Path(reference)
-    if path.is_dir():
+    if reference and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the folder '{reference}' is no preset: it has no config.json")
         return _from_preset(reference, dtype, lora_rank)
     if path.suffix in (".keras", ".json"):
         return _from_file(path, dtype, lora_rank)

@@ -112,8 +112,8 @@ def _cost(outcome: Outcome) -> str:
         ("KV cache", memory.kv_cache),
     )
     shown = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts if n)
-    caches = Counter(planning.cache_specs(scored))
-    laid = [f"KV cache, laid out by XLA: {n} x {format_spec(spec)}" for spec, n in caches.items()]
+    caches = dict.fromkeys(map(format_spec, planning.cache_specs(scored)))
+    laid = [f"KV cache, laid out by XLA: {', '.join(caches)}"] if caches else []
     bound = "no layout keeps the memory limit, by the same formulas"
     if result.bound_seconds:
         bound = (
@@ -154,21 +154,21 @@ def _shapes(outcome: Outcome) -> Iterator[str]:
     """The shapes of the mesh, and what memory costs in time over all of them."""
     if not outcome.shapes:
         return
-    rows = []
+    rows, batch = [], outcome.plan.workload.batch
     for planning in outcome.shapes:
         mark = "-> " if planning is outcome.planning else "   "
         *cost, _, note = _ranking_row(planning.candidates[0], None)
         rows.append((mark + str(planning.setup.mesh), *cost, note))
     headers = ("mesh", "step", "compute", "collectives", "wire", "memory", "")
     yield tabulate(rows, headers=headers, disable_numparse=True) + (
-        f"\n(the best layout of each shape, batch {outcome.plan.workload.batch})"
+        f"\n(the best layout of each shape, batch {batch})"
     )
     lines = [
         (
             str(one.mesh),
             format_seconds(one.scored.cost.step_seconds),
             format_bytes(one.scored.cost.memory.peak_bytes),
-            f"--mesh {one.mesh} --memory-limit {one.scored.cost.memory.peak_bytes}",
+            f"--mesh {one.mesh} --batch {batch} --memory-limit {one.scored.cost.memory.peak_bytes}",
         )
         for one in tradeoffs(outcome.shapes)
     ]
