@@ -147,8 +147,9 @@ def subject_of(
     plan = plan_of(layout)
     if "mesh" not in given:
         raise UsageError(
-            "a layout needs the mesh that it is to be compiled for, such as 1x8"
-            + ("; a plan states its own model and mesh: leave the model out" if plan else "")
+            "a plan states its own model and mesh: leave the model out, or name a mesh too"
+            if plan
+            else "a layout that is no plan needs its mesh, such as 1x8"
         )
     setup = make_setup(**given, target=_named(target), memory_limit=memory_limit)
     if target == "cpu":

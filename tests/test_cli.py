@@ -49,7 +49,7 @@ def plan_small(*options: str) -> Result:
         (("plan", SMALL, "--mesh", "1x8", "-o", ""), 2, "output file is empty"),
         (("inspect", "gemma_2b_en", "--layer", "decoder_blok_0"), 2, "decoder_block_0"),
         (("inspect", "tests"), 1, "it has no config.json"),
-        (("verify", "kerashub", "--model", SMALL), 2, "a layout needs the mesh"),
+        (("verify", "kerashub", "--model", SMALL), 2, "needs its mesh"),
     ],
 )
 def test_bad_input_is_one_line_on_standard_error(
