@@ -6,7 +6,7 @@ from typing import Any
 
 from autoshard.errors import ModelError, UsageError
 from autoshard.hardware.targets import target_of
-from autoshard.mesh import Mesh
+from autoshard.mesh import Mesh, round_up
 from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner, trace_model
 from autoshard.setup import Setup
 
@@ -93,7 +93,7 @@ def _more_devices(setup: Setup) -> Iterator[tuple[str, Setup]]:
         one = target_of(setup.target.chip, mesh.n_devices // n_slices)
         target = replace(one, n_slices=n_slices)
         n_data = mesh.sizes[mesh.data_axis]
-        batch = -(-setup.workload.batch // n_data) * n_data
+        batch = round_up(setup.workload.batch, n_data)
         change = f"--mesh {mesh} --target {target} --batch {batch}"
         change += " in place of --slices" if n_slices > 1 else ""
         workload = replace(setup.workload, batch=batch)

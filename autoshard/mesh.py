@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from autoshard.errors import MeshError
 
-__all__ = ["Mesh", "Spec", "divides", "format_spec", "parse_mesh", "shard_bytes", "shard_shape"]
+__all__ = [
+    "Mesh",
+    "Spec",
+    "divides",
+    "format_spec",
+    "parse_mesh",
+    "round_up",
+    "shard_bytes",
+    "shard_shape",
+]
 
 Spec = tuple[str | None, ...]
 
@@ -93,6 +102,15 @@ def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
             f"mesh '{text}' has {len(shape)} axes; name them with --axes, the data axis first"
         )
     return Mesh(shape=shape, axis_names=tuple(axis_names or _AXIS_NAMES[len(shape)]))
+
+
+def round_up(size: int, step: int) -> int:
+    """The least multiple of `step` that is no less than `size`.
+
+    >>> round_up(8, 3)
+    9
+    """
+    return -(-size // step) * step
 
 
 def divides(shape: Sequence[int], spec: Spec, mesh: Mesh) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoshard.errors import MeshError
-from autoshard.mesh import Mesh, parse_mesh
+from autoshard.mesh import Mesh, parse_mesh, round_up
 from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner
 from autoshard.search.descent import Scored
 from autoshard.setup import Setup, make_setup
@@ -59,7 +59,7 @@ def make_setups(
         MeshError: the axes are not two.
     """
     shapes = mesh_shapes(n_devices)
-    batch = -(-8 // n_devices) * n_devices if batch is None else batch
+    batch = round_up(8, n_devices) if batch is None else batch
     return tuple(
         make_setup(
             Mesh(shape=mesh.shape, axis_names=tuple(axes or mesh.axis_names)),

@@ -69,8 +69,7 @@ class Outcome:
         """Whether the plan keeps the memory limit: by the target's compiler, else predicted."""
         if self.verdicts and self.verdicts[0].fits is not None:
             return self.verdicts[0].fits
-        assert self.winner.scored is not None
-        return self.winner.scored.excess_bytes == 0
+        return self.winner.fits
 
 
 def inspect(model: Any, *, lora_rank: int | None = None, dtype: str = "bfloat16") -> ModelTable:

@@ -21,7 +21,7 @@ from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.pricing import Candidate, make_pricer, published_maps
-from autoshard.search.candidates import NO_RULE, fixed_layouts, split_by_hand
+from autoshard.search.candidates import fixed_layouts, split_by_hand
 from autoshard.search.descent import Scored
 from autoshard.search.ranking import SearchResult, search
 from autoshard.setup import Setup
@@ -161,12 +161,9 @@ def run_planner(
                 "families share a path; give their layers different names"
             )
         beyond = _named("without generate", table, result.unbound)
-        weights = [choices for choices in result.choices if choices.specs[0] != NO_RULE]
-        split = result.scorer.score(split_by_hand(weights, setup.mesh))
-        by_hand = _named("split by hand", table, split)
-        known = (
-            candidate for candidate in candidates if by_hand and candidate.rules == by_hand.rules
-        )
+        by_hand = _by_hand(table, result, setup.mesh)
+        rules = by_hand.rules if by_hand else None
+        by_hand = next((known for known in candidates if known.rules == rules), by_hand)
     return Planning(
         setup=setup,
         table=table,
@@ -175,7 +172,7 @@ def run_planner(
         result=result,
         candidates=candidates,
         rivals=rivals,
-        by_hand=next(known, by_hand),
+        by_hand=by_hand,
         without_generate=beyond,
         program=traced.program,
     )
@@ -269,6 +266,12 @@ def _layer_count(layer: str, multiplicity: Callable[[str], int]) -> int:
     parts = layer.split("/")
     counts = (multiplicity("/".join(parts[start:])) for start in range(len(parts)))
     return next((count for count in counts if count != 1), 1)
+
+
+def _by_hand(table: ModelTable, result: SearchResult, mesh: Mesh) -> Candidate | None:
+    weights = [choices for choices in result.choices if not choices.is_output]
+    split = result.scorer.score(split_by_hand(weights, mesh))
+    return _named("split by hand", table, split)
 
 
 def _named(name: str, table: ModelTable, scored: Scored | None) -> Candidate | None:

@@ -1,5 +1,6 @@
 """Candidates, and the prices of maps that others wrote or published."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -43,6 +44,16 @@ class Candidate:
     rules: LayoutRules
     scored: Scored | None
     failure: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it keeps the memory limit, by the prediction."""
+        return self.scored is not None and self.scored.excess_bytes == 0
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted; infinite where Keras refuses the map."""
+        return self.scored.cost.step_seconds if self.scored else math.inf
 
 
 def make_pricer(program: Program, setup: Setup) -> StepPricer:

@@ -119,20 +119,12 @@ def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ..
     The compiler of a TPU, which alone times compute, is asked about the split by hand too, where
     that fits and is not far behind: it may find it faster.
     """
-    fitting = tuple(filter(_fits, planning.candidates))
+    fitting = tuple(candidate for candidate in planning.candidates if candidate.fits)
     chosen = (fitting or planning.candidates)[:_N_SETTLED]
     hand = planning.by_hand
-    if compiler.chip.kind != "tpu" or hand is None or hand in chosen or not _fits(hand):
+    if compiler.chip.kind != "tpu" or hand is None or hand in chosen or not hand.fits:
         return chosen
-    return chosen if _seconds(hand) > _NEAR * _seconds(chosen[0]) else (*chosen, hand)
-
-
-def _fits(candidate: Candidate) -> bool:
-    return candidate.scored is not None and candidate.scored.excess_bytes == 0
-
-
-def _seconds(candidate: Candidate) -> float:
-    return candidate.scored.cost.step_seconds if candidate.scored else math.inf
+    return chosen if hand.step_seconds > _NEAR * chosen[0].step_seconds else (*chosen, hand)
 
 
 def _request(model: str, setup: Setup, candidate: Candidate, compiler: Target) -> CompileRequest:

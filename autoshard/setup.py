@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
-from autoshard.mesh import Mesh, parse_mesh
+from autoshard.mesh import Mesh, parse_mesh, round_up
 from autoshard.model.workload import Workload
 from autoshard.units import parse_bytes
 
@@ -71,7 +71,7 @@ def make_setup(
     check_devices(mesh, target)
     n_data = mesh.sizes[mesh.data_axis]
     if batch is None:
-        batch = -(-8 // n_data) * n_data
+        batch = round_up(8, n_data)
     if batch % n_data:
         raise MeshError(
             f"a batch of {batch} does not divide over the {n_data} devices of the data axis "

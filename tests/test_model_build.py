@@ -154,7 +154,7 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert build(str(tmp_path / "model.keras"), dtype="float32").table().fingerprint == expected
     read = build(str(tmp_path / "config.json"), dtype="float32")
     assert read.table().fingerprint == expected
-    assert [stack.traced for stack in fold(read, periods=1).folding.blocks] == [1]
+    assert any(stack.traced < stack.n_blocks for stack in fold(read).folding.blocks)
     assert build(str(tmp_path), dtype="float32").table().fingerprint == expected
 
 

@@ -50,14 +50,24 @@ def program(n_cycles: int) -> CompiledStep:
 
 
 @pytest.fixture
-def verdicts(planning: Planning, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Verdict]]:
-    """The verdicts of a made-up compiler: shallow for the ranking, whole for the winner."""
+def compiled_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Compiler, Compiler], None]:
+    """Puts a made-up compiler in: shallow for the ranking, whole for the winner."""
 
-    def settled(shallow: Compiler, whole: Compiler) -> list[Verdict]:
+    def put(shallow: Compiler, whole: Compiler) -> None:
         monkeypatch.setattr(settling, "child_environment", lambda _: {})
         monkeypatch.setattr(settling, "Child", lambda *_, **__: nullcontext())
         monkeypatch.setattr(settling, "compile_deep", lambda _, request, **__: shallow(request))
         monkeypatch.setattr(settling, "compile_in", lambda _, request, **__: whole(request))
+
+    return put
+
+
+@pytest.fixture
+def verdicts(planning: Planning, compiled_by) -> Callable[..., list[Verdict]]:
+    """The verdicts of a made-up compiler."""
+
+    def settled(shallow: Compiler, whole: Compiler) -> list[Verdict]:
+        compiled_by(shallow, whole)
         return list(settle("gemma_2b_en", planning, TARGET))
 
     return settled
@@ -145,16 +155,13 @@ def test_the_split_by_hand_is_not_compiled_where_it_is_far_behind_or_too_big(pla
         assert worth_compiling(changed, TARGET) == planned.candidates[:3]
 
 
-def test_the_split_by_hand_can_win(planned, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_split_by_hand_can_win(planned, compiled_by) -> None:
     hand = planned.by_hand
 
-    def compiled(_, request: CompileRequest, **__) -> CompiledStep:
+    def compiled(request: CompileRequest) -> CompiledStep:
         return program(10**8 if request.rules == hand.rules else 2 * 10**8)
 
-    monkeypatch.setattr(settling, "child_environment", lambda _: {})
-    monkeypatch.setattr(settling, "Child", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(settling, "compile_deep", compiled)
-    monkeypatch.setattr(settling, "compile_in", compiled)
+    compiled_by(compiled, compiled)
     outcome = make_plan("gemma_2b_en", "1x8", target=TARGET, verify="target")
     made = outcome.plan
     assert made.rules == hand.rules

@@ -21,7 +21,7 @@ from typing import Any
 from autoshard.execution.requests import Part
 from autoshard.layout.rules import LayoutRules, match
 from autoshard.mesh import Mesh
-from autoshard.model.inputs import functional
+from autoshard.model.inputs import output_structure
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.slots import make_slots
@@ -93,7 +93,7 @@ def _held(variable: Any, rules: LayoutRules, mesh: Mesh | None) -> _Held:
 
 
 def _output_elements(model: AbstractModel, workload: Workload) -> int:
-    tensors = import_keras().tree.flatten(functional(model.model)._outputs_struct)
+    tensors = import_keras().tree.flatten(output_structure(model.model))
     shapes = [tuple(tensor.shape) for tensor in tensors]
     return sum(
         workload.batch * math.prod(size or workload.seq_len for size in shape[1:])

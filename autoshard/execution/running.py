@@ -15,6 +15,7 @@ from autoshard.execution.comparison import compare
 from autoshard.execution.memory import available_bytes, needed_bytes
 from autoshard.execution.requests import Outcome, Part, RunRequest
 from autoshard.execution.tolerance import tolerance_of
+from autoshard.mesh import round_up
 from autoshard.model.blocks import find_stacks
 from autoshard.model.build import build
 from autoshard.model.fold import fold
@@ -144,7 +145,7 @@ def _job(part: Part, subject: Subject, n_processes: int, blocks: int | None, see
         own,
         kind="lora" if own.lora_rank else "prefill",
         batch=mesh.shape[0],
-        seq_len=-(-_TOKENS[part] // n_devices) * n_devices,
+        seq_len=round_up(_TOKENS[part], n_devices),
     )
     job = _Job(
         part=part,

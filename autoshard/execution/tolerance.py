@@ -30,8 +30,8 @@ the second being the expected maximum of N normal values, three deviations added
 result's own rounding. A greedy token is compared where the two largest logits are further apart
 than the third. A loss may be off by 2 delta of itself: a mean square changes by twice the relative
 change of its argument, the distance to targets drawn apart from the outputs by no more than these;
-a cross-entropy of V classes with logits of deviation s is at least
-s sqrt(2 ln V) and changes by sqrt(2) delta s.
+a cross-entropy of V classes with logits of deviation s is at least s sqrt(2 ln V) and changes by
+sqrt(2) delta s.
 
 Where a router sends tokens to experts, a near tie may fall the other way in a low precision, and
 the bound is not one.

@@ -16,6 +16,7 @@ of GPUs are the best matmuls measured and XLA's launch time.
 """
 
 from autoshard.hardware.chips import Chip
+from autoshard.mesh import round_up
 
 __all__ = ["matmul_efficiency", "memory_seconds"]
 
@@ -38,7 +39,7 @@ def matmul_efficiency(chip: Chip, m: int, k: int, n: int, dtype: str = "bfloat16
     [0.06, 0.8, 0.98]
     """
     peak, tile = chip.flops_per_second(dtype), chip.mxu_size
-    padded = _pad(min(m, n), _ROWS) * _pad(k, tile) * _pad(max(m, n), tile)
+    padded = round_up(min(m, n), _ROWS) * round_up(k, tile) * round_up(max(m, n), tile)
     ideal = 2 * m * k * n / peak
     taken = 2 * padded / (peak * chip.matmul_efficiency_max) + chip.matmul_overhead_seconds
     return ideal / taken
@@ -58,7 +59,3 @@ def memory_seconds(chip: Chip, read_bytes: float, written_bytes: float) -> float
     reading = read_bytes / chip.hbm_read_efficiency
     writing = written_bytes / chip.hbm_write_efficiency
     return (reading + writing) / chip.hbm_bytes_per_second
-
-
-def _pad(size: int, tile: int) -> int:
-    return -(-size // tile) * tile

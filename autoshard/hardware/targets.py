@@ -20,8 +20,8 @@ from autoshard.mesh import Mesh
 __all__ = ["HOST_EDGE", "Target", "check_devices", "default_target", "parse_target", "target_of"]
 
 _DEFAULT_CHIP = "tpu:v5e"
-# Chips that one host drives on the first two torus axes of a slice, unless the compiler is told.
 HOST_EDGE = 2
+"""Chips of one host on each of the first two torus axes, unless the compiler is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.model.inputs import Input, functional, model_inputs
+from autoshard.model.inputs import Input, model_inputs, output_structure
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Array
@@ -84,7 +84,7 @@ def targets_of(model: AbstractModel, data: Any, seed: int) -> Targets:
             values=np.roll(tokens, -1, axis=1),
             words="cross-entropy of the next token",
         )
-    outputs = functional(model.model)._outputs_struct
+    outputs = output_structure(model.model)
     batch = len(keras.tree.flatten(data)[0])
     flat = keras.tree.flatten(outputs)
     shapes = [_filled(tuple(output.shape), batch, data) for output in flat]

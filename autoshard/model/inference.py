@@ -5,7 +5,7 @@ from typing import Any
 
 from autoshard.errors import ModelError
 from autoshard.model.abstract import recording_scope
-from autoshard.model.inputs import functional, model_inputs
+from autoshard.model.inputs import model_inputs, output_structure
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel, one_line
 from autoshard.model.signature import (
@@ -28,9 +28,7 @@ def prefill_step(model: AbstractModel, workload: Workload) -> Step:
     keras = import_keras()
     inputs, structure = model_inputs(model.model, workload)
     variables, n_trainable = variable_arguments(model.model)
-    names = [
-        path for path, _ in keras.tree.flatten_with_path(functional(model.model)._outputs_struct)
-    ]
+    names = [path for path, _ in keras.tree.flatten_with_path(output_structure(model.model))]
 
     def prefill(*arrays: Array) -> Arrays:
         outputs, _ = model.model.stateless_call(

@@ -7,7 +7,7 @@ from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
-__all__ = ["Input", "functional", "model_inputs"]
+__all__ = ["Input", "model_inputs", "output_structure"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +25,14 @@ class Input:
     dtype: str
 
 
-def functional(model: Any) -> Any:
+def _functional(model: Any) -> Any:
     """The functional model that a `Sequential` keeps inside; any other model itself."""
     return getattr(model, "_functional", None) or model
+
+
+def output_structure(model: Any) -> Any:
+    """The symbolic outputs of a functional Keras model, in its own structure."""
+    return _functional(model)._outputs_struct
 
 
 def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any]:
@@ -48,7 +53,7 @@ def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any
         ModelError: the model does not say what it takes.
     """
     keras = import_keras()
-    structure = getattr(functional(model), "_inputs_struct", None)
+    structure = getattr(_functional(model), "_inputs_struct", None)
     if structure is None:
         raise ModelError(
             f"{type(model).__name__} '{model.name}' does not say what inputs it takes; give a "

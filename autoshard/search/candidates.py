@@ -62,6 +62,11 @@ class Choices:
     siblings: str
     n_bytes: int
 
+    @property
+    def is_output(self) -> bool:
+        """Whether it is a layer output, which may go without a rule."""
+        return self.specs[0] == NO_RULE
+
 
 def replicated(shape: Sequence[int]) -> Spec:
     """The spec that splits nothing."""

@@ -140,7 +140,7 @@ def descend(
 
 def _shake(families: Sequence[Choices], source: random.Random) -> dict[str, Spec]:
     """Two sibling groups of weights with specs drawn for them, the same throughout a group."""
-    groups = _siblings(choices for choices in families if choices.specs[0] != NO_RULE)
+    groups = _siblings(choices for choices in families if not choices.is_output)
     drawn = source.sample(sorted(groups), min(2, len(groups)))
     specs = {name: source.choice(groups[name][0].specs) for name in drawn}
     return {choices.family: specs[name] for name in drawn for choices in groups[name]}
@@ -183,7 +183,7 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
         what a descent makes of the mixture XLA propagates otherwise than we do.
     """
     whole = {choices.family: choices.specs[0] for choices in families}
-    groups = _siblings(choices for choices in families if choices.specs[0] == NO_RULE)
+    groups = _siblings(choices for choices in families if choices.is_output)
     if len(groups) < 2 or scorer.score(whole).excess_bytes:
         return None
     laid = (
@@ -228,8 +228,8 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
     First whole sibling groups, then single families, then two sibling groups at once. The outputs
     of one group are laid out together, each spec in turn.
     """
-    weights = _siblings(choices for choices in families if choices.specs[0] != NO_RULE)
-    outputs = _siblings(choices for choices in families if choices.specs[0] == NO_RULE)
+    weights = _siblings(choices for choices in families if not choices.is_output)
+    outputs = _siblings(choices for choices in families if choices.is_output)
     singles = [[choices] for members in weights.values() for choices in members]
     for axis in mesh.parallel_axes:
         for members in [*weights.values(), *singles]:

@@ -33,7 +33,6 @@ __all__ = ["MEMORY_LIMIT_BYTES", "compile_deep", "compile_in", "compile_lowered"
 MEMORY_LIMIT_BYTES = 16 * 2**30
 """What a child that compiles may take."""
 
-
 # Steps that a child keeps for the next layout: of one model, shallow, deeper and whole.
 _KEPT_STEPS = 4
 # More than any model has: the stacks are counted, and nothing is left out.
