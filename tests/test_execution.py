@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from test_cli import environment, run
 from test_execution_models import asked, described, ran, split_all
 
 from autoshard.errors import ChildError, ChildTimeoutError
-from autoshard.execution import running
+from autoshard.execution import memory, running
 from autoshard.execution.children import execute, run_environment
 from autoshard.execution.comparison import compare
 from autoshard.execution.memory import available_bytes, needed_bytes
@@ -122,6 +123,19 @@ def test_memory_counts_every_copy_on_every_device() -> None:
 def test_the_memory_of_this_machine_is_known_or_said_not_to_be() -> None:
     available = available_bytes()
     assert available is None or available > 2**20
+
+
+def test_free_pages_that_single_processors_keep_are_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zones = "Node 0, zone Normal\n  pages free 7\n  pagesets\n    cpu: {}\n      count:    {}\n"
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert available_bytes() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 3000 kB\nMemAvailable: 2000 kB\n")
+    assert available_bytes() == 2000 * 1024
+    (tmp_path / "zoneinfo").write_text(zones.format(0, 30) + zones.format(1, 12))
+    assert available_bytes() == 2000 * 1024 + 42 * os.sysconf("SC_PAGE_SIZE")
 
 
 def map_of(name: str, folder: Path) -> tuple[str, ...]:
