@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -161,14 +162,32 @@ def test_an_exception_of_ours_keeps_its_class_and_text_and_the_child_lives():
     with Child() as child:
         with pytest.raises(UnknownNameError, match="unknown model 'gema'; did you mean gemma?"):
             child.call(f"{HERE}:_raise_ours", None, timeout_seconds=60)
-        before = child.process_id
+        before = child.call(f"{HERE}:_process_id", None, timeout_seconds=60)
         with pytest.raises(XlaError) as caught:
             child.call(f"{HERE}:_raise_another", None, timeout_seconds=60)
         assert "\n" not in str(caught.value)
         assert "KeyError in stage 'import'" in str(caught.value)
         assert "_raise_another" in caught.value.__notes__[0]
-        child.call(f"{HERE}:_double", 1, timeout_seconds=60)
-        assert child.process_id == before
+        assert child.call(f"{HERE}:_process_id", None, timeout_seconds=60) == before
+
+
+def test_a_child_killed_while_it_starts_does_nothing(tmp_path):
+    note = tmp_path / "pids"
+    with Child() as child:
+        child.kill()
+        with pytest.raises(ChildError, match="stopped before it began"):
+            child.call(f"{HERE}:_hang", str(note), timeout_seconds=60)
+    assert not note.exists()
+
+
+def test_a_killed_child_ends_the_call_of_another_thread(tmp_path):
+    note = tmp_path / "pids"
+    with Child() as child, ThreadPoolExecutor(1) as threads:
+        call = threads.submit(child.call, f"{HERE}:_hang", str(note), timeout_seconds=60)
+        assert _wait_until(note.exists)
+        child.kill()
+        with pytest.raises(ChildError, match="SIGKILL"):
+            call.result()
 
 
 def _parent_of_a_hanging_child(note):

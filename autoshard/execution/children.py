@@ -5,12 +5,10 @@ temporaries for Gemma 7B); the flags below keep one conversion next to its use, 
 the backward pass too. They change no value.
 """
 
-import os
-import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 
 from autoshard.errors import ChildError, XlaError
@@ -128,20 +126,12 @@ def _call_all(
         finally:
             # A process that waits for another, or that nobody waits for, must not go on.
             for child in children:
-                _kill(child)
+                child.kill()
         failures = {i: call.exception() for i, call in enumerate(calls) if call in done}
         failed = {i: error for i, error in failures.items() if error is not None}
         if failed:
             raise _root(failed, len(children))
         return tuple(call.result() for call in calls)
-
-
-def _kill(child: Child) -> None:
-    """End a child from another thread than the one that waits for it."""
-    process_id = child.process_id
-    if process_id is not None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process_id, signal.SIGKILL)
 
 
 def _root(failed: Mapping[int, BaseException], n_processes: int) -> BaseException:

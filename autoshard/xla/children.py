@@ -97,6 +97,7 @@ class Child:
         self._replies: IO[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._stage = "start"
+        self._killed = False
 
     def __enter__(self) -> "Child":
         return self
@@ -108,11 +109,6 @@ class Child:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    @property
-    def process_id(self) -> int | None:
-        """The child's process id while it lives."""
-        return self._process.pid if self._process else None
 
     def call(self, function: str, request: Any, *, timeout_seconds: float) -> Any:
         """Run `function(request, progress)` in the child and wait for its value.
@@ -144,13 +140,19 @@ class Child:
             raise self._raised(*answer[1:])
         return answer[1]
 
+    def kill(self) -> None:
+        """Kill the child from another thread than the one that waits for it, now and for good."""
+        # Before a look at the process: one that is being started meanwhile sees it in `_start`.
+        self._killed = True
+        if self._process is not None:
+            _kill_group(self._process)
+
     def close(self) -> None:
         """Kill the child and all that it started."""
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_group(process)
         process.wait()
         for stream in (process.stdin, self._replies, self._log):
             if stream is not None:
@@ -177,6 +179,8 @@ class Child:
         finally:
             os.close(writer)
             self._replies = os.fdopen(reader, "rb", buffering=0)
+        if self._killed:
+            raise ChildError("the child process was stopped before it began")
         return self._process
 
     def _wait(
@@ -241,6 +245,11 @@ class Child:
         self._log.seek(0)
         words = self._log.read().decode(errors="replace").split()
         return " ".join(words[-_KEPT_WORDS:])
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _resident_bytes(process_id: int) -> int | None:
