@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from autoshard.checking import check
     from autoshard.comparison import compare
     from autoshard.errors import AutoshardError
     from autoshard.execution.running import run
     from autoshard.mesh import Mesh
     from autoshard.model.loading import sharded_loading
-    from autoshard.pipeline import check, inspect, plan
+    from autoshard.pipeline import inspect, plan
     from autoshard.sharding_plan import Plan, load
     from autoshard.verification import verify
 
@@ -38,7 +39,7 @@ _HOME = {
     "AutoshardError": "autoshard.errors",
     "Mesh": "autoshard.mesh",
     "Plan": "autoshard.sharding_plan",
-    "check": "autoshard.pipeline",
+    "check": "autoshard.checking",
     "compare": "autoshard.comparison",
     "inspect": "autoshard.pipeline",
     "load": "autoshard.sharding_plan",

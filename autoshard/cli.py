@@ -223,7 +223,7 @@ def check(model: str, layout: str, mesh: str | None, axes: str | None) -> None:
     the word kerashub for the map that KerasHub ships.
     """
     _set_backend()
-    from autoshard.pipeline import check as find
+    from autoshard.checking import check as find
 
     findings = find(model, layout, mesh=mesh, axes=_names(axes))
     for finding in findings:

@@ -59,6 +59,7 @@ def compare(
         raise UsageError("name at least one layout to compare")
     setup = make_setup(mesh, **options)
     traced = trace_model(model, setup.workload, Stopwatch(progress=on_progress))
+    setup = replace(setup, workload=traced.workload)
     table = traced.table
     read = [(_name(layout), _rules(layout, traced, setup, on_progress)) for layout in layouts]
     pricer = make_pricer(traced.program, setup)

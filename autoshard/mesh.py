@@ -14,6 +14,7 @@ from autoshard.errors import MeshError
 __all__ = [
     "Mesh",
     "Spec",
+    "as_mesh",
     "divides",
     "format_spec",
     "parse_mesh",
@@ -102,6 +103,30 @@ def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
             f"mesh '{text}' has {len(shape)} axes; name them with --axes, the data axis first"
         )
     return Mesh(shape=shape, axis_names=tuple(axis_names or _AXIS_NAMES[len(shape)]))
+
+
+def as_mesh(mesh: "str | Mesh", axis_names: Sequence[str] | None = None) -> Mesh:
+    """A mesh from what a caller gives.
+
+    Args:
+        mesh: a text such as `1x8`, or a `Mesh`, which has names.
+        axis_names: as for `parse_mesh`.
+
+    Raises:
+        MeshError: it is neither, or the names are not those of the `Mesh`.
+    """
+    if isinstance(axis_names, str):
+        raise MeshError(f"axes is the text {axis_names!r}; give a list of names, one an axis")
+    if isinstance(mesh, str):
+        return parse_mesh(mesh, axis_names)
+    if not isinstance(mesh, Mesh):
+        raise MeshError(f"mesh is {mesh!r}; give a text like 1x8, or a Mesh")
+    if axis_names is not None and tuple(axis_names) != mesh.axis_names:
+        raise MeshError(
+            f"axes {', '.join(axis_names)} beside a Mesh with axes {', '.join(mesh.axis_names)}: "
+            "leave axes out"
+        )
+    return mesh
 
 
 def round_up(size: int, step: int) -> int:

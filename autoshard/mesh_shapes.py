@@ -62,7 +62,8 @@ def make_setups(
     batch = round_up(8, n_devices) if batch is None else batch
     return tuple(
         make_setup(
-            Mesh(shape=mesh.shape, axis_names=tuple(axes or mesh.axis_names)),
+            str(mesh),
+            axes=axes,
             batch=batch,
             **options,
         )

@@ -1,7 +1,7 @@
 """The public functions: each runs the stages it needs and returns a value."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from autoshard.cost.values import StepCost
@@ -10,13 +10,10 @@ from autoshard.fitting import Remedy, remedies
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target
 from autoshard.layout.causes import Causes
-from autoshard.layout.reading import read_layout
-from autoshard.layout.resolve import Finding, resolve
-from autoshard.mesh import Mesh, parse_mesh
+from autoshard.mesh import Mesh
 from autoshard.mesh_shapes import make_setups, plan_shapes
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import Workload
 from autoshard.planning import Planning, Stopwatch, trace_model
 from autoshard.pricing import Candidate
 from autoshard.records.parts import (
@@ -31,11 +28,11 @@ from autoshard.records.parts import (
 )
 from autoshard.settling import Verdict, compiler_for, settle
 from autoshard.setup import make_setup
-from autoshard.sharding_plan import Plan, plan_of
+from autoshard.sharding_plan import Plan
 from autoshard.xla.collectives import merge_collectives
 from autoshard.xla.compiled import CompiledStep
 
-__all__ = ["Outcome", "check", "inspect", "make_plan", "plan", "prediction"]
+__all__ = ["Outcome", "inspect", "make_plan", "plan", "prediction"]
 
 Verify = Literal["none", "cpu", "target"]
 
@@ -203,9 +200,9 @@ def make_plan(
     else:
         assert mesh is not None
         setups = (make_setup(mesh, **options),)
-    setup = setups[0]
     watch = Stopwatch(progress=on_progress)
-    traced = trace_model(model, setup.workload, watch)
+    traced = trace_model(model, setups[0].workload, watch)
+    setups = tuple(replace(setup, workload=traced.workload) for setup in setups)
     shapes = plan_shapes(traced, setups, top=top, watch=watch)
     planning = shapes[0]
     ask = advise and planning.result.ranked[0].excess_bytes > 0
@@ -235,28 +232,6 @@ def _verdicts(
             return settle(model, planning, compiler, on_progress=watch.progress), ""
     except XlaError as error:
         return (), str(error)
-
-
-def check(
-    model: Any, layout: str, *, mesh: str | Mesh | None = None, axes: Sequence[str] | None = None
-) -> tuple[Finding, ...]:
-    """What is wrong with a map for a model, errors first.
-
-    The model has the low-rank factors that a plan file's workload trains.
-
-    Args:
-        model: as for `inspect`.
-        layout: a plan file, Python source with `layout_map[...] = ...` lines, or `kerashub`.
-        mesh: where given, axis names and divisibility are checked too; a plan file has its own.
-        axes: names of the mesh axes.
-    """
-    made = plan_of(layout)
-    grid = parse_mesh(mesh, axes) if isinstance(mesh, str) else mesh
-    grid = made.mesh if made and grid is None else grid
-    workload = made.workload if made else Workload()
-    abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    rules = made.rules if made else read_layout(layout, backbone=abstract.backbone, mesh=grid)
-    return resolve(rules, abstract.table(), grid).findings
 
 
 def prediction(cost: StepCost) -> Prediction:

@@ -99,12 +99,14 @@ class TracedModel:
         whole: the model.
         table: its variables.
         folded: the copy with fewer blocks that was traced.
+        workload: the step, with the model's dtype.
         program: the op graph of the copy's step.
     """
 
     whole: AbstractModel
     table: ModelTable
     folded: AbstractModel
+    workload: Workload
     program: Program
 
 
@@ -122,8 +124,15 @@ def trace_model(model: Any, workload: Workload, watch: Stopwatch | None = None) 
         table = whole.table()
         # Two periods price exactly as more do: nothing but the count of what repeats differs.
         folded = fold(whole, periods=2)
-    program = make_program(folded, workload, watch)
-    return TracedModel(whole=whole, table=table, folded=folded, program=program)
+    # What Keras built already has a dtype of its own.
+    workload = replace(workload, dtype=whole.dtype or workload.dtype)
+    return TracedModel(
+        whole=whole,
+        table=table,
+        folded=folded,
+        workload=workload,
+        program=make_program(folded, workload, watch),
+    )
 
 
 def run_planner(
@@ -143,7 +152,7 @@ def run_planner(
         pricer = make_pricer(traced.program, setup)
         rivals = tuple(published_maps(traced.whole, table, setup, pricer))
         starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
-        shapes = _output_shapes(pricer.program)
+        shapes = pricer.program.output_shapes()
         result = search(
             pricer,
             setup.mesh,
@@ -207,14 +216,6 @@ def make_program(
         closed = trace(step)
     with watch.stage("build the op graph"):
         return _program(closed, step, folded)
-
-
-def _output_shapes(program: Program) -> OutputShapes:
-    """The shapes at each template of a layer output in the step."""
-    shapes = OutputShapes()
-    for output in program.layer_outputs:
-        shapes.setdefault(output.template, set()).add(output.shape)
-    return shapes
 
 
 def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> OutputShapes:

@@ -20,7 +20,7 @@ from autoshard.model.workload import QUANTIZED
 from autoshard.search.descent import Scored, Scorer
 from autoshard.setup import Setup
 
-__all__ = ["Candidate", "make_pricer", "published_maps", "score_rules"]
+__all__ = ["Candidate", "make_pricer", "published_maps", "refused_outputs", "score_rules"]
 
 _MATMUL_DTYPES = {
     "mixed_bfloat16": "bfloat16",
@@ -110,30 +110,49 @@ def score_rules(
     except LayoutError as error:
         return Candidate(name=name, rules=rules, scored=None, failure=str(error))
     outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
-    failure = _outputs_failure(resolution.outputs, table, mesh, scorer.pricer.program)
+    failure = (
+        _uneven(resolution.outputs, table)
+        or next(refused_outputs(resolution.outputs, table, mesh, scorer.pricer.program), ("", ""))[
+            1
+        ]
+    )
     if failure:
         return Candidate(name=name, rules=rules, scored=None, failure=failure)
     assignment = _known({**resolution.assignment, **outputs}, scorer)
     return Candidate(name=name, rules=rules, scored=scorer.score(assignment))
 
 
-def _outputs_failure(
+def refused_outputs(
     outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, program: Program
-) -> str:
-    """Why rules for layer outputs cannot be priced, in one line, or ""."""
+) -> Iterator[tuple[str, str]]:
+    """The layer outputs that JAX cannot lay out as a map says, each with the reason in one line.
+
+    Args:
+        outputs: path of a layer output -> its spec.
+        table: the model's variables and layer outputs.
+        mesh: the mesh.
+        program: a step of the model, which has the shapes.
+    """
+    shapes, seen = program.output_shapes(), set()
+    for path, spec in outputs.items():
+        # Equal blocks share a template, and all of them a reason.
+        template = table.templates[path]
+        for shape in () if (template, spec) in seen else shapes.get(template, ()):
+            if len(spec) > len(shape) or not divides(shape, spec, mesh):
+                seen.add((template, spec))
+                yield path, f"JAX refuses {format_spec(spec)} for '{template}', of shape {shape}"
+                break
+
+
+def _uneven(outputs: Mapping[str, Spec], table: ModelTable) -> str:
+    """Why rules that take the outputs of some blocks only are not priced, in one line, or ""."""
     laid: dict[str, set[Spec | None]] = {}
     for path in table.output_paths:
         laid.setdefault(table.templates[path], set()).add(outputs.get(path))
-    for template, specs in laid.items():
-        if len(specs) > 1:
-            return f"not priced: it lays out '{template}' in some blocks otherwise than in others"
-    for output in program.layer_outputs:
-        (spec,) = laid.get(output.template, {None})
-        if spec and (len(spec) > len(output.shape) or not divides(output.shape, spec, mesh)):
-            return (
-                f"JAX refuses {format_spec(spec)} for '{output.template}', of shape {output.shape}"
-            )
-    return ""
+    uneven = next((template for template, specs in laid.items() if len(specs) > 1), None)
+    if uneven is None:
+        return ""
+    return f"not priced: it lays out '{uneven}' in some blocks otherwise than in others"
 
 
 def _known(assignment: Mapping[str, Spec], scorer: Scorer) -> dict[str, Spec]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
-from autoshard.mesh import Mesh, parse_mesh, round_up
+from autoshard.mesh import Mesh, as_mesh, round_up
 from autoshard.model.workload import Workload
 from autoshard.units import parse_bytes
 
@@ -56,10 +56,7 @@ def make_setup(
         MeshError: mesh and target differ in devices, or the data axis does not divide the batch.
         UsageError: a value is unknown or out of range.
     """
-    if isinstance(mesh, str):
-        mesh = parse_mesh(mesh, axes)
-    if not isinstance(mesh, Mesh):
-        raise UsageError(f"mesh is {mesh!r}; give a text like 1x8, or a Mesh")
+    mesh = as_mesh(mesh, axes)
     if isinstance(target, str):
         target = parse_target(target)
     if slices is not None:

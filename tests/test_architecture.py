@@ -30,6 +30,7 @@ ROOMS = (
     "setup",
     "pricing",
     "planning",
+    "checking",
     "mesh_shapes",
     "fitting",
     "settling",

@@ -9,6 +9,8 @@ import pytest
 from layout_tables import MESH
 from test_end_to_end import small_gemma_backbone
 
+from autoshard.checking import check
+from autoshard.errors import UsageError
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
 from autoshard.layout.resolve import resolve
@@ -19,7 +21,6 @@ from autoshard.model.build import AbstractModel, build
 from autoshard.model.keras_import import import_keras_hub
 from autoshard.model.variables import Family
 from autoshard.model.workload import Workload
-from autoshard.pipeline import check
 from autoshard.records.parts import BytesPerDevice, PlannedModel, Prediction
 from autoshard.sharding_plan import Plan
 
@@ -137,6 +138,23 @@ def test_a_plan_for_low_rank_factors_is_checked_with_them(gemma_plan: Plan, tmp_
     (tmp_path / "map.py").write_text(lora.to_python())
     (finding,) = check("gemma_7b_en", str(tmp_path / "map.py"), mesh="1x8")
     assert "takes no variable" in finding.message
+
+
+def test_rules_for_layer_outputs_are_checked_against_their_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "map.py"
+    for spec, rank in (("model",), "1"), ((None,) * 4, "4"):
+        path.write_text(f"layout_map[r'decoder_block_\\d+/output'] = {spec!r}")
+        findings = check(small_gemma_backbone, str(path), mesh="1x16")
+        assert [f.kind for f in findings] == ["output-shape"], rank
+        assert "JAX refuses" in findings[0].message
+        assert "of 8 x 512 tokens" in findings[0].message
+    path.write_text("layout_map[r'decoder_block_\\d+/output'] = (None, 'model', None)")
+    assert check(small_gemma_backbone, str(path), mesh="1x16") == ()
+
+
+def test_axes_are_those_of_a_mesh(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give the mesh too"):
+        check(small_gemma_backbone, "kerashub", axes=["data", "model"])
 
 
 def test_partition_specs_of_a_callable_have_the_low_rank_factors(gemma_plan: Plan) -> None:

@@ -45,6 +45,13 @@ def test_a_map_of_another_name_is_found_by_its_construction() -> None:
     )
 
 
+@pytest.mark.parametrize("second", ["layout_map", "another"])
+def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
+    made = "{0} = keras.distribution.LayoutMap(mesh)\n{0}['a/kernel'] = ('model',)\n"
+    with pytest.raises(LayoutError, match=r"two maps, the first from line 2 on .* line 4 on"):
+        parse_layout(made.format("layout_map") + made.format(second))
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

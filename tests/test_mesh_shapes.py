@@ -4,6 +4,7 @@ import pytest
 from test_end_to_end import small_gemma_backbone
 
 from autoshard.errors import MeshError, UsageError
+from autoshard.mesh import Mesh
 from autoshard.mesh_shapes import make_setups, mesh_shapes, tradeoffs
 from autoshard.pipeline import Outcome, make_plan
 
@@ -58,9 +59,21 @@ def test_one_of_mesh_and_devices_is_asked_for() -> None:
         make_plan(small_gemma_backbone, devices=8, axes=["a", "b", "c"])
 
 
+class _Adam:
+    def __repr__(self) -> str:
+        return "<Adam>"
+
+
 def test_what_is_no_mesh_and_no_compiler_is_wrong_usage() -> None:
     with pytest.raises(UsageError, match=r"mesh is \(1, 8\)"):
         make_plan(small_gemma_backbone, (1, 8))
+    for mesh in ("1x8", Mesh(shape=(1, 8), axis_names=("batch", "model"))):
+        with pytest.raises(UsageError, match="the text 'data,model'; give a list of names"):
+            make_plan(small_gemma_backbone, mesh, axes="data,model")
+    with pytest.raises(UsageError, match="data, model beside a Mesh with axes batch, model"):
+        make_plan(small_gemma_backbone, mesh, axes=["data", "model"])
+    with pytest.raises(UsageError, match="optimizer is <Adam>; give its name, one of adam"):
+        make_plan(small_gemma_backbone, "1x8", optimizer=_Adam())
     with pytest.raises(UsageError, match="verify is 'tpu'"):
         make_plan(small_gemma_backbone, "1x8", verify="tpu")
     with pytest.raises(UsageError, match="0 bytes"):

@@ -13,6 +13,7 @@ from autoshard.model.build import build, fold
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import Workload
+from autoshard.planning import trace_model
 
 SMALL: dict[str, Any] = {
     "vocabulary_size": 32,
@@ -118,6 +119,9 @@ def test_a_model_with_values_keeps_them() -> None:
     assert model.table().n_parameters == given.count_params()
     assert fold(model).folding.blocks[0].n_blocks == 5
     assert all(v._value is not None for v in given.weights)
+    assert model.dtype == "float32"
+    assert trace_model(given, Workload()).workload.dtype == "float32"
+    assert build(f"{__name__}:small_gemma").dtype is None
 
 
 def test_a_model_that_is_no_backbone_is_taken_whole() -> None:

@@ -172,3 +172,10 @@ class Program:
     outputs: tuple[Place, ...]
     unknown: tuple[str, ...]
     layer_outputs: tuple[LayerOutput, ...] = ()
+
+    def output_shapes(self) -> dict[str, set[tuple[int, ...]]]:
+        """Template of a layer output -> the shapes of the arrays there."""
+        shapes: dict[str, set[tuple[int, ...]]] = {}
+        for output in self.layer_outputs:
+            shapes.setdefault(output.template, set()).add(output.shape)
+        return shapes

@@ -138,15 +138,27 @@ class _Source:
         elif isinstance(target, ast.Name):
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 self._strings.setdefault(target.id, set()).add(value.value)
-            elif isinstance(value, ast.Call) and _last_name(value.func) == "LayoutMap":
+            elif _makes_map(value):
                 self._maps.add(target.id)
 
     def rules(self) -> LayoutRules:
-        return tuple(
-            Rule(pattern=self._string(target.slice, "a pattern"), spec=self._spec(value))
-            for target, value in self._statements
-            if isinstance(target, ast.Subscript) and _last_name(target.value) in self._maps
-        )
+        rules: list[Rule] = []
+        first: ast.Subscript | None = None
+        is_another = False
+        for target, value in self._statements:
+            is_another = is_another or (first is not None and _makes_map(value))
+            if not isinstance(target, ast.Subscript) or _last_name(target.value) not in self._maps:
+                continue
+            first = first or target
+            if is_another or ast.unparse(target.value) != ast.unparse(first.value):
+                raise LayoutError(
+                    f"{self._name} holds two maps, the first from line {first.lineno} on and "
+                    f"another from line {target.lineno} on; give each a file of its own"
+                )
+            rules.append(
+                Rule(pattern=self._string(target.slice, "a pattern"), spec=self._spec(value))
+            )
+        return tuple(rules)
 
     def _string(self, node: ast.expr, what: str) -> str:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -178,6 +190,10 @@ class _Source:
     def _error(self, node: ast.expr, expected: str) -> LayoutError:
         written = ast.unparse(node)
         return LayoutError(f"{self._name}, line {node.lineno}: cannot read {written}: {expected}")
+
+
+def _makes_map(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and _last_name(node.func) == "LayoutMap"
 
 
 def _last_name(node: ast.expr) -> str:

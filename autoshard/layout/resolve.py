@@ -29,6 +29,7 @@ FindingKind = Literal[
     "takes-nothing",
     "takes-output",
     "split-family",
+    "output-shape",
 ]
 _WARNINGS = ("takes-nothing", "takes-output", "split-family")
 

@@ -1,5 +1,7 @@
 """`build`: a model by name, or a Keras model, as the planner takes it."""
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,7 @@ from autoshard.model.recipe import (
     wrap,
 )
 from autoshard.model.references import recipe_of
-from autoshard.model.workload import QUANTIZED
+from autoshard.model.workload import DTYPES, QUANTIZED
 
 __all__ = ["AbstractModel", "build", "fold"]
 
@@ -35,7 +37,7 @@ def build(
     Args:
         reference: a preset's name, `package.module:callable`, a preset directory, a `.keras` or
             `config.json` file, a `kaggle://` or `hf://` handle; or a Keras model, which keeps its
-            own dtype, or a callable that returns one.
+            own dtype (as a file does that is no KerasHub model's), or a callable that returns one.
         dtype: Keras dtype policy; `int8` stores the weights that Keras can quantize in eight bits
             and computes all else in bfloat16.
         lora_rank: give the backbone low-rank factors of this rank and freeze the rest.
@@ -48,7 +50,7 @@ def build(
     """
     keras = import_keras()
     if isinstance(reference, keras.Model):
-        model = _given(reference, lora_rank)
+        model = _with_dtype(_given(reference, lora_rank))
     elif dtype == QUANTIZED:
         model = _quantized(build(reference, dtype=_SOURCE_DTYPE), lora_rank)
     else:
@@ -97,11 +99,25 @@ def _given(model: Any, lora_rank: int | None) -> AbstractModel:
     return replace(given, recipe=recipe, output_paths=twin.output_paths) if same else given
 
 
+def _with_dtype(model: AbstractModel) -> AbstractModel:
+    """With the dtype policy of most parameters, if it is one that a step can be asked for."""
+    sizes: Counter[str] = Counter()
+    for layer in layers_by_path(model.model).values():
+        if not list(layer._flatten_layers(recursive=False, include_self=False)):
+            name = layer.dtype_policy.name
+            name = QUANTIZED if name.startswith(QUANTIZED) else name
+            sizes[name] += sum(math.prod(weight.shape) for weight in layer.weights)
+    name, _ = sizes.most_common(1)[0] if sizes else ("", 0)
+    return replace(model, dtype=name) if name in DTYPES else model
+
+
 def _rebuildable(model: AbstractModel) -> AbstractModel:
     """The same model with a recipe whose configuration can be changed, where its class has one."""
     recipe = model.recipe
     if recipe is None or (recipe.config is not None and "class_name" not in recipe.config):
         return model
+    if recipe.config is not None:
+        model = _with_dtype(model)
     better = _recipe_from(model, recipe.lora_rank)
     return replace(model, recipe=better) if better else model
 

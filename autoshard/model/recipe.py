@@ -60,6 +60,7 @@ class AbstractModel:
         output_paths: layer outputs that Keras asks a LayoutMap for.
         recipe: how to build it again; None where that is not known.
         folding: which of its blocks stand for how many of the real model's.
+        dtype: the dtype policy that it came with; None where it was built with the one asked for.
     """
 
     name: str
@@ -70,6 +71,7 @@ class AbstractModel:
     output_paths: tuple[str, ...]
     recipe: Recipe | None
     folding: Folding = field(default_factory=Folding)
+    dtype: str | None = None
 
     def table(self) -> ModelTable:
         """The variables, sorted into families."""

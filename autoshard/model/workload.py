@@ -44,6 +44,8 @@ class Workload:
             ("dtype", self.dtype, DTYPES),
             ("optimizer", self.optimizer, OPTIMIZERS),
         ):
+            if not isinstance(name, str):
+                raise UsageError(f"{what} is {name!r}; give its name, one of {', '.join(known)}")
             if name not in known:
                 raise UnknownNameError(what, name, known, f"(one of {', '.join(known)})")
         if self.batch < 1 or self.seq_len < 1:

@@ -191,7 +191,8 @@ def _ranking(outcome: Outcome) -> str:
     by = next((v.compiled.target for v in outcome.verdicts if v.compiled), None)
     if by is not None:
         note += f"; compiled: the step with the collectives {_source(by)}"
-    return f"{table}\n({note})\n\n" + "\n\n".join(_differences(outcome))
+    refused = "".join(f"\n{c.name}: {c.failure}" for c in planning.rivals if c.failure)
+    return f"{table}\n({note}){refused}\n\n" + "\n\n".join(_differences(outcome))
 
 
 def _candidates(planning: Planning) -> tuple[Candidate, ...]:
@@ -212,7 +213,7 @@ def _source(target: str) -> str:
 
 def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ...]:
     if candidate.scored is None:
-        return ("", "", "", "", "", "", f"fails: {candidate.failure}")
+        return ("", "", "", "", "", "", "refused")
     cost = candidate.scored.cost
     compiled, note = "", ""
     if verdict is not None:

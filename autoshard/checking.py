@@ -1,0 +1,70 @@
+"""Says what is wrong with a map that somebody wrote, without pricing it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from autoshard.errors import UsageError
+from autoshard.layout.reading import read_layout
+from autoshard.layout.resolve import Finding, Resolution, resolve
+from autoshard.layout.rules import LayoutRules, matching_rules
+from autoshard.mesh import Mesh, as_mesh, round_up
+from autoshard.model.build import AbstractModel, build, fold
+from autoshard.model.workload import Workload
+from autoshard.planning import make_program
+from autoshard.pricing import refused_outputs
+from autoshard.sharding_plan import plan_of
+
+__all__ = ["check"]
+
+
+def check(
+    model: Any, layout: str, *, mesh: str | Mesh | None = None, axes: Sequence[str] | None = None
+) -> tuple[Finding, ...]:
+    """What is wrong with a map for a model, errors first.
+
+    The model has the low-rank factors that a plan file's workload trains.
+
+    Args:
+        model: as for `inspect`.
+        layout: a plan file, Python source with `layout_map[...] = ...` lines, or `kerashub`.
+        mesh: where given, axis names and divisibility are checked too, those of layer outputs for
+            a training step of 8 x 512 tokens; a plan file has its own mesh and step.
+        axes: names of the mesh axes.
+
+    Raises:
+        UsageError: there is no such layout, or axes without a mesh.
+        LayoutError: the layout cannot be read.
+    """
+    if mesh is None and axes is not None:
+        raise UsageError("axes name those of a mesh: give the mesh too, such as 1x8")
+    made = plan_of(layout)
+    grid = as_mesh(mesh, axes) if mesh is not None else None
+    grid = made.mesh if made and grid is None else grid
+    workload = made.workload if made else Workload()
+    abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    rules = made.rules if made else read_layout(layout, backbone=abstract.backbone, mesh=grid)
+    found = resolve(rules, abstract.table(), grid)
+    return (*_refused(rules, found, abstract, grid, workload), *found.findings)
+
+
+def _refused(
+    rules: LayoutRules,
+    found: Resolution,
+    model: AbstractModel,
+    mesh: Mesh | None,
+    workload: Workload,
+) -> Iterator[Finding]:
+    """Layer outputs whose shape a rule does not suit: only a trace of the step tells them."""
+    named = {axis for rule in rules for axis in rule.spec if axis is not None}
+    if mesh is None or not found.outputs or not named <= set(mesh.axis_names):
+        return
+    folded = fold(model, periods=2)
+    workload = replace(workload, batch=round_up(workload.batch, mesh.sizes[mesh.data_axis]))
+    program = make_program(folded, workload)
+    for path, reason in refused_outputs(found.outputs, model.table(), mesh, program):
+        (rule,) = {rule.pattern for rule in matching_rules(rules, path)}
+        message = (
+            f"rule '{rule}': {reason} in a step of {workload.batch} x {workload.seq_len} tokens"
+        )
+        yield Finding(kind="output-shape", rule=rule, message=message)
