@@ -134,7 +134,7 @@ def candidate_choices(
         for array, possible in zip(arrays, layouts, strict=True):
             for layout in possible:
                 factor = array.factors[layout[axis]] if layout[axis] != WHOLE else None
-                if factor is not None:
+                if factor is not None and factor not in op.gathered:
                     found.add(factor)
         options.append(sorted(found))
     for choice in itertools.product(*options):
@@ -163,6 +163,7 @@ def cost_of_choice(op: Op, choice: Choice, layouts: Sequence[Layout], machine: M
             op, array, position if position < len(op.operands) else None, choice, layout, machine
         )
     ]
+    transfers += _shifts(op, choice, machine)
     return OpCost(
         choice=choice,
         compute_seconds=compute_seconds(op, choice, machine)
@@ -198,6 +199,18 @@ def _window_seconds(
                 pieces += size - 1
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
     return 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
+
+
+def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
+    """Along a shifted factor devices pass on shards, the larger ones of what is cut or padded."""
+    for axis, factor in enumerate(choice):
+        if factor in op.shifted:
+            target = layout_of(op.results[0], choice)
+            n_bytes = max(
+                local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
+                for array in (*op.operands, *op.results)
+            )
+            yield _transfer("collective-permute", axis, n_bytes, machine, None, target)
 
 
 def array_transfers(

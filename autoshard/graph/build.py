@@ -247,13 +247,19 @@ def _op(
     # What grouping left of an elementwise op reads an argument, or broadcasts.
     read, made_of = ({f for a in arrays for f in a.factors} for arrays in (operands, results))
     broadcast = link.kind == "elementwise" and read < made_of
+
+    def known(labels: frozenset[Label]) -> frozenset[int]:
+        return frozenset(factors[label] for label in labels if label in factors)
+
     return Op(
         primitive=equation.primitive,
         kind="broadcast" if broadcast else link.kind,
         operands=operands,
         results=results,
         factor_sizes=tuple(sizes),
-        reduced=frozenset(factors[label] for label in link.reduced if label in factors),
+        reduced=known(link.reduced),
+        shifted=known(link.shifted),
+        gathered=known(link.gathered),
         flops=equation.flops,
         layer=equation.layer,
         backward=equation.backward,

@@ -6,7 +6,7 @@ The result knows nothing of JAX any more: shapes, factors and names only.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoshard.graph.link import Label, Link
@@ -126,6 +126,9 @@ class _Reader:
         name = equation.primitive.name
         shapes = [tuple(map(int, v.aval.shape)) for v in equation.invars]
         out_shapes = [tuple(map(int, v.aval.shape)) for v in equation.outvars]
+        # Offsets that are constants make it a slice, for the compiler too.
+        if name == "dynamic_slice" and all(hasattr(v, "val") for v in equation.invars[1:]):
+            name, shapes = "slice", shapes[:1]
         link = link_of(name, shapes, out_shapes, equation.params)
         if link is None:
             self.unknown.add(name)
@@ -145,12 +148,9 @@ class _Reader:
                 primitive=name,
                 operands=tuple(identities[i] for i in present),  # type: ignore[misc]
                 results=tuple(results),
-                link=Link(
-                    kind=link.kind,
+                link=replace(
+                    link,
                     operands=tuple(link.operands[i] for i in present if i < len(link.operands)),
-                    results=link.results,
-                    reduced=link.reduced,
-                    sizes=link.sizes,
                 ),
                 flops=_flops(link, shapes),
                 layer=layer,

@@ -21,6 +21,9 @@ class Link:
         operands: for each operand, the factor of each dimension, or None where it must be whole.
         results: the same for each result.
         reduced: the factors whose splitting leaves partial sums in the results.
+        shifted: the factors along which an element changes its place: split, they make neighbours
+            exchange the edges of their shards.
+        gathered: the factors that layouts spread along, although the op needs them whole.
         sizes: factor -> its size, where that is not the size of the dimension (a reshape's
             major part).
     """
@@ -29,6 +32,8 @@ class Link:
     operands: tuple[Labels, ...]
     results: tuple[Labels, ...]
     reduced: frozenset[Label] = frozenset()
+    shifted: frozenset[Label] = frozenset()
+    gathered: frozenset[Label] = frozenset()
     sizes: Mapping[Label, int] = field(default_factory=dict)
 
 

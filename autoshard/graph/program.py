@@ -47,7 +47,8 @@ class Op:
         kind: the kind of its link (see `autoshard.graph.rules`).
         operands, results: the arrays in and out.
         factor_sizes: size of each factor.
-        reduced: the factors whose splitting leaves partial sums.
+        reduced, shifted, gathered: the factors that do not just pass through (see
+            `autoshard.graph.link.Link`).
         flops: multiply-adds count two; 0 for ops that only move data.
         layer: path of the layer that made it, for example `decoder_block_1/attention/query`.
         backward: whether it belongs to the gradient.
@@ -62,6 +63,8 @@ class Op:
     results: tuple[Array, ...]
     factor_sizes: tuple[int, ...]
     reduced: frozenset[int]
+    shifted: frozenset[int]
+    gathered: frozenset[int]
     flops: float
     layer: str
     backward: bool

@@ -6,7 +6,7 @@ others. Ops go by priority, each level run until nothing changes:
 
 0. ops that only move data (what grouping left of them);
 1. all ops, but only factors that pass through, and from the large side of a broadcast to the small;
-2. all ops, reduced factors too;
+2. all ops, factors too that are summed, shifted or gathered;
 3. also from the small side of a broadcast to the large.
 
 Where two factors of an op want one mesh axis, the factor of the larger array wins, then that of
@@ -129,12 +129,17 @@ def _look(op: Op, program: Program) -> tuple[object, ...]:
     return (
         op.kind,
         len(op.operands),
-        op.reduced,
+        _late(op),
         tuple(
             (array.factors, array.n_bytes, program.groups[array.group].sizes) for array in arrays
         ),
         tuple(groups.index(group) for group in groups),
     )
+
+
+def _late(op: Op) -> frozenset[int]:
+    """The factors that do not just pass through."""
+    return op.reduced | op.shifted | op.gathered
 
 
 def _may(op: Op, level: int) -> bool:
@@ -143,7 +148,7 @@ def _may(op: Op, level: int) -> bool:
 
 def _begins(op: Op, level: int) -> bool:
     """Whether an op may do at a level what it did not at the one before."""
-    newly = (op.kind in ("elementwise", "reshape"), True, bool(op.reduced), op.kind == "broadcast")
+    newly = (op.kind in ("elementwise", "reshape"), True, bool(_late(op)), op.kind == "broadcast")
     return _may(op, level) and newly[level]
 
 
@@ -180,10 +185,11 @@ def _wanted(op: Op, level: int, around: Sequence[Layout]) -> list[tuple[int, lis
     """The factors to split and over which axes, the strongest first."""
     arrays: tuple[Array, ...] = (*op.operands, *op.results)
     small_side = op.kind == "broadcast" and level < _LEVELS - 1
+    late = _late(op)
     masks: dict[int, list[tuple[int, int, int]]] = {}
     for at in range(len(op.operands) if small_side else 0, len(arrays)):
         for dim, factor in enumerate(arrays[at].factors):
-            if factor is None or (level < 2 and factor in op.reduced):
+            if factor is None or (level < 2 and factor in late):
                 continue
             mask = sum(1 << axis for axis, split in enumerate(around[at]) if split == dim)
             if mask:

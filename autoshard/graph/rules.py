@@ -147,8 +147,40 @@ def _conv(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> L
     )
 
 
+def _slice(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Cutting and padding at places known beforehand: where sizes differ, shards shift."""
+    sizes: dict[Label, int] = {
+        dim: math.gcd(*(shape[dim] for shape in (operands[0], *results)))
+        for dim, size in enumerate(operands[0])
+        if any(shape[dim] != size for shape in results)
+    }
+    ones = tuple(dim for dim in range(len(operands[0])) if sizes.get(dim) == 1)
+    return Link(
+        kind="slice",
+        # The value that a pad fills in is a scalar.
+        operands=(numbered(operands[0], ones), *[()] * (len(operands) - 1)),
+        results=tuple(numbered(shape, ones) for shape in results),
+        shifted=frozenset(sizes).difference(ones),
+        sizes=sizes,
+    )
+
+
+def _concatenate(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Layouts spread along the dimension that is joined, but XLA joins whole arrays."""
+    joined = params["dimension"]
+    size = math.gcd(*(shape[joined] for shape in operands))
+    whole = (joined,) if size == 1 else ()
+    return Link(
+        kind="slice",
+        operands=tuple(numbered(shape, whole) for shape in operands),
+        results=(numbered(results[0], whole),),
+        gathered=frozenset([joined]).difference(whole),
+        sizes={joined: size},
+    )
+
+
 def _along(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """Joining, cutting, padding or scanning along a dimension: those that change stay whole."""
+    """Turning round, sorting or scanning along a dimension: those that change stay whole."""
     changed = {
         dim
         for dim in range(len(results[0]))
@@ -174,10 +206,14 @@ def _first_along(operands: Sequence[Shape], results: Sequence[Shape], params: An
 
 
 def _dynamic_update_slice(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """The dimensions in which the update is smaller than the operand stay whole."""
-    link = _along(operands[:2], results, params)
-    rest = tuple((None,) * len(shape) for shape in operands[2:])
-    return Link(kind="slice", operands=link.operands + rest, results=link.results)
+    """Every device updates its shard; of the update it needs the cut dimensions whole."""
+    cut = tuple(dim for dim, size in enumerate(operands[1]) if size != operands[0][dim])
+    # The other operands are scalars (offsets).
+    return Link(
+        kind="slice",
+        operands=(numbered(operands[0]), numbered(operands[1], cut), *[()] * (len(operands) - 2)),
+        results=(numbered(results[0]),),
+    )
 
 
 def _stack(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
@@ -237,13 +273,15 @@ LINK_RULES: Mapping[str, Rule] = {
         _reduce,
     ),
     **dict.fromkeys(("argmax", "argmin"), _argminmax),
-    **dict.fromkeys(("concatenate", "pad", "slice", "rev", "split", "sort"), _along),
+    **dict.fromkeys(("pad", "slice", "split"), _slice),
+    **dict.fromkeys(("rev", "sort"), _along),
     **dict.fromkeys(("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "top_k"), _along),
     **dict.fromkeys(
         ("iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "empty"), _source
     ),
     **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-update"), scatter_rule),
     "broadcast_in_dim": _broadcast_in_dim,
+    "concatenate": _concatenate,
     "conv_general_dilated": _conv,
     "dot_general": _dot_general,
     "dynamic_slice": _first_along,

@@ -28,6 +28,8 @@ def look_of(op: Op) -> tuple[object, ...]:
         tuple((array.n_bytes, array.factors) for array in op.results),
         op.factor_sizes,
         op.reduced,
+        op.shifted,
+        op.gathered,
         op.flops,
     )
 
