@@ -134,7 +134,10 @@ def candidate_choices(
         for array, possible in zip(arrays, layouts, strict=True):
             for layout in possible:
                 factor = array.factors[layout[axis]] if layout[axis] != WHOLE else None
-                if factor is not None and factor not in op.gathered:
+                if factor in op.gathered:
+                    # What it needs whole it may have split along another dimension meanwhile.
+                    found |= set(range(len(op.factor_sizes))) - op.gathered
+                elif factor is not None:
                     found.add(factor)
         options.append(sorted(found))
     for choice in itertools.product(*options):

@@ -147,26 +147,44 @@ def _conv(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> L
     )
 
 
-def _slice(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """Cutting and padding at places known beforehand: where sizes differ, shards shift."""
-    sizes: dict[Label, int] = {
-        dim: math.gcd(*(shape[dim] for shape in (operands[0], *results)))
-        for dim, size in enumerate(operands[0])
-        if any(shape[dim] != size for shape in results)
-    }
+def _cut(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Cutting and padding at places known beforehand: where sizes differ, shards shift.
+
+    Every n-th element of a whole dimension stays where it is.
+    """
+    strides = params.get("strides") or (1,) * len(operands[0])
+    sizes: dict[Label, int] = {}
+    in_place = set()
+    for dim, size in enumerate(operands[0]):
+        others = [shape[dim] for shape in results]
+        if any(other != size for other in others):
+            sizes[dim] = math.gcd(size, *others)
+            if strides[dim] > 1 and others == [-(-size // strides[dim])]:
+                in_place.add(dim)
     ones = tuple(dim for dim in range(len(operands[0])) if sizes.get(dim) == 1)
     return Link(
         kind="slice",
         # The value that a pad fills in is a scalar.
         operands=(numbered(operands[0], ones), *[()] * (len(operands) - 1)),
         results=tuple(numbered(shape, ones) for shape in results),
-        shifted=frozenset(sizes).difference(ones),
+        shifted=frozenset(sizes).difference(ones, in_place),
         sizes=sizes,
     )
 
 
+def _reverse(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The shards of what is turned round change places."""
+    labels = numbered(operands[0])
+    return Link(
+        kind="slice",
+        operands=(labels,),
+        results=(labels,),
+        shifted=frozenset(params["dimensions"]).intersection(labels),
+    )
+
+
 def _concatenate(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """Layouts spread along the dimension that is joined, but XLA joins whole arrays."""
+    """Layouts spread along the dimension that is joined, but XLA joins whole ones."""
     joined = params["dimension"]
     size = math.gcd(*(shape[joined] for shape in operands))
     whole = (joined,) if size == 1 else ()
@@ -179,36 +197,42 @@ def _concatenate(operands: Sequence[Shape], results: Sequence[Shape], params: An
     )
 
 
-def _along(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """Turning round, sorting or scanning along a dimension: those that change stay whole."""
-    changed = {
-        dim
-        for dim in range(len(results[0]))
-        if len({shape[dim] for shape in (*operands, *results) if len(shape) > dim}) > 1
-    }
-    for name in ("dimension", "axis", "cumulative_axis"):
-        if isinstance(params.get(name), int):
-            changed.add(params[name])
-    changed |= set(params.get("dimensions") or ())
-    whole = tuple(changed)
+def _scan(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Sorting and running sums: layouts spread along the dimension, but XLA scans whole ones."""
+    labels = numbered(operands[0])
+    along = params["dimension"] if "dimension" in params else params["axis"]
     return Link(
         kind="slice",
-        operands=tuple(numbered(shape, whole) for shape in operands),
-        results=tuple(numbered(shape, whole) for shape in results),
+        operands=tuple(labels for _ in operands),
+        results=tuple(labels for _ in results),
+        gathered=frozenset([along]).intersection(labels),
     )
 
 
-def _first_along(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """As `_along`, but only the first operand is an array; the others are scalars (offsets)."""
-    link = _along(operands[:1], results, params)
-    rest = tuple((None,) * len(shape) for shape in operands[1:])
-    return Link(kind="slice", operands=link.operands + rest, results=link.results)
+def _top_k(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The dimension searched stays whole, the others pass through."""
+    along = (params.get("axis", -1) % len(operands[0]),)
+    return Link(
+        kind="slice",
+        operands=(numbered(operands[0], along),),
+        results=tuple(numbered(shape, along) for shape in results),
+    )
+
+
+def _dynamic_slice(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Cutting at a place known only later: the dimensions that are cut stay whole."""
+    cut = tuple(dim for dim, size in enumerate(operands[0]) if size != results[0][dim])
+    return Link(
+        kind="slice",
+        # The other operands are scalars (offsets).
+        operands=(numbered(operands[0], cut), *[()] * (len(operands) - 1)),
+        results=(numbered(results[0], cut),),
+    )
 
 
 def _dynamic_update_slice(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """Every device updates its shard; of the update it needs the cut dimensions whole."""
     cut = tuple(dim for dim, size in enumerate(operands[1]) if size != operands[0][dim])
-    # The other operands are scalars (offsets).
     return Link(
         kind="slice",
         operands=(numbered(operands[0]), numbered(operands[1], cut), *[()] * (len(operands) - 2)),
@@ -273,9 +297,8 @@ LINK_RULES: Mapping[str, Rule] = {
         _reduce,
     ),
     **dict.fromkeys(("argmax", "argmin"), _argminmax),
-    **dict.fromkeys(("pad", "slice", "split"), _slice),
-    **dict.fromkeys(("rev", "sort"), _along),
-    **dict.fromkeys(("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "top_k"), _along),
+    **dict.fromkeys(("pad", "slice", "split"), _cut),
+    **dict.fromkeys(("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "sort"), _scan),
     **dict.fromkeys(
         ("iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "empty"), _source
     ),
@@ -284,13 +307,15 @@ LINK_RULES: Mapping[str, Rule] = {
     "concatenate": _concatenate,
     "conv_general_dilated": _conv,
     "dot_general": _dot_general,
-    "dynamic_slice": _first_along,
+    "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     "expand_dims": _squeeze_like,
     "gather": gather_rule,
     "reshape": _reshape,
+    "rev": _reverse,
     "squeeze": _squeeze_like,
     "stack": _stack,
+    "top_k": _top_k,
     "transpose": _transpose,
     "unstack": _unstack,
 }

@@ -1,0 +1,74 @@
+"""Ops that move data: how they are laid out and what they move, held against XLA's partitioner."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_cost_step import MACHINE
+from test_graph_rules import program_of
+
+from autoshard.cost.step import StepPricer
+from autoshard.graph.program import WHOLE
+from autoshard.graph.propagation import propagate
+
+KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+Move = Callable[[Any, Any], Any]
+
+# What moves where x[4096, 512] is split on 4096 over eight devices, and the offset whole; or None:
+# those kinds are not predicted. In any case the result is split as XLA splits it.
+MOVES: dict[str, tuple[Move, list[str] | None]] = {
+    "slice": (lambda x, at: x[:2048], ["collective-permute"]),
+    "slice at a constant": (
+        lambda x, at: jax.lax.dynamic_slice(x, (0, 0), (2048, 512)),
+        ["collective-permute"],
+    ),
+    "slice at a variable": (
+        lambda x, at: jax.lax.dynamic_slice(x, (at.astype(int)[0], 0), (2048, 512)),
+        ["all-gather"],
+    ),
+    "every second row": (lambda x, at: x[::2], []),
+    "second half": (lambda x, at: jnp.split(x, 2)[1], ["collective-permute"]),
+    "pad": (lambda x, at: jnp.pad(x, ((0, 4096), (0, 0))), ["collective-permute"]),
+    "reverse": (lambda x, at: x[::-1], ["collective-permute"]),
+    "concatenate": (lambda x, at: jnp.concatenate([x, x * 2]), ["all-to-all"]),
+    "sort": (lambda x, at: jnp.sort(x, axis=0), ["all-to-all"]),
+    "running sum": (lambda x, at: jnp.cumsum(x, axis=0), None),
+    "update at a variable": (
+        lambda x, at: jax.lax.dynamic_update_slice(
+            x, jnp.zeros((1, 512)) + at, (at.astype(int)[0], 0)
+        ),
+        [],
+    ),
+    "largest of each row": (lambda x, at: jax.lax.top_k(x, 2)[0], None),
+    "largest of each column": (lambda x, at: jax.lax.top_k(x.T, 2)[0], ["all-gather"]),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_moves_data_is_laid_out_and_moved_as_by_xla(name: str) -> None:
+    move, expected = MOVES[name]
+
+    def function(x: Any, at: Any) -> Any:
+        return move(x, at) * 2
+
+    program = program_of(function, (4096, 512), (1,))
+    layouts = propagate(program, {program.arguments[0].group: (0,)}, (8,))
+    mesh = jax.sharding.Mesh(jax.devices()[:8], ("model",))
+    x, at = (
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+        for shape, spec in (((4096, 512), jax.P("model")), ((1,), jax.P()))
+    )
+    compiled = jax.jit(function).lower(x, at).compile()
+
+    (place,) = program.outputs
+    (split,) = layouts[place.group]
+    shape = jax.eval_shape(function, x, at).shape
+    shard = tuple(size // 8 if dim == split != WHOLE else size for dim, size in enumerate(shape))
+    assert compiled.output_shardings.shard_shape(shape) == shard
+    if expected is not None:
+        traffic = StepPricer(program, MACHINE).price(layouts).traffic
+        assert sorted({moved.kind for moved in traffic}) == expected
+        assert sorted(set(re.findall(rf" ({KINDS})\(", compiled.as_text()))) == expected
