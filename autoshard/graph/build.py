@@ -245,8 +245,8 @@ def _op(
     operands = tuple(array(*pair) for pair in used)
     results = tuple(array(*pair) for pair in made)
     # What grouping left of an elementwise op reads an argument, or broadcasts.
-    read, made_of = ({f for a in arrays for f in a.factors} for arrays in (operands, results))
-    broadcast = link.kind == "elementwise" and read < made_of
+    made_of = {factor for result in results for factor in result.factors}
+    broadcast = link.kind == "elementwise" and all(set(a.factors) < made_of for a in operands)
 
     def known(labels: frozenset[Label]) -> frozenset[int]:
         return frozenset(factors[label] for label in labels if label in factors)
