@@ -51,6 +51,15 @@ def test_where_two_operands_want_the_axis_the_larger_wins() -> None:
     assert output(program, layouts_of(program, 0, 1)) == 1
 
 
+def test_small_operands_do_not_lay_out_what_they_are_broadcast_to() -> None:
+    # The labels[8] are split as x is, and w, the larger, on its columns.
+    def function(x, w, labels):
+        return (x @ w) * (labels[:, None] == jnp.arange(4096.0))
+
+    program = program_of(function, (8, 512), (512, 4096), (8,))
+    assert output(program, layouts_of(program, 0, 1, 0)) == 1
+
+
 def test_a_dimension_that_the_axis_does_not_divide_stays_whole() -> None:
     program = program_of(lambda x, w: x @ w, (8, 16), (16, 6))
     assert output(program, layouts_of(program, 0, WHOLE, axis=3)) == WHOLE

@@ -6,6 +6,7 @@ import pytest
 
 from autoshard.errors import ModelError
 from autoshard.model.build import build, fold
+from autoshard.model.keras_import import import_keras
 from autoshard.model.step import Step, make_step, trace
 from autoshard.model.workload import OPTIMIZERS, Workload
 
@@ -79,6 +80,15 @@ def test_decode_adds_one_token_to_the_cache() -> None:
     assert not any(v.aval.shape == (4, 16, 32, 32) for e in jaxpr.eqns for v in e.outvars)
 
 
+def test_decode_of_an_encoder_and_a_decoder_reads_what_the_encoder_left() -> None:
+    step = make_step(fold(build("bart_base_en")), Workload(kind="decode", batch=4, seq_len=32))
+    assert_aligned(step, trace(step))
+    # Hidden states of the encoder; keys and values of the decoder's own and of the encoder's.
+    of_blocks = (4, 3, 2, 32, 12, 64)
+    cache = [a.shape for a in step.arguments if a.role == "cache"]
+    assert cache == [(4, 32, 768), of_blocks, of_blocks]
+
+
 def test_seeds_are_state_and_have_no_layout() -> None:
     step = make_step(fold(build("gpt2_base_en")), Workload(kind="train", batch=1, seq_len=8))
     states = [a for a in step.arguments if a.role == "state"]
@@ -98,8 +108,20 @@ def test_a_model_without_a_cache_cannot_decode() -> None:
         make_step(build("bert_tiny_en_uncased"), Workload(kind="decode"))
 
 
+def test_a_sequence_beyond_the_position_embeddings_is_refused() -> None:
+    with pytest.raises(ModelError, match="at most 512 tokens .* 'position_embedding', not 600"):
+        make_step(build("bert_tiny_en_uncased"), Workload(kind="prefill", seq_len=600))
+
+
+def of_eight_tokens() -> Any:
+    keras = import_keras()
+    tokens = keras.Input((None,), dtype="int32", name="tokens")
+    embedded = keras.layers.Reshape((8, 4))(keras.layers.Embedding(10, 4)(tokens))
+    return keras.Model(tokens, embedded, name="eight")
+
+
 def test_a_sequence_that_the_model_cannot_take_is_one_line() -> None:
-    step = make_step(build("bert_tiny_en_uncased"), Workload(kind="prefill", seq_len=600))
-    with pytest.raises(ModelError, match=r"BertBackbone cannot be traced: .*600") as caught:
+    step = make_step(build(of_eight_tokens), Workload(kind="prefill", seq_len=600))
+    with pytest.raises(ModelError, match=r"Functional cannot be traced: .*600") as caught:
         trace(step)
     assert "\n" not in str(caught.value)

@@ -90,14 +90,19 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
         data = keras.tree.pack_sequence_as(structure, arrays[ends[1] :])
         _generate(model.model, arrays[: ends[0]], data, fill, sample)
         logits, _, new_cache = turns[0]
-        return (logits, *keras.tree.flatten(new_cache))
+        leaves = zip(carried, keras.tree.flatten(new_cache), strict=True)
+        return (logits, *(leaf for i, leaf in leaves if i is not None))
 
     return Step(
         function=decode,
         arguments=(*variables, *cache, *data),
         results=(
             Result(role="logits", path=""),
-            *(Result(role="cache", path=cache[i].path, argument=ends[0] + i) for i in carried),
+            *(
+                Result(role="cache", path=cache[i].path, argument=ends[0] + i)
+                for i in carried
+                if i is not None
+            ),
         ),
         task=model.task,
         loss=None,
@@ -106,12 +111,15 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
 
 def _cache_shapes(
     model: Any, variables: Sequence[Argument], data: Sequence[Argument], structure: Any
-) -> tuple[Any, tuple[int, ...]]:
-    """The shapes that `_build_cache` returns, and which of those arrays `next` carries on."""
+) -> tuple[Any, tuple[int | None, ...]]:
+    """The shapes that `_build_cache` returns, and which of those arrays `next` carries on.
+
+    Beside them it may carry inputs, as the mask of an encoder: None.
+    """
     import jax
 
     keras = import_keras()
-    carried: list[int] = []
+    carried: list[int | None] = []
 
     def prompt_pass(*arrays: Array) -> Any:
         def fill(*args: Any, **kwargs: Any) -> Any:
@@ -119,8 +127,8 @@ def _cache_shapes(
             return results[0]
 
         def sample(next: Any, prompt: Array, cache: Any, index: Array, **_: Any) -> Array:
-            leaves = [id(leaf) for leaf in keras.tree.flatten(results[0][1:])]
-            carried.extend(leaves.index(id(leaf)) for leaf in keras.tree.flatten(cache))
+            place = {id(leaf): i for i, leaf in enumerate(keras.tree.flatten(results[0][1:]))}
+            carried.extend(place.get(id(leaf)) for leaf in keras.tree.flatten(cache))
             return prompt
 
         results: list[Any] = []

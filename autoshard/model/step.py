@@ -5,8 +5,9 @@ from typing import Any
 
 from autoshard.errors import AutoshardError, ModelError
 from autoshard.model.inference import decode_step, prefill_step
+from autoshard.model.keras_import import import_keras_hub
 from autoshard.model.outputs import OutputShapes, marking_scope
-from autoshard.model.recipe import AbstractModel, one_line
+from autoshard.model.recipe import AbstractModel, layers_by_path, one_line
 from autoshard.model.signature import Argument, Result, Step
 from autoshard.model.training import train_step
 from autoshard.model.workload import Workload
@@ -22,13 +23,26 @@ def make_step(model: AbstractModel, workload: Workload) -> Step:
         workload: what is asked of it.
 
     Raises:
-        ModelError: the model does not say what inputs it takes, or has no cache to decode with.
+        ModelError: the model does not say what inputs it takes, has no cache to decode with, or
+            takes no sequence of that length.
     """
+    _check_length(model, workload.seq_len)
     if workload.trains:
         return train_step(model, workload)
     if workload.kind == "prefill":
         return prefill_step(model, workload)
     return decode_step(model, workload)
+
+
+def _check_length(model: AbstractModel, seq_len: int) -> None:
+    """A position embedding has a row for each place, and no more."""
+    layer_class = import_keras_hub().layers.PositionEmbedding
+    for path, layer in layers_by_path(model.model).items():
+        if isinstance(layer, layer_class) and seq_len > layer.sequence_length:
+            raise ModelError(
+                f"{model.task} takes at most {layer.sequence_length} tokens a sequence, the rows "
+                f"of '{path}', not {seq_len}"
+            )
 
 
 def trace(step: Step) -> Any:
