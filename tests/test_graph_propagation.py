@@ -54,7 +54,7 @@ def test_where_two_operands_want_the_axis_the_larger_wins() -> None:
 def test_small_operands_do_not_lay_out_what_they_are_broadcast_to() -> None:
     # The labels[8] are split as x is, and w, the larger, on its columns.
     def function(x, w, labels):
-        return (x @ w) * (labels[:, None] == jnp.arange(4096.0))
+        return (x @ w) * ((2 * labels)[:, None] == jnp.arange(4096.0))
 
     program = program_of(function, (8, 512), (512, 4096), (8,))
     assert output(program, layouts_of(program, 0, 1, 0)) == 1
