@@ -2,7 +2,7 @@
 
 import json
 
-from autoshard.model.variables import dtype_bytes, make_table
+from autoshard.model.variables import ModelTable, dtype_bytes, make_table
 
 ROWS = [
     ("embedding/embeddings", (10, 4), "bfloat16", True),
@@ -59,3 +59,13 @@ def test_the_json_names_every_variable() -> None:
 def test_element_sizes() -> None:
     sizes = {"bool": 1, "int8": 1, "uint32": 4, "float8_e4m3fn": 1, "float16": 2, "float64": 8}
     assert {name: dtype_bytes(name) for name in sizes} == sizes
+
+
+def test_the_dtype_of_a_table_is_that_of_most_bytes() -> None:
+    def table(*weights: tuple[str, tuple[int, ...]]) -> ModelTable:
+        named = [(f"w{i}", shape, dtype, True) for i, (dtype, shape) in enumerate(weights)]
+        return make_table("model", named, (), ())
+
+    assert table().dtype == ""
+    assert table(("bfloat16", (8,)), ("float32", (3,)), ("bfloat16", (2,))).dtype == "bfloat16"
+    assert table(("bfloat16", (8,)), ("float32", (5,))).dtype == "float32"

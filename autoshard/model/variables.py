@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +118,14 @@ class ModelTable:
     def n_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(variable.n_bytes for variable in self.variables)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most of these bytes; "" without weights."""
+        sizes: Counter[str] = Counter()
+        for variable in self.variables:
+            sizes[variable.dtype] += variable.n_bytes
+        return max(sizes, key=sizes.__getitem__, default="")
 
     def families(self) -> tuple[Family, ...]:
         """The families, each where its first variable stands."""

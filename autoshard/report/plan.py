@@ -66,7 +66,7 @@ def _head(outcome: Outcome) -> str:
     optimizer = f", {work.optimizer}" if work.trains else ""
     lines = [
         f"{table.name}: {table.n_parameters:,} parameters ({format_count(table.n_parameters)}, "
-        f"{format_bytes(table.n_bytes)} as {work.dtype}), {outcome.planning.task}",
+        f"{format_bytes(table.n_bytes)} as {table.dtype}), {outcome.planning.task}",
         f"mesh {setup.mesh} ({', '.join(setup.mesh.axis_names)}) on {setup.target}, "
         f"{format_bytes(setup.memory_limit)} a device",
         f"workload {kind}: batch {work.batch} x {work.seq_len} tokens{optimizer}",
