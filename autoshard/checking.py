@@ -1,15 +1,15 @@
 """Says what is wrong with a map that somebody wrote, without pricing it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from autoshard.errors import UsageError
 from autoshard.layout.reading import read_layout
-from autoshard.layout.resolve import Finding, Resolution, resolve
+from autoshard.layout.resolve import Finding, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, as_mesh, round_up
-from autoshard.model.build import AbstractModel, build, fold
+from autoshard.model.build import build, fold
 from autoshard.model.workload import Workload
 from autoshard.planning import make_program
 from autoshard.pricing import refused_outputs
@@ -44,25 +44,22 @@ def check(
     workload = made.workload if made else Workload()
     abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
     rules = made.rules if made else read_layout(layout, backbone=abstract.backbone, mesh=grid)
-    found = resolve(rules, abstract.table(), grid)
-    return (*_refused(rules, found, abstract, grid, workload), *found.findings)
+    table = abstract.table()
+    found = resolve(rules, table, grid)
+    knows_axes = all(finding.kind != "unknown-axis" for finding in found.findings)
+    if grid is None or not found.outputs or not knows_axes:
+        return found.findings
+    # Only a trace of the step tells the shapes of layer outputs.
+    workload = replace(workload, batch=round_up(workload.batch, grid.sizes[grid.data_axis]))
+    program = make_program(fold(abstract, periods=2), workload)
+    refused = refused_outputs(found.outputs, table, grid, program)
+    return (*_output_findings(rules, refused, workload), *found.findings)
 
 
-def _refused(
-    rules: LayoutRules,
-    found: Resolution,
-    model: AbstractModel,
-    mesh: Mesh | None,
-    workload: Workload,
+def _output_findings(
+    rules: LayoutRules, refused: Mapping[str, str], workload: Workload
 ) -> Iterator[Finding]:
-    """Layer outputs whose shape a rule does not suit: only a trace of the step tells them."""
-    named = {axis for rule in rules for axis in rule.spec if axis is not None}
-    if mesh is None or not found.outputs or not named <= set(mesh.axis_names):
-        return
-    folded = fold(model, periods=2)
-    workload = replace(workload, batch=round_up(workload.batch, mesh.sizes[mesh.data_axis]))
-    program = make_program(folded, workload)
-    for path, reason in refused_outputs(found.outputs, model.table(), mesh, program):
+    for path, reason in refused.items():
         (rule,) = {rule.pattern for rule in matching_rules(rules, path)}
         message = (
             f"rule '{rule}': {reason} in a step of {workload.batch} x {workload.seq_len} tokens"

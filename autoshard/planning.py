@@ -124,8 +124,7 @@ def trace_model(model: Any, workload: Workload, watch: Stopwatch | None = None) 
         table = whole.table()
         # Two periods price exactly as more do: nothing but the count of what repeats differs.
         folded = fold(whole, periods=2)
-    # What Keras built already has a dtype of its own.
-    workload = replace(workload, dtype=whole.dtype or workload.dtype)
+    workload = whole.own(workload)
     return TracedModel(
         whole=whole,
         table=table,

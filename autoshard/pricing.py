@@ -110,12 +110,8 @@ def score_rules(
     except LayoutError as error:
         return Candidate(name=name, rules=rules, scored=None, failure=str(error))
     outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
-    failure = (
-        _uneven(resolution.outputs, table)
-        or next(refused_outputs(resolution.outputs, table, mesh, scorer.pricer.program), ("", ""))[
-            1
-        ]
-    )
+    refused = refused_outputs(resolution.outputs, table, mesh, scorer.pricer.program)
+    failure = _uneven(resolution.outputs, table) or next(iter(refused.values()), "")
     if failure:
         return Candidate(name=name, rules=rules, scored=None, failure=failure)
     assignment = _known({**resolution.assignment, **outputs}, scorer)
@@ -124,24 +120,29 @@ def score_rules(
 
 def refused_outputs(
     outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, program: Program
-) -> Iterator[tuple[str, str]]:
-    """The layer outputs that JAX cannot lay out as a map says, each with the reason in one line.
+) -> dict[str, str]:
+    """The layer outputs that JAX cannot lay out as a map says, and why, each in one line.
 
     Args:
         outputs: path of a layer output -> its spec.
         table: the model's variables and layer outputs.
         mesh: the mesh.
         program: a step of the model, which has the shapes.
+
+    Returns:
+        Path -> the reason; of equal blocks with one spec the first path.
     """
-    shapes, seen = program.output_shapes(), set()
+    shapes = program.output_shapes()
+    first: dict[tuple[str, Spec], str] = {}
     for path, spec in outputs.items():
-        # Equal blocks share a template, and all of them a reason.
-        template = table.templates[path]
-        for shape in () if (template, spec) in seen else shapes.get(template, ()):
+        first.setdefault((table.templates[path], spec), path)
+    refused: dict[str, str] = {}
+    for (template, spec), path in first.items():
+        for shape in shapes.get(template, ()):
             if len(spec) > len(shape) or not divides(shape, spec, mesh):
-                seen.add((template, spec))
-                yield path, f"JAX refuses {format_spec(spec)} for '{template}', of shape {shape}"
-                break
+                reason = f"JAX refuses {format_spec(spec)} for '{template}', of shape {shape}"
+                refused.setdefault(path, reason)
+    return refused
 
 
 def _uneven(outputs: Mapping[str, Spec], table: ModelTable) -> str:
@@ -149,10 +150,10 @@ def _uneven(outputs: Mapping[str, Spec], table: ModelTable) -> str:
     laid: dict[str, set[Spec | None]] = {}
     for path in table.output_paths:
         laid.setdefault(table.templates[path], set()).add(outputs.get(path))
-    uneven = next((template for template, specs in laid.items() if len(specs) > 1), None)
-    if uneven is None:
-        return ""
-    return f"not priced: it lays out '{uneven}' in some blocks otherwise than in others"
+    for template, specs in laid.items():
+        if len(specs) > 1:
+            return f"not priced: it lays out '{template}' in some blocks otherwise than in others"
+    return ""
 
 
 def _known(assignment: Mapping[str, Spec], scorer: Scorer) -> dict[str, Spec]:

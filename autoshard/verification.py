@@ -156,7 +156,7 @@ def subject_of(
         setup = _retargeted(setup, "cpu", memory_limit)
     workload = setup.workload
     built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    setup = replace(setup, workload=replace(workload, dtype=built.dtype or workload.dtype))
+    setup = replace(setup, workload=built.own(workload))
     rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
     return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)
 

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoshard.model.blocks import find_stacks
-from autoshard.model.recipe import AbstractModel, layers_by_path
+from autoshard.model.recipe import AbstractModel, inner_layers, layers_by_path
 
 __all__ = ["Tolerance", "tolerance_of"]
 
@@ -130,7 +130,7 @@ def _leaves(layers: Iterable[Any]) -> list[Any]:
     """The innermost of these layers and of those inside them, each once."""
     found: dict[int, Any] = {}
     for layer in layers:
-        inner = list(layer._flatten_layers(recursive=False, include_self=False))
+        inner = inner_layers(layer)
         for leaf in _leaves(inner) if inner else [layer]:
             found[id(leaf)] = leaf
     return list(found.values())

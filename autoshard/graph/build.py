@@ -64,7 +64,7 @@ def build_program(
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
     sums = _sum_targets(flat)
     ops = [
-        _op(equation, open_operands, flat, numbering, count_of, sums)
+        _op(equation, open_operands, flat, numbering, count_of(equation.layer), sums)
         for equation, open_operands in left
     ]
     ops += _replacements(flat, inputs, replaces, numbering)
@@ -202,8 +202,37 @@ def _replacements(
             backward=False,
         )
         count = int(inputs[replaced].count)
-        ops.append(_op(equation, (0,), flat, numbering, lambda _, n=count: n, {}))  # type: ignore[misc]
+        ops.append(_op(equation, (0,), flat, numbering, count, {}))
     return ops
+
+
+@dataclass(slots=True, kw_only=True)
+class _Factors:
+    """Gives the labels of one op numbers from 0, as its arrays come to use them."""
+
+    link: Link
+    flat: FlatJaxpr
+    numbering: _Numbering
+    numbers: dict[Label, int] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+
+    def array(self, identity: int, labels: tuple[Label | None, ...]) -> Array:
+        kind = self.flat.arrays[identity]
+        for label, size in zip(labels, kind.shape, strict=True):
+            if label is not None and label not in self.numbers and size != 1:
+                self.numbers[label] = len(self.numbers)
+                self.sizes.append(self.link.sizes.get(label, size))
+        placed = self.numbering.grouping.factors(identity, labels)
+        return Array(
+            identity=identity,
+            group=self.numbering.number(identity),
+            n_bytes=kind.n_bytes,
+            factors=tuple(None if label is None else self.numbers[label] for label in placed),
+            is_held=identity in self.numbering.held,
+        )
+
+    def of(self, labels: frozenset[Label]) -> frozenset[int]:
+        return frozenset(self.numbers[label] for label in labels if label in self.numbers)
 
 
 def _op(
@@ -211,7 +240,7 @@ def _op(
     open_operands: tuple[int, ...],
     flat: FlatJaxpr,
     numbering: _Numbering,
-    count_of: Callable[[str], int],
+    count: int,
     sums: Mapping[int, int],
 ) -> Op | None:
     """One op of the program, its labels turned into factor numbers; None where nothing is laid."""
@@ -224,46 +253,25 @@ def _op(
     ]
     if link.kind == "source" or not used:
         return None
-    factors: dict[Label, int] = {}
-    sizes: list[int] = []
-
-    def array(identity: int, labels: tuple[Label | None, ...]) -> Array:
-        shape = flat.arrays[identity].shape
-        for label, size in zip(labels, shape, strict=True):
-            if label is not None and label not in factors and size != 1:
-                factors[label] = len(factors)
-                sizes.append(link.sizes.get(label, size))
-        placed = numbering.grouping.factors(identity, labels)
-        return Array(
-            identity=identity,
-            group=numbering.number(identity),
-            n_bytes=flat.arrays[identity].n_bytes,
-            factors=tuple(None if label is None else factors[label] for label in placed),
-            is_held=identity in numbering.held,
-        )
-
-    operands = tuple(array(*pair) for pair in used)
-    results = tuple(array(*pair) for pair in made)
+    factors = _Factors(link=link, flat=flat, numbering=numbering)
+    operands = tuple(factors.array(*pair) for pair in used)
+    results = tuple(factors.array(*pair) for pair in made)
     # What grouping left of an elementwise op reads an argument, or broadcasts.
     made_of = {factor for result in results for factor in result.factors}
     broadcast = link.kind == "elementwise" and all(set(a.factors) < made_of for a in operands)
-
-    def known(labels: frozenset[Label]) -> frozenset[int]:
-        return frozenset(factors[label] for label in labels if label in factors)
-
     return Op(
         primitive=equation.primitive,
         kind="broadcast" if broadcast else link.kind,
         operands=operands,
         results=results,
-        factor_sizes=tuple(sizes),
-        reduced=known(link.reduced),
-        shifted=known(link.shifted),
-        gathered=known(link.gathered),
+        factor_sizes=tuple(factors.sizes),
+        reduced=factors.of(link.reduced),
+        shifted=factors.of(link.shifted),
+        gathered=factors.of(link.gathered),
         flops=equation.flops,
         layer=equation.layer,
         backward=equation.backward,
-        count=count_of(equation.layer),
+        count=count,
         # A lookup's gradient is reduced on its own, before what it is added to.
         sum_into=equation.results[0]
         if link.kind == "scatter"

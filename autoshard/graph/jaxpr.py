@@ -137,8 +137,8 @@ class _Reader:
         for variable in equation.outvars:
             results.append(self.new(variable))
             known[variable] = results[-1]
-        identities = [_identity(v, known) for v in equation.invars]
-        present = [i for i, identity in enumerate(identities) if identity is not None]
+        identities = enumerate(_identity(v, known) for v in equation.invars)
+        present = [(i, identity) for i, identity in identities if identity is not None]
         layer, backward = _layer(stack)
         if name == MARK:
             path = equation.params["path"]
@@ -146,11 +146,11 @@ class _Reader:
         self.equations.append(
             Equation(
                 primitive=name,
-                operands=tuple(identities[i] for i in present),  # type: ignore[misc]
+                operands=tuple(identity for _, identity in present),
                 results=tuple(results),
                 link=replace(
                     link,
-                    operands=tuple(link.operands[i] for i in present if i < len(link.operands)),
+                    operands=tuple(link.operands[i] for i, _ in present if i < len(link.operands)),
                 ),
                 flops=_flops(link, shapes),
                 layer=layer,

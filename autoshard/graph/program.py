@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from autoshard.model.outputs import OutputShapes
+
 __all__ = ["WHOLE", "Argument", "Array", "Group", "LayerOutput", "Layout", "Op", "Place", "Program"]
 
 WHOLE = -1
@@ -176,9 +178,9 @@ class Program:
     unknown: tuple[str, ...]
     layer_outputs: tuple[LayerOutput, ...] = ()
 
-    def output_shapes(self) -> dict[str, set[tuple[int, ...]]]:
+    def output_shapes(self) -> OutputShapes:
         """Template of a layer output -> the shapes of the arrays there."""
-        shapes: dict[str, set[tuple[int, ...]]] = {}
+        shapes = OutputShapes()
         for output in self.layer_outputs:
             shapes.setdefault(output.template, set()).add(output.shape)
         return shapes

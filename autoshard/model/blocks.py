@@ -14,7 +14,7 @@ from typing import Any
 
 from autoshard.model.keras_import import import_keras
 from autoshard.model.paths import PathNames, number_of
-from autoshard.model.recipe import AbstractModel, layers_by_path
+from autoshard.model.recipe import AbstractModel, inner_layers, layers_by_path
 
 __all__ = ["Stack", "blocks_like", "find_stacks"]
 
@@ -97,7 +97,7 @@ def _facts(layer: Any, prefix: str) -> Iterator[tuple[str, Hashable]]:
             plain, is_plain = _plain(value)
             if is_plain:
                 yield f"{prefix}{key}", plain
-    for position, inner in enumerate(layer._flatten_layers(recursive=False, include_self=False)):
+    for position, inner in enumerate(inner_layers(layer)):
         yield from _facts(inner, f"{prefix}{position}/")
 
 

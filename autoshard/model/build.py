@@ -13,6 +13,7 @@ from autoshard.model.recipe import (
     AbstractModel,
     Recipe,
     build_recipe,
+    inner_layers,
     is_task,
     layers_by_path,
     wrap,
@@ -103,11 +104,11 @@ def _with_dtype(model: AbstractModel) -> AbstractModel:
     """With the dtype policy of most parameters, if it is one that a step can be asked for."""
     sizes: Counter[str] = Counter()
     for layer in layers_by_path(model.model).values():
-        if not list(layer._flatten_layers(recursive=False, include_self=False)):
+        if not inner_layers(layer):
             name = layer.dtype_policy.name
             name = QUANTIZED if name.startswith(QUANTIZED) else name
             sizes[name] += sum(math.prod(weight.shape) for weight in layer.weights)
-    name, _ = sizes.most_common(1)[0] if sizes else ("", 0)
+    name = max(sizes, key=sizes.__getitem__, default="")
     return replace(model, dtype=name) if name in DTYPES else model
 
 

@@ -15,12 +15,14 @@ from autoshard.model.abstract import abstract_scope, recording_scope
 from autoshard.model.folding import Folding
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
+from autoshard.model.workload import Workload
 
 __all__ = [
     "AbstractModel",
     "Recipe",
     "assemble",
     "build_recipe",
+    "inner_layers",
     "is_task",
     "layers_by_path",
     "one_line",
@@ -72,6 +74,10 @@ class AbstractModel:
     recipe: Recipe | None
     folding: Folding = field(default_factory=Folding)
     dtype: str | None = None
+
+    def own(self, workload: Workload) -> Workload:
+        """The workload with the dtype that the model came with, if it came with one."""
+        return replace(workload, dtype=self.dtype or workload.dtype)
 
     def table(self) -> ModelTable:
         """The variables, sorted into families."""
@@ -159,17 +165,18 @@ def layers_by_path(model: Any) -> dict[str, Any]:
     """
     keras = import_keras()
     found: dict[str, Any] = {}
-    inside = [(layer, layer.path or layer.name) for layer in _inner(model)]
+    inside = [(layer, layer.path or layer.name) for layer in inner_layers(model)]
     for layer, path in inside:
         if path not in found and not isinstance(layer, keras.layers.InputLayer):
             found[path] = layer
             inside.extend(
-                (deeper, deeper.path or f"{path}/{deeper.name}") for deeper in _inner(layer)
+                (deeper, deeper.path or f"{path}/{deeper.name}") for deeper in inner_layers(layer)
             )
     return found
 
 
-def _inner(layer: Any) -> list[Any]:
+def inner_layers(layer: Any) -> list[Any]:
+    """The layers right inside a Keras layer or model, in its order."""
     return list(layer._flatten_layers(recursive=False, include_self=False))
 
 
