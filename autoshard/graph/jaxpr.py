@@ -5,7 +5,7 @@ The result knows nothing of JAX any more: shapes, factors and names only.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +126,9 @@ class _Reader:
         name = equation.primitive.name
         shapes = [tuple(map(int, v.aval.shape)) for v in equation.invars]
         out_shapes = [tuple(map(int, v.aval.shape)) for v in equation.outvars]
+        if all(0 in shape for shape in out_shapes):
+            known.update(dict.fromkeys(equation.outvars))  # arrays of no elements: no work
+            return
         # Offsets that are constants make it a slice, for the compiler too.
         if name == "dynamic_slice" and all(hasattr(v, "val") for v in equation.invars[1:]):
             name, shapes = "slice", shapes[:1]
@@ -215,17 +218,33 @@ def read_jaxpr(closed: Any) -> FlatJaxpr:
     reader = _Reader()
     known: dict[Any, int | None] = {v: reader.new(v) for v in closed.jaxpr.invars}
     inputs = tuple(_identities(known.values()))
+    known.update({v: None for v in closed.jaxpr.invars if 0 in v.aval.shape})
     known.update({v: reader.new(v) for v in closed.jaxpr.constvars})
-    outputs = reader.walk(closed.jaxpr, known, "")
+    outputs = tuple(reader.walk(closed.jaxpr, known, ""))
+    equations = _live(reader.equations, outputs)
+    made = {result for equation in equations for result in equation.results}
     return FlatJaxpr(
         arrays=tuple(reader.arrays),
-        equations=tuple(reader.equations),
+        equations=equations,
         inputs=inputs,
-        outputs=tuple(outputs),
+        outputs=outputs,
         unknown=tuple(sorted(reader.unknown)),
-        marks=tuple(reader.marks),
+        marks=tuple(mark for mark in reader.marks if mark.identity in made),
     )
 
 
-def _identities(values: Any) -> Iterator[int]:
+def _identities(values: Iterable[int | None]) -> Iterator[int]:
     return (value for value in values if value is not None)
+
+
+def _live(
+    equations: Sequence[Equation], outputs: Sequence[int | None]
+) -> tuple[Equation, ...]:
+    """The equations that an output depends on: the others are no part of the compiled program."""
+    needed = set(_identities(outputs))
+    live = []
+    for equation in reversed(equations):
+        if not needed.isdisjoint(equation.results):
+            needed.update(equation.operands)
+            live.append(equation)
+    return tuple(reversed(live))

@@ -63,10 +63,13 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
     keras = import_keras()
     if not model.generates or not hasattr(model.model, "_build_cache"):
         raise ModelError(f"{model.task} has no cache to decode with: take another workload")
-    inputs, structure = model_inputs(model.model, workload)
+    prompt, structure = model_inputs(model.model, workload)
     variables, _ = variable_arguments(model.model)
-    data = tuple(map(data_argument, inputs))
-    filled, carried = _cache_shapes(model.model, variables, data, structure)
+    filled, carried = _cache_shapes(
+        model.model, variables, tuple(map(data_argument, prompt)), structure
+    )
+    # Pictures are read once, with the prompt.
+    inputs, _ = model_inputs(model.model, workload, pictures=False)
     leaves = keras.tree.flatten(filled[1:])
     cache = tuple(
         Argument(role="cache", path=f"cache/{i}", shape=tuple(leaf.shape), dtype=str(leaf.dtype))
@@ -95,7 +98,7 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
 
     return Step(
         function=decode,
-        arguments=(*variables, *cache, *data),
+        arguments=(*variables, *cache, *map(data_argument, inputs)),
         results=(
             Result(role="logits", path=""),
             *(

@@ -1,5 +1,6 @@
 """What one step is fed: the model's inputs, the labels, the sample weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,13 @@ from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
 __all__ = ["Input", "model_inputs", "output_structure"]
+
+# As Keras gives shapes: None for a dimension that is open.
+SymbolicShape = tuple[int | None, ...]
+
+# How KerasHub names the inputs that place other tokens among those of the text.
+_PLACES = "_indices"
+_PICTURE_PLACES = "vision_indices"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +43,19 @@ def output_structure(model: Any) -> Any:
     return _functional(model)._outputs_struct
 
 
-def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any]:
+def model_inputs(
+    model: Any, workload: Workload, *, pictures: bool = True
+) -> tuple[tuple[Input, ...], Any]:
     """The inputs of a functional Keras model for a workload.
 
-    A dimension that the model leaves open is the batch where it comes first, the number of images
-    (one) for data of rank 4 and more, the tokens that one image becomes for their indices, and the
-    sequence otherwise.
+    A dimension that the model leaves open is the batch where it comes first and the sequence
+    otherwise; 1 in data of rank 4 and more. A model that has its tokens beside pictures or sound
+    gets one picture a sequence where it says how large one is, and nothing of what it does not.
 
     Args:
         model: a functional Keras model.
         workload: gives the batch and the sequence length.
+        pictures: whether such a model sees one.
 
     Returns:
         The inputs in flat order, and the structure that `keras.tree.pack_sequence_as` refills.
@@ -59,22 +70,54 @@ def model_inputs(model: Any, workload: Workload) -> tuple[tuple[Input, ...], Any
             f"{type(model).__name__} '{model.name}' does not say what inputs it takes; give a "
             "functional model (keras.Input ... keras.Model) or a KerasHub backbone or task"
         )
+    tensors = keras.tree.flatten(structure)
+    nested = _nested_shapes(model)
+    symbolic = {tensor.name: _merged(tensor, nested.get(tensor.name, ())) for tensor in tensors}
+    shapes = _filled(symbolic, getattr(model, "backbone", model), workload, pictures)
     inputs = tuple(
-        Input(
-            name=tensor.name,
-            shape=_shape(model, tensor.name, tuple(tensor.shape), workload),
-            dtype=str(tensor.dtype),
-        )
-        for tensor in keras.tree.flatten(structure)
+        Input(name=tensor.name, shape=shapes[tensor.name], dtype=str(tensor.dtype))
+        for tensor in tensors
     )
     return inputs, structure
 
 
-def _shape(
-    model: Any, name: str, shape: tuple[int | None, ...], workload: Workload
-) -> tuple[int, ...]:
-    backbone = getattr(model, "backbone", model)
-    open_size = 1 if len(shape) > 3 else workload.seq_len
-    if name == "vision_indices":
-        open_size = getattr(backbone, "num_vision_tokens_per_image", open_size)
-    return (workload.batch, *(size or open_size for size in shape[1:]))
+def _nested_shapes(model: Any) -> dict[str, SymbolicShape]:
+    """What the functional models inside of one say of their inputs, by name."""
+    keras = import_keras()
+    return {
+        tensor.name: tuple(tensor.shape)
+        for layer in _functional(model)._flatten_layers(include_self=False)
+        for tensor in keras.tree.flatten(getattr(layer, "_inputs_struct", ()))
+    }
+
+
+def _merged(tensor: Any, nested: SymbolicShape) -> SymbolicShape:
+    """The shape of an input, with what only a nested model says of it."""
+    shape = tuple(tensor.shape)
+    if len(nested) != len(shape):
+        return shape
+    return tuple(size or inner for size, inner in zip(shape, nested, strict=True))
+
+
+def _filled(
+    symbolic: Mapping[str, SymbolicShape], backbone: Any, workload: Workload, pictures: bool
+) -> dict[str, tuple[int, ...]]:
+    """Sizes for all that the shapes leave open."""
+    # Where in the sequence the tokens of a picture or of a sound go.
+    places = {name for name in symbolic if name.endswith(_PLACES)}
+    pictured = pictures and any(_is_picture(shape) for shape in symbolic.values())
+    filled = {}
+    for name, shape in symbolic.items():
+        open_size = workload.seq_len if len(shape) < 4 else 1
+        if name in places:
+            seen = pictured and name == _PICTURE_PLACES
+            open_size = getattr(backbone, "num_vision_tokens_per_image", 0) if seen else 0
+        elif places and len(shape) > 2:
+            open_size = 1 if pictures and _is_picture(shape) else 0
+        filled[name] = (workload.batch, *(size or open_size for size in shape[1:]))
+    return filled
+
+
+def _is_picture(shape: SymbolicShape) -> bool:
+    """Whether it is a number of pictures of known height, width and channels."""
+    return len(shape) == 5 and shape[1] is None and None not in shape[2:]

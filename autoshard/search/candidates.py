@@ -10,12 +10,13 @@ has to bear it, the gradient's and those of `generate` included.
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
-from autoshard.mesh import Mesh, Spec, divides
+from autoshard.mesh import Mesh, Spec, divides, shard_shape
 
 __all__ = [
     "NO_RULE",
@@ -97,7 +98,10 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
     """The families of a program with their legal specs, largest first.
 
     Families that make up less than a thousandth of the weights have the replicated spec alone.
+    Those that the step does not read, as an encoder of pictures where none are fed, cost no time
+    in any layout and have the one with the smallest shard.
     """
+    unread = _unread(program)
     shapes: dict[str, tuple[int, ...]] = {}
     n_bytes: dict[str, int] = {}
     for argument in program.arguments:
@@ -106,18 +110,40 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
             total = int(argument.n_bytes * argument.count)
             n_bytes[argument.family] = n_bytes.get(argument.family, 0) + total
     floor = _NEGLIGIBLE_SHARE * sum(n_bytes.values())
+
+    def specs(family: str) -> tuple[Spec, ...]:
+        legal = tuple(legal_specs(shapes[family], mesh))
+        if n_bytes[family] < floor:
+            return legal[:1]
+        smallest = min(legal, key=lambda spec: math.prod(shard_shape(shapes[family], spec, mesh)))
+        return (smallest,) if family in unread else legal
+
     return tuple(
         Choices(
             family=family,
             shape=shapes[family],
-            specs=tuple(legal_specs(shapes[family], mesh))
-            if n_bytes[family] >= floor
-            else (replicated(shapes[family]),),
+            specs=specs(family),
             siblings=f"{_parent(family)} {shapes[family]}",
             n_bytes=n_bytes[family],
         )
         for family in sorted(n_bytes, key=lambda name: (-n_bytes[name], name))
     )
+
+
+def _unread(program: Program) -> set[str]:
+    """The families whose weights no op reads but the one that updates them."""
+    own: dict[str, set[int | None]] = {}
+    for argument in program.arguments:
+        if argument.family is not None:
+            own.setdefault(argument.family, set()).add(argument.group)
+    family_of = {group: family for family, groups in own.items() for group in groups}
+    read = set()
+    for op in program.ops:
+        groups = {array.group for array in (*op.operands, *op.results)}
+        for family in {family_of[group] for group in groups if group in family_of}:
+            if not groups <= own[family]:
+                read.add(family)
+    return set(own) - read
 
 
 def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
