@@ -1,24 +1,36 @@
 """Peak bytes a device: argument + temporary + output - alias, as the target's compiler counts.
 
 - Arguments (weights, optimizer slots, state, cache) are exact: the bytes of each shard.
-- A step with gradients keeps, from the forward to the backward half, the results of contractions
-  and lookups; elementwise results are fused into their readers or recomputed there.
-- A gradient dies at its update, so only the largest is alive.
-- Beside that one op's working set is alive: what it makes, as it makes it, and what it gathers
-  first. Elementwise ops, reshapes and broadcasts make nothing: they are fused into their readers.
+- What an op makes is held until it is read last; from the forward to the backward half, once for
+  each block that the op stands for. Fused ops make nothing (see `autoshard.graph.liveness`).
+- While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
+  second copy of a result that is made in pieces.
+- A gradient dies at its update, so only the largest is alive, and what it is reduced from.
+- Small arrays that the step makes live on the chip, as many as find place there.
 """
 
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
+
+from autoshard.cost.lifetimes import alive, lifetimes
 from autoshard.cost.strategies import OpCost, layout_of, local_bytes, n_parts
 from autoshard.cost.values import Memory
-from autoshard.graph.program import Layout, Op, Program
+from autoshard.graph.liveness import FUSED
+from autoshard.graph.program import Layout, Program
 
-__all__ = ["PeakMemory"]
+__all__ = ["OpBytes", "PeakMemory"]
 
-_KEPT = ("contraction", "gather")
-_FUSED = ("broadcast", "elementwise", "reshape")
+
+# Bytes that an op leaves, gathers, and takes beside that; see `PeakMemory.op_bytes`.
+OpBytes = tuple[int, int, int]
+
+# What the TPU compiler puts into a core's vector memory: so much of it, and no array that is more
+# than this share. Seen in its programs: nothing of the first 100 MB of what is alive on a v5e
+# shows in the main memory, where no array is larger than half of that.
+_ON_CHIP_SHARE = 0.75
+_SMALL_SHARE = 0.375
 
 
 class PeakMemory:
@@ -27,12 +39,14 @@ class PeakMemory:
     Args:
         program: the step.
         axis_sizes: devices along each mesh axis.
+        vmem_bytes: on-chip memory of a device.
     """
 
-    def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
+    def __init__(self, program: Program, axis_sizes: Sequence[int], vmem_bytes: int) -> None:
+        self._program = program
         self._axis_sizes = axis_sizes
-        self._has_backward = any(op.backward for op in program.ops)
-        self._weights = {argument.group for argument in program.arguments}
+        self._vmem = vmem_bytes
+        self._lifetimes = lifetimes(program)
         self._returned = {(out.group, out.n_bytes) for out in program.outputs}
         self._held: dict[str, list[tuple[int | None, int, int | Fraction]]] = {}
         for argument in program.arguments:
@@ -42,55 +56,73 @@ class PeakMemory:
         self._gradients = [
             (argument.group, argument.n_bytes)
             for argument in program.arguments
-            if self._has_backward and argument.role == "weight" and argument.trainable
+            if any(op.backward for op in program.ops)
+            and argument.role == "weight"
+            and argument.trainable
         ]
         self._parts: dict[Layout, int] = {}
 
-    def peak(self, layouts: Sequence[Layout], activations: int) -> Memory:
+    def peak(self, layouts: Sequence[Layout], ops: Sequence[OpBytes]) -> Memory:
         """The peak under a layout.
 
         Args:
             layouts: one a group.
-            activations: bytes that the ops keep, and the largest working set: see `op_bytes`.
+            ops: what `op_bytes` says of each op in order.
         """
         gradients = (self._shard(n_bytes, group, layouts) for group, n_bytes in self._gradients)
+        times = self._lifetimes
+        made, gathered, working = np.array(ops, dtype=float).reshape(-1, 3).T
+        kept = made * times.copies
+        small = np.where(made <= _SMALL_SHARE * self._vmem, kept, 0.0)
+        temporary = (
+            alive(kept, times.own, times.last_read)
+            - alive(small, times.own, times.last_read).clip(max=_ON_CHIP_SHARE * self._vmem)
+            + alive(gathered, times.gathered_from, times.gathered_to)
+            + working
+        ).max(initial=0.0)
         return Memory(
             weights=self._all("weight", layouts) + self._all("state", layouts),
             gradients=max(gradients, default=0),
             optimizer=self._all("slot", layouts),
-            activations=self._all("data", layouts) + self._all("output", layouts) + activations,
+            activations=self._all("data", layouts) + self._all("output", layouts) + int(temporary),
             kv_cache=self._all("cache", layouts),
         )
 
-    def op_bytes(self, op: Op, around: Sequence[Layout], cost: OpCost) -> tuple[int, int]:
-        """What one op keeps for the backward half, and its working set beside that.
+    def op_bytes(self, index: int, around: Sequence[Layout], cost: OpCost) -> OpBytes:
+        """What one op adds to memory.
 
         Args:
-            op: the op.
+            index: of the op.
             around: layouts of its operands, then of its results.
             cost: its choice and transfers.
+
+        Returns:
+            What it leaves for its readers, what it gathers first, and what there is beside that
+            while it runs.
         """
-        sizes = self._axis_sizes
+        op, sizes = self._program.ops[index], self._axis_sizes
         gathered = sum(
             transfer.n_bytes
             for transfer in cost.transfers
             if transfer.operand is not None and transfer.kind == "all-gather"
         )
-        kept = working = 0
+        reduced = any(transfer.operand is None for transfer in cost.transfers)
+        left = working = 0
         for array, layout in zip(op.results, around[len(op.operands) :], strict=True):
-            if op.kind in _FUSED or (array.group, array.n_bytes) in self._returned:
-                continue
             made = local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)
             shard = local_bytes(array.n_bytes, layout, sizes)
-            if array.group in self._weights:
-                # A gradient: its shard is counted as such, not what it is reduced from.
-                working += max(0, made - shard)
-            else:
-                kept += shard
+            if cost.is_copied:
                 working += made
-        if self._has_backward and not op.backward and op.kind in _KEPT:
-            return kept * op.count, gathered
-        return 0, gathered + working
+            if op.kind in FUSED or (array.group, array.n_bytes) in self._returned:
+                continue
+            if array.group not in self._lifetimes.gradients:
+                left += shard
+                working += made if made != shard else 0
+            elif self._lifetimes.last_read[index] > index:
+                left += made  # it is reduced where it is added to others, or at the end
+            elif reduced:
+                working += made  # into the shard that is counted as a gradient
+        return left, gathered, working
 
     def _all(self, role: str, layouts: Sequence[Layout]) -> int:
         return int(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoshard.cost.arguments import ArgumentPricer
-from autoshard.cost.memory import PeakMemory
+from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.strategies import (
     Machine,
     OpCost,
@@ -27,14 +27,12 @@ class _Share:
     Attributes:
         compute_seconds: of all its runs.
         transfers: each with what makes it the same as another's, and what compute pays for it.
-        kept_bytes: what it leaves for the backward half.
-        working_bytes: what is alive while it runs.
+        n_bytes: what it adds to memory, see `PeakMemory.op_bytes`.
     """
 
     compute_seconds: float
     transfers: tuple[tuple[tuple[object, ...], Traffic, float], ...]
-    kept_bytes: int
-    working_bytes: int
+    n_bytes: OpBytes
 
 
 class StepPricer:
@@ -47,7 +45,7 @@ class StepPricer:
     def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
         self.machine = machine
-        self._peak = PeakMemory(program, machine.axis_sizes)
+        self._peak = PeakMemory(program, machine.axis_sizes, machine.chip.vmem_bytes)
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
         self._kind_of = [kinds.setdefault(look_of(op), len(kinds)) for op in program.ops]
@@ -66,15 +64,14 @@ class StepPricer:
         """The step under `layouts`, one a group."""
         compute = sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
-        kept = working = 0
+        n_bytes: list[OpBytes] = []
         for index, groups in self._ops:
             around = tuple([layouts[group] for group in groups])
             share = self._shares[index].get(around)
             if share is None:
                 share = self._shares[index][around] = self._share(index, around)
             compute += share.compute_seconds
-            kept += share.kept_bytes
-            working = max(working, share.working_bytes)
+            n_bytes.append(share.n_bytes)
             for once, moved, seconds in share.transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once.
@@ -86,21 +83,19 @@ class StepPricer:
             blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
             overlapped_seconds=sum(t.seconds * t.count for t in traffic.values() if t.overlapped),
             traffic=tuple(traffic.values()),
-            memory=self._peak.peak(layouts, kept + working),
+            memory=self._peak.peak(layouts, n_bytes),
         )
 
     def _share(self, index: int, around: tuple[Layout, ...]) -> _Share:
         op = self.program.ops[index]
         cost = self._op_cost(index, around)
-        kept, working = self._peak.op_bytes(op, around, cost)
         return _Share(
             compute_seconds=cost.compute_seconds * op.count,
             transfers=tuple(
                 (_once(op, t), self._traffic(op, t), t.memory_seconds * op.count)
                 for t in cost.transfers
             ),
-            kept_bytes=kept,
-            working_bytes=working,
+            n_bytes=self._peak.op_bytes(index, around, cost),
         )
 
     def _op_cost(self, index: int, around: tuple[Layout, ...]) -> OpCost:

@@ -93,11 +93,19 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpCost:
-    """Compute and collectives of one op under one choice."""
+    """Compute and collectives of one op under one choice.
+
+    Attributes:
+        choice: the factor split over each axis, or `WHOLE`.
+        compute_seconds: of one run.
+        transfers: its collectives.
+        is_copied: whether its result is made in pieces in one place and then written to another.
+    """
 
     choice: Choice
     compute_seconds: float
     transfers: tuple[Transfer, ...]
+    is_copied: bool = False
 
     @property
     def total_seconds(self) -> float:
@@ -167,22 +175,25 @@ def cost_of_choice(op: Op, choice: Choice, layouts: Sequence[Layout], machine: M
         )
     ]
     transfers += _shifts(op, choice, machine)
+    seconds = compute_seconds(op, choice, machine)
+    pieces = _rewritten_pieces(op, layouts, transfers, machine)
+    if pieces:
+        n_bytes = local_bytes(
+            op.results[0].n_bytes, layout_of(op.results[0], choice), machine.axis_sizes
+        )
+        seconds += 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
     return OpCost(
         choice=choice,
-        compute_seconds=compute_seconds(op, choice, machine)
-        + _window_seconds(op, choice, layouts, transfers, machine),
+        compute_seconds=seconds,
         transfers=tuple(transfers),
+        is_copied=pieces >= _PIECES_IN_PLACE and choice != (WHOLE,) * len(choice),
     )
 
 
-def _window_seconds(
-    op: Op,
-    choice: Choice,
-    layouts: Sequence[Layout],
-    transfers: Sequence[Transfer],
-    machine: Machine,
-) -> float:
-    """What a windowed matmul pays in memory traffic.
+def _rewritten_pieces(
+    op: Op, layouts: Sequence[Layout], transfers: Sequence[Transfer], machine: Machine
+) -> int:
+    """How often a windowed matmul reads and writes its whole result anew.
 
     XLA runs a large matmul with a gathered operand piece by piece as the pieces arrive. Gathered
     along the contracted dimension, every further piece reads and writes the whole result once more;
@@ -191,7 +202,7 @@ def _window_seconds(
     """
     result = op.results[0] if op.flops else None
     if result is None or result.n_bytes < _WINDOWED_BYTES:
-        return 0.0
+        return 0
     pieces = 0
     for transfer in transfers:
         if transfer.kind == "all-gather" and transfer.operand is not None:
@@ -200,8 +211,7 @@ def _window_seconds(
             size = machine.links[transfer.axis].size
             if not array.is_held and (gathered in op.reduced or size > _PIECES_IN_PLACE):
                 pieces += size - 1
-    n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
-    return 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
+    return pieces
 
 
 def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:

@@ -10,6 +10,7 @@ from typing import Any
 from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
+from autoshard.graph.liveness import last_readers
 from autoshard.graph.program import Argument, Array, Group, LayerOutput, Op, Place, Program
 
 __all__ = ["StepInput", "build_program"]
@@ -63,10 +64,15 @@ def build_program(
     numbering = _Numbering(grouping, held=_held(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
     sums = _sum_targets(flat)
-    ops = [
-        _op(equation, open_operands, flat, numbering, count_of(equation.layer), sums)
-        for equation, open_operands in left
-    ]
+    ops: list[Op] = []
+    op_of: dict[int, int] = {}
+    for position, open_operands in left.items():
+        equation = flat.equations[position]
+        op = _op(equation, open_operands, flat, numbering, count_of(equation.layer), sums)
+        if op is not None:
+            op_of[position] = len(ops)
+            ops.append(op)
+    readers = last_readers(flat, op_of)
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
     layer_outputs = _layer_outputs(flat, numbering, templates or {})
@@ -76,7 +82,8 @@ def build_program(
     )
     return Program(
         groups=groups,
-        ops=tuple(op for op in ops if op is not None),
+        ops=tuple(ops),
+        last_readers=tuple(readers.get(index, index) for index in range(len(ops))),
         arguments=arguments,
         outputs=outputs,
         unknown=flat.unknown,
@@ -181,9 +188,9 @@ def _replacements(
     inputs: Sequence[StepInput],
     replaces: Sequence[int | None],
     numbering: _Numbering,
-) -> list[Op | None]:
+) -> list[Op]:
     """A result that takes an argument's memory takes its layout: a copy, where they differ."""
-    ops: list[Op | None] = []
+    ops = []
     for identity, replaced in zip(flat.outputs, replaces, strict=True):
         if replaced is None or identity is None:
             continue
@@ -203,7 +210,7 @@ def _replacements(
         )
         count = int(inputs[replaced].count)
         ops.append(_op(equation, (0,), flat, numbering, count, {}))
-    return ops
+    return [op for op in ops if op is not None]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -70,16 +70,16 @@ class Grouping:
 
 def group_arrays(
     flat: FlatJaxpr, owners: Mapping[int, str]
-) -> tuple[Grouping, list[tuple[Equation, tuple[int, ...]]]]:
+) -> tuple[Grouping, dict[int, tuple[int, ...]]]:
     """Group the arrays of a step.
 
     Returns:
-        The grouping, and the equations that are left: each with the operands (by position) that
-        are not in the group of its result already.
+        The grouping, and the equations that are left, by position: each with the operands (by
+        position) that are not in the group of its result already.
     """
     grouping = Grouping(flat.arrays, owners)
-    left = []
-    for equation in flat.equations:
+    left = {}
+    for position, equation in enumerate(flat.equations):
         open_operands = tuple(
             i
             for i, identity in enumerate(equation.operands)
@@ -90,7 +90,7 @@ def group_arrays(
                 i for i in open_operands if not _joined(grouping, flat, equation, i)
             )
         if open_operands:
-            left.append((equation, open_operands))
+            left[position] = open_operands
     return grouping, left
 
 

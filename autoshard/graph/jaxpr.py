@@ -28,9 +28,14 @@ class ArrayType:
     itemsize: int
 
     @property
+    def n_elements(self) -> int:
+        """Elements of the whole array."""
+        return math.prod(self.shape)
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the whole array."""
-        return math.prod(self.shape) * self.itemsize
+        return self.n_elements * self.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,9 +242,7 @@ def _identities(values: Iterable[int | None]) -> Iterator[int]:
     return (value for value in values if value is not None)
 
 
-def _live(
-    equations: Sequence[Equation], outputs: Sequence[int | None]
-) -> tuple[Equation, ...]:
+def _live(equations: Sequence[Equation], outputs: Sequence[int | None]) -> tuple[Equation, ...]:
     """The equations that an output depends on: the others are no part of the compiled program."""
     needed = set(_identities(outputs))
     live = []

@@ -165,6 +165,8 @@ class Program:
     Attributes:
         groups: what is to be laid out.
         ops: in execution order.
+        last_readers: for each op the index of the last that reads its result, its own where none
+            does (see `autoshard.graph.liveness`).
         arguments: the inputs of the step.
         outputs: results that take no argument's place (loss, logits).
         unknown: primitives without a rule, by name; they are taken to need everything whole.
@@ -173,6 +175,7 @@ class Program:
 
     groups: tuple[Group, ...]
     ops: tuple[Op, ...]
+    last_readers: tuple[int, ...]
     arguments: tuple[Argument, ...]
     outputs: tuple[Place, ...]
     unknown: tuple[str, ...]

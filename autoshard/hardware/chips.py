@@ -46,6 +46,7 @@ class Chip:
         matmul_overhead_seconds: of one matrix multiplication, before and after the peak.
         sources: field -> keys of `source_texts()`.
         notes: field -> how the source was read, where that needs saying.
+        vmem_bytes: on-chip memory of a TPU's core, where small arrays may live; else 0.
         clock_hz: clock of a TPU, which turns its compiler's cycles into seconds.
         torus_dimensions: axes of a TPU's torus.
         wrap_axis_size: the one size of a torus axis that closes into a ring, if size decides.
@@ -78,6 +79,7 @@ class Chip:
     matmul_overhead_seconds: float
     sources: Mapping[str, tuple[str, ...]] = field(hash=False, repr=False)
     notes: Mapping[str, str] = field(hash=False, repr=False)
+    vmem_bytes: int = 0
     clock_hz: float | None = None
     torus_dimensions: int = 0
     wrap_axis_size: int | None = None

@@ -1,0 +1,100 @@
+"""When the arrays of a step are in memory, whatever its layout: from one op to another.
+
+Times are indices of ops. An array is there while the op at its start runs, while that at its end
+does, and in between.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autoshard.graph.program import Op, Program
+
+__all__ = ["Bytes", "Lifetimes", "alive", "lifetimes"]
+
+Bytes = npt.NDArray[np.float64]
+Times = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetimes:
+    """One entry an op.
+
+    Attributes:
+        own: when it runs.
+        last_read: until when its result is needed.
+        copies: how many like its result there are at once in the whole model.
+        gathered_from, gathered_to: the times between which a weight is there that it gathers.
+        gradients: the groups of the gradients.
+    """
+
+    own: Times
+    last_read: Times
+    copies: Bytes
+    gathered_from: Times
+    gathered_to: Times
+    gradients: frozenset[int]
+
+
+def lifetimes(program: Program) -> Lifetimes:
+    """Read them off a program.
+
+    - What the forward half leaves to the backward half is there once for each block that an op
+      stands for.
+    - A weight is gathered while the matmul before runs, and anew for the backward half. That of
+      the last matmul is kept, since its gradient comes next.
+    - That gradient, the first to be made, waits for the others.
+    """
+    ops = program.ops
+    copies = [
+        op.count if ops[last].backward and not op.backward else 1
+        for op, last in zip(ops, program.last_readers, strict=True)
+    ]
+    gradients = _gradient_groups(program)
+    own = np.arange(len(ops))
+    last_read = np.array(program.last_readers, dtype=np.intp)
+    gathered_from, gathered_to = own.copy(), own.copy()
+    matmuls = [index for index, op in enumerate(ops) if op.kind == "contraction"]
+    with_weight = [index for index in matmuls if _weights(ops[index])]
+    gathered_from[with_weight[1:]] = with_weight[:-1]
+    forward = [index for index in with_weight if not ops[index].backward]
+    for index in with_weight[len(forward) :]:
+        if not _weights(ops[index]).isdisjoint(_weights(ops[forward[-1]])):
+            gathered_to[forward[-1]] = index
+    for index in matmuls:
+        if ops[index].backward and any(a.group in gradients for a in ops[index].results):
+            last_read[index] = len(ops) - 1
+            break
+    return Lifetimes(
+        own=own,
+        last_read=last_read,
+        copies=np.array(copies, dtype=float),
+        gathered_from=gathered_from,
+        gathered_to=gathered_to,
+        gradients=gradients,
+    )
+
+
+def _gradient_groups(program: Program) -> frozenset[int]:
+    """What an op of its own brings into the layout of a weight or a slot."""
+    arguments = {argument.group for argument in program.arguments}
+    return frozenset(
+        op.operands[0].group
+        for op in program.ops
+        if op.kind == "elementwise" and any(array.group in arguments for array in op.results)
+    )
+
+
+def _weights(op: Op) -> set[int]:
+    """The arrays that it reads and that were there before the step."""
+    return {array.identity for array in op.operands if array.is_held}
+
+
+def alive(n_bytes: Bytes, start: Times, end: Times) -> Bytes:
+    """Bytes in memory while each op runs, of arrays that are there from `start` to `end`."""
+    n = len(n_bytes)
+    begun = np.bincount(start, weights=n_bytes, minlength=n).cumsum()
+    ended = np.bincount(end, weights=n_bytes, minlength=n)
+    still: Bytes = begun - ended.cumsum() + ended
+    return still
