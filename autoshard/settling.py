@@ -33,6 +33,8 @@ __all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
 _N_SETTLED = 3
 # The split by hand is compiled unless it is predicted to take so many times as long.
 _NEAR = 1.25
+# A step of at most so many times another's is taken to be as fast.
+_SAME = 1.01
 _COMPILE_SECONDS = {"cpu": 150.0, "tpu": 580.0, "gpu": 580.0}
 
 
@@ -71,6 +73,8 @@ def settle(
 ) -> tuple[Verdict, ...]:
     """Compile the best candidates shallowly, rank them, and compile the winner at full depth.
 
+    Where that turns out slower than the next was, shallow, the next is compiled at full depth too.
+
     Args:
         model: the model's name, by which a child builds it.
         planning: the candidates.
@@ -95,17 +99,21 @@ def settle(
             deep = partial(compile_deep, child, timeout_seconds=seconds)
             verdicts.append(_verdict(model, planning, candidate, compiler, deep))
         verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.step_seconds))
+        whole: list[Verdict] = []
         refused: list[Verdict] = []
         for shallow in verdicts:
-            if shallow.compiled is None:
+            best = min((one.step_seconds for one in whole), default=math.inf)
+            if shallow.compiled is None or best <= _SAME * shallow.step_seconds:
                 break
             on_progress(f"compile {shallow.candidate.name} for {compiler}, all blocks")
-            whole = partial(compile_in, child, timeout_seconds=seconds)
-            verdict = _verdict(model, planning, shallow.candidate, compiler, whole)
-            rest = verdicts[len(refused) + 1 :]
-            if verdict.compiled is not None and verdict.fits is not False:
-                return (verdict, *rest, *refused)
-            refused.append(verdict)
+            by_child = partial(compile_in, child, timeout_seconds=seconds)
+            verdict = _verdict(model, planning, shallow.candidate, compiler, by_child)
+            fine = verdict.compiled is not None and verdict.fits is not False
+            (whole if fine else refused).append(verdict)
+    rest = verdicts[len(whole) + len(refused) :]
+    if whole:
+        whole.sort(key=lambda verdict: verdict.step_seconds)
+        return (*whole, *rest, *refused)
     refused = refused or verdicts
     refused.sort(key=lambda verdict: verdict.fits is not False)
     if refused[0].fits is not False:

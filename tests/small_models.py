@@ -6,7 +6,16 @@ from typing import Any
 
 from autoshard.model.keras_import import import_keras_hub
 
-__all__ = ["bert", "dies_in_the_second_process", "gemma", "llama", "mixtral", "too_big", "vit"]
+__all__ = [
+    "bert",
+    "dies_in_the_second_process",
+    "gemma",
+    "gemma4",
+    "llama",
+    "mixtral",
+    "too_big",
+    "vit",
+]
 
 VOCABULARY = 64
 
@@ -71,6 +80,33 @@ def vit() -> Any:
         num_heads=8,
         hidden_dim=64,
         mlp_dim=128,
+    )
+
+
+def gemma4() -> Any:
+    """It may see pictures, but does not say how large."""
+    models = import_keras_hub().models
+    return models.Gemma4Backbone(
+        vocabulary_size=VOCABULARY,
+        image_size=16,
+        num_layers=2,
+        num_query_heads=8,
+        num_key_value_heads=8,
+        hidden_dim=32,
+        intermediate_dim=64,
+        head_dim=8,
+        vision_encoder=models.Gemma4VisionEncoder(
+            image_size=16,
+            patch_size=4,
+            pool_size=2,
+            num_layers=2,
+            num_heads=8,
+            head_dim=8,
+            num_key_value_heads=8,
+            hidden_dim=64,
+            intermediate_dim=64,
+            output_dim=32,
+        ),
     )
 
 

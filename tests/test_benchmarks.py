@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +24,10 @@ import layouts  # noqa: E402
 import maps  # noqa: E402
 import rivals  # noqa: E402
 import scaling  # noqa: E402
+from planned import predicted_cost  # noqa: E402
 from scores import Pair, byte_error, quantile, score, spearman  # noqa: E402
 from tables import Entry, cells, compact_table, rivals_table  # noqa: E402
-from verdicts import Question, Results  # noqa: E402
+from verdicts import Question, Results, compiled, rules_of  # noqa: E402
 
 
 class GemmaBackbone:
@@ -263,3 +265,16 @@ def test_scaling_plans_every_depth_on_one_mesh_and_the_preset_on_every_mesh() ->
     assert asked[4:] == [("gemma_2b_en", mesh) for mesh, _ in scaling.MESHES]
     assert rows[4][0] == "18"
     assert rows[4][3:] == ("1.00 s", "0.25 s", "0.50 s", "0.75 s", "100 ms", "yes")
+
+
+@pytest.mark.parametrize(("workload", "median"), [("prefill", 0.03), ("train", 0.06)])
+def test_the_predicted_peak_is_that_of_the_tpu_compiler(workload: str, median: float) -> None:
+    """The programs are those that are kept, so no compiler is needed."""
+    errors = []
+    for row in Results(path=rivals.RESULTS, fields=rivals.KEY).rows.values():
+        step = compiled(row)
+        if step and row["model"] == "llama3_8b_en" and row["workload"]["kind"] == workload:
+            cost = predicted_cost(row["model"], row["mesh"], workload, rules_of(row))
+            errors.append(abs(cost.memory.peak_bytes / step.peak_bytes - 1))
+    assert len(errors) >= 10
+    assert statistics.median(errors) < median

@@ -100,6 +100,14 @@ def test_a_winner_that_is_too_big_when_whole_makes_room_for_the_next(verdicts, r
     assert found[-1].compiled is None
 
 
+def test_a_winner_that_is_slower_when_whole_is_held_against_the_next(verdicts, ranked) -> None:
+    whole = {ranked[0]: 400, ranked[1]: 300, ranked[2]: 100}
+    cycles = dict(zip(ranked, (200, 250, 350), strict=True))
+    found = verdicts(lambda r: program(cycles[r.rules]), lambda r: program(whole[r.rules]))
+    # the third is not compiled whole: when shallow it was slower than the second whole
+    assert names(found) == ["candidate 2", "candidate 1", "candidate 3"]
+
+
 def test_where_none_fits_when_whole_the_first_says_so(verdicts) -> None:
     def whole(request: CompileRequest) -> CompiledStep:
         raise OutOfMemoryError("it needs 17 GiB")

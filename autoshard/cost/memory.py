@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from autoshard.cost.lifetimes import alive, lifetimes
+from autoshard.cost.lifetimes import Bytes, alive, lifetimes
 from autoshard.cost.strategies import OpCost, layout_of, local_bytes, n_parts
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
@@ -62,16 +62,16 @@ class PeakMemory:
         ]
         self._parts: dict[Layout, int] = {}
 
-    def peak(self, layouts: Sequence[Layout], ops: Sequence[OpBytes]) -> Memory:
+    def peak(self, layouts: Sequence[Layout], ops: Bytes) -> Memory:
         """The peak under a layout.
 
         Args:
             layouts: one a group.
-            ops: what `op_bytes` says of each op in order.
+            ops: [ops, 3], what `op_bytes` says of each op in order.
         """
         gradients = (self._shard(n_bytes, group, layouts) for group, n_bytes in self._gradients)
         times = self._lifetimes
-        made, gathered, working = np.array(ops, dtype=float).reshape(-1, 3).T
+        made, gathered, working = ops.T
         kept = made * times.copies
         small = np.where(made <= _SMALL_SHARE * self._vmem, kept, 0.0)
         temporary = (

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.strategies import (
@@ -14,6 +16,7 @@ from autoshard.cost.strategies import (
 )
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import WHOLE, Layout, Op, Program
+from autoshard.graph.propagation import groups_of, picker
 from autoshard.graph.tying import look_of
 from autoshard.hardware.collectives import wire_bytes
 
@@ -39,7 +42,8 @@ class StepPricer:
     """Prices layouts of one program on one machine; `arguments` prices those of its arguments.
 
     What an op adds is remembered by the layouts around it, and ops that look alike (those of
-    different blocks do) share their prices, so that a further layout costs a table lookup an op.
+    different blocks do) share their prices. From one layout to the next only those ops are looked
+    at around which something changes, so that a search that changes little at a time is quick.
     """
 
     def __init__(self, program: Program, machine: Machine) -> None:
@@ -49,9 +53,12 @@ class StepPricer:
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
         self._kind_of = [kinds.setdefault(look_of(op), len(kinds)) for op in program.ops]
-        groups = [tuple(array.group for array in (*op.operands, *op.results)) for op in program.ops]
-        self._ops = list(enumerate(groups))
-        self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in groups]
+        self._around = [picker(groups_of(op)) for op in program.ops]
+        self._touching: list[list[int]] = [[] for _ in program.groups]
+        for index, op in enumerate(program.ops):
+            for group in set(groups_of(op)):
+                self._touching[group].append(index)
+        self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
             (index, argument.group)
@@ -59,20 +66,20 @@ class StepPricer:
             if argument.group is not None and not self.arguments.is_free(argument)
         ]
         self._argument_prices: dict[tuple[int, Layout], float] = {}
+        # The layouts priced last, and what each op adds under them.
+        self._last: Sequence[Layout | None] = (None,) * len(program.groups)
+        self._compute = np.zeros(len(program.ops))
+        self._n_bytes = np.zeros((len(program.ops), 3))
+        self._moving: dict[int, _Share] = {}
 
     def price(self, layouts: Sequence[Layout]) -> StepCost:
         """The step under `layouts`, one a group."""
-        compute = sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
+        self._follow(layouts)
+        compute = float(self._compute.sum())
+        compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
-        n_bytes: list[OpBytes] = []
-        for index, groups in self._ops:
-            around = tuple([layouts[group] for group in groups])
-            share = self._shares[index].get(around)
-            if share is None:
-                share = self._shares[index][around] = self._share(index, around)
-            compute += share.compute_seconds
-            n_bytes.append(share.n_bytes)
-            for once, moved, seconds in share.transfers:
+        for index in sorted(self._moving):
+            for once, moved, seconds in self._moving[index].transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once.
                 if once not in traffic:
@@ -83,8 +90,26 @@ class StepPricer:
             blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
             overlapped_seconds=sum(t.seconds * t.count for t in traffic.values() if t.overlapped),
             traffic=tuple(traffic.values()),
-            memory=self._peak.peak(layouts, n_bytes),
+            memory=self._peak.peak(layouts, self._n_bytes),
         )
+
+    def _follow(self, layouts: Sequence[Layout]) -> None:
+        """Price anew the ops around which a layout is another than it was."""
+        changed = (
+            g for g, (new, old) in enumerate(zip(layouts, self._last, strict=True)) if new != old
+        )
+        for index in {index for group in changed for index in self._touching[group]}:
+            around = self._around[index](layouts)
+            share = self._shares[index].get(around)
+            if share is None:
+                share = self._shares[index][around] = self._share(index, around)
+            self._compute[index] = share.compute_seconds
+            self._n_bytes[index] = share.n_bytes
+            if share.transfers:
+                self._moving[index] = share
+            else:
+                self._moving.pop(index, None)
+        self._last = layouts
 
     def _share(self, index: int, around: tuple[Layout, ...]) -> _Share:
         op = self.program.ops[index]

@@ -13,12 +13,14 @@ Where two factors of an op want one mesh axis, the factor of the larger array wi
 the earlier one.
 """
 
+import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op, Program
 
-__all__ = ["Propagator", "propagate", "splits_evenly"]
+__all__ = ["Propagator", "groups_of", "picker", "propagate", "splits_evenly"]
 
 _LEVELS = 4
 
@@ -43,6 +45,19 @@ def propagate(
     return Propagator(program, axis_sizes).propagate(fixed)
 
 
+def groups_of(op: Op) -> tuple[int, ...]:
+    """The groups of its operands, then of its results."""
+    return tuple(array.group for array in (*op.operands, *op.results))
+
+
+def picker(groups: Sequence[int]) -> Callable[[Sequence[Layout]], tuple[Layout, ...]]:
+    """What picks the layouts of some groups out of those of all, as fast as Python can."""
+    if len(groups) == 1:
+        (group,) = groups
+        return lambda layouts: (layouts[group],)
+    return itemgetter(*groups)
+
+
 class Propagator:
     """Propagates many layouts through one program.
 
@@ -58,24 +73,26 @@ class Propagator:
         self._program = program
         self._axis_sizes = tuple(axis_sizes)
         self._touching: list[list[int]] = [[] for _ in program.groups]
-        looks: dict[tuple[object, ...], int] = {}
-        self._look_of: list[int] = []
-        self._groups_of: list[tuple[int, ...]] = []
-        for index, op in enumerate(program.ops):
-            groups = tuple(array.group for array in (*op.operands, *op.results))
-            self._groups_of.append(groups)
+        self._groups_of = [groups_of(op) for op in program.ops]
+        self._around = [picker(groups) for groups in self._groups_of]
+        for index, groups in enumerate(self._groups_of):
             for group in set(groups):
                 self._touching[group].append(index)
-            self._look_of.append(looks.setdefault(_look(op, program), len(looks)))
-        self._levels = [[_may(op, level) for op in program.ops] for level in range(_LEVELS)]
-        self._starts = [
-            [index for index, op in enumerate(program.ops) if _begins(op, level)]
-            for level in range(_LEVELS)
+        self._levels = [
+            bytearray(_may(op, level) for op in program.ops) for level in range(_LEVELS)
         ]
-        # By level and look: the layouts around an op -> what it changes.
-        self._spreads: list[list[dict[tuple[Layout, ...], _Changes]]] = [
-            [{} for _ in looks] for _ in range(_LEVELS)
+        self._begin = [
+            bytearray(_begins(op, level) for op in program.ops) for level in range(_LEVELS)
         ]
+        self._new = [
+            bytearray(_is_new(op, level) for op in program.ops) for level in range(_LEVELS)
+        ]
+        # By level and op: the layouts around it -> what it changes; one table for each look.
+        looks = [_look(op, program) for op in program.ops]
+        self._spreads: list[list[dict[tuple[Layout, ...], _Changes]]] = []
+        for _ in range(_LEVELS):
+            tables: dict[object, dict[tuple[Layout, ...], _Changes]] = {look: {} for look in looks}
+            self._spreads.append([tables[look] for look in looks])
 
     def propagate(self, fixed: Mapping[int, Layout]) -> tuple[Layout, ...]:
         """Lay out every group.
@@ -90,26 +107,37 @@ class Propagator:
         state = [fixed.get(group, whole) for group in range(len(self._program.groups))]
         if not self._axis_sizes:
             return tuple(state)
+        # Nothing comes of an op around which all is whole, nor of one that has had its turn since
+        # an array of it changed.
+        split = bytearray(len(self._around))
+        for group, layout in fixed.items():
+            if layout != whole:
+                for index in self._touching[group]:
+                    split[index] = True
         for level, may in enumerate(self._levels):
             spreads = self._spreads[level]
-            queue = deque(self._starts[level])
-            waiting = set(queue)
+            waiting = bytearray(self._begin[level])
+            due = bytearray(self._new[level])
+            queue = deque(itertools.compress(range(len(waiting)), waiting))
             while queue:
                 index = queue.popleft()
-                waiting.discard(index)
-                groups = self._groups_of[index]
-                around = tuple([state[group] for group in groups])
-                changes = spreads[self._look_of[index]].get(around)
+                waiting[index] = False
+                if not (due[index] and split[index]):
+                    continue
+                due[index] = False
+                around = self._around[index](state)
+                changes = spreads[index].get(around)
                 if changes is None:
                     changes = self._spread(index, level, around)
                 for at, layout in changes:
-                    group = groups[at]
+                    group = self._groups_of[index][at]
                     if group in fixed:
                         continue
                     state[group] = layout
                     for other in self._touching[group]:
-                        if may[other] and other not in waiting:
-                            waiting.add(other)
+                        split[other] = due[other] = True
+                        if may[other] and not waiting[other]:
+                            waiting[other] = True
                             queue.append(other)
         return tuple(state)
 
@@ -118,7 +146,7 @@ class Propagator:
         op = self._program.ops[index]
         sizes = [self._program.groups[group].sizes for group in self._groups_of[index]]
         changes = tuple(_spread(op, level, around, sizes, self._axis_sizes))
-        self._spreads[level][self._look_of[index]][around] = changes
+        self._spreads[level][index][around] = changes
         return changes
 
 
@@ -147,9 +175,14 @@ def _may(op: Op, level: int) -> bool:
 
 
 def _begins(op: Op, level: int) -> bool:
+    """Whether an op has a turn at the start of a level."""
+    return _may(op, level) and (level == 1 or _is_new(op, level))
+
+
+def _is_new(op: Op, level: int) -> bool:
     """Whether an op may do at a level what it did not at the one before."""
-    newly = (op.kind in ("elementwise", "reshape"), True, bool(_late(op)), op.kind == "broadcast")
-    return _may(op, level) and newly[level]
+    moves = op.kind in ("elementwise", "reshape")
+    return (moves, not moves, bool(_late(op)), op.kind == "broadcast")[level]
 
 
 def _spread(

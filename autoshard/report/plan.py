@@ -305,7 +305,9 @@ def reasons_text(plan: Plan) -> str:
     """
     rows = []
     for reason in plan.reasons:
-        other, cost = "", "too small for a rule, or no other spec is legal"
+        split = any(reason.spec)
+        other = ""
+        cost = "not read by this step" if split else "too small for a rule, or no other is legal"
         if reason.next_best is not None and reason.cost_seconds is not None:
             other = format_spec(reason.next_best)
             word = "slower" if reason.cost_seconds >= 0 else "faster"

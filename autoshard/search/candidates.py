@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
 from autoshard.mesh import Mesh, Spec, divides, shard_shape
@@ -250,7 +251,8 @@ def fixed_layouts(program: Program, assignment: Assignment, mesh: Mesh) -> dict[
     return fixed
 
 
-def _layout(spec: Spec, dims: Sequence[int | None], axes: Sequence[str]) -> Layout:
+@cache
+def _layout(spec: Spec, dims: tuple[int | None, ...], axes: tuple[str, ...]) -> Layout:
     """A spec of an array as the layout of its group."""
     layout = [WHOLE] * len(axes)
     for axis, dim in zip(spec, dims, strict=False):

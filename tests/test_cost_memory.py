@@ -1,0 +1,64 @@
+"""The peak of a step's memory, with bytes worked out by hand."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from test_cost_step import cost_of
+from test_graph_rules import program_of
+
+from autoshard.cost.lifetimes import alive, lifetimes
+from autoshard.graph.program import WHOLE
+
+KIB = 1024
+
+
+def chain(x: Any, a: Any, b: Any) -> Any:
+    hidden = x @ a
+    return jnp.tanh(hidden * jax.nn.sigmoid(hidden)) @ b
+
+
+def test_a_fused_chain_keeps_what_it_is_made_of_until_it_is_read() -> None:
+    program = program_of(chain, (64, 256), (256, 1024), (1024, 256))
+    assert [op.kind for op in program.ops] == ["contraction", "contraction"]
+    assert program.last_readers == (1, 1)
+
+
+def test_a_sum_that_several_read_takes_the_place_of_the_last_addend() -> None:
+    def stream(x: Any, a: Any, b: Any) -> Any:
+        first = x @ a
+        total = first + jnp.tanh(first) @ b
+        return jnp.tanh(total @ a) + total @ b
+
+    program = program_of(stream, (64, 64), (64, 64), (64, 64))
+    # the first matmul's result dies in the sum, the second's lives on as the sum
+    assert [op.kind for op in program.ops] == ["contraction"] * 4
+    assert program.last_readers[:2] == (1, 3)
+
+
+def test_alive_counts_both_ends() -> None:
+    times = lifetimes(program_of(chain, (64, 256), (256, 1024), (1024, 256)))
+    held = jnp.asarray([5.0, 7.0])
+    assert alive(held, times.own, times.last_read).tolist() == [5.0, 12.0]
+
+
+def test_small_arrays_live_on_the_chip_and_large_ones_do_not() -> None:
+    small = program_of(chain, (64, 256), (256, 1024), (1024, 256))
+    arguments = 4 * (64 * 256 + 2 * 256 * 1024)
+    assert cost_of(small, WHOLE, WHOLE, WHOLE).memory.peak_bytes == arguments + 64 * KIB
+    large = program_of(chain, (65_536, 256), (256, 1024), (1024, 256))
+    hidden = 65_536 * 1024 * 4
+    assert cost_of(large, WHOLE, WHOLE, WHOLE).memory.activations > hidden
+
+
+def test_a_weight_is_gathered_while_the_matmul_before_runs() -> None:
+    def two(x: Any, a: Any, b: Any) -> Any:
+        return jnp.tanh(x @ a) @ b
+
+    program = program_of(two, (16_384, 4096), (4096, 4096), (4096, 4096))
+    times = lifetimes(program)
+    assert times.gathered_from.tolist() == [0, 0]
+    # data split over the devices, both weights too: each is gathered, and both are there at once
+    cost = cost_of(program, 0, 0, 0)
+    assert [traffic.kind for traffic in cost.traffic] == ["all-gather"] * 2
+    assert cost.memory.activations >= 2 * 4096 * 4096 * 4
