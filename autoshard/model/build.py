@@ -127,7 +127,7 @@ def _recipe_from(model: AbstractModel, lora_rank: int | None) -> Recipe | None:
     if not isinstance(model.backbone, import_keras_hub().models.Backbone):
         return None
     with without_tensorflow():
-        config = model.backbone.get_config()
+        config = _plain(model.backbone.get_config())
     return Recipe(
         name=model.name,
         make=type(model.backbone).from_config,
@@ -135,3 +135,10 @@ def _recipe_from(model: AbstractModel, lora_rank: int | None) -> Recipe | None:
         task_class=type(model.model) if model.model is not model.backbone else None,
         lora_rank=lora_rank,
     )
+
+
+def _plain(config: Any) -> Any:
+    """A configuration without Keras' tracked lists and dicts: a copy of those copies the model."""
+    if isinstance(config, dict):
+        return {key: _plain(value) for key, value in config.items()}
+    return [_plain(value) for value in config] if isinstance(config, list) else config
