@@ -13,10 +13,11 @@ Where two factors of an op want one mesh axis, the factor of the larger array wi
 the earlier one.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
+
+import numpy as np
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op, Program
 
@@ -78,14 +79,12 @@ class Propagator:
         for index, groups in enumerate(self._groups_of):
             for group in set(groups):
                 self._touching[group].append(index)
-        self._levels = [
-            bytearray(_may(op, level) for op in program.ops) for level in range(_LEVELS)
-        ]
-        self._begin = [
-            bytearray(_begins(op, level) for op in program.ops) for level in range(_LEVELS)
-        ]
+        levels = range(_LEVELS)
+        self._may = [bytearray(_may(op, level) for op in program.ops) for level in levels]
+        self._begins = [bytearray(_begins(op, level) for op in program.ops) for level in levels]
         self._new = [
-            bytearray(_is_new(op, level) for op in program.ops) for level in range(_LEVELS)
+            np.array([_may(op, level) and _is_new(op, level) for op in program.ops], dtype=bool)
+            for level in levels
         ]
         # By level and op: the layouts around it -> what it changes; one table for each look.
         looks = [_look(op, program) for op in program.ops]
@@ -107,39 +106,53 @@ class Propagator:
         state = [fixed.get(group, whole) for group in range(len(self._program.groups))]
         if not self._axis_sizes:
             return tuple(state)
-        # Nothing comes of an op around which all is whole, nor of one that has had its turn since
-        # an array of it changed.
+        # Nothing comes of an op around which all is whole.
         split = bytearray(len(self._around))
         for group, layout in fixed.items():
             if layout != whole:
                 for index in self._touching[group]:
                     split[index] = True
-        for level, may in enumerate(self._levels):
-            spreads = self._spreads[level]
-            waiting = bytearray(self._begin[level])
-            due = bytearray(self._new[level])
-            queue = deque(itertools.compress(range(len(waiting)), waiting))
-            while queue:
+        for level in range(_LEVELS):
+            self._run_level(level, state, fixed, split)
+        return tuple(state)
+
+    def _run_level(
+        self, level: int, state: list[Layout], fixed: Mapping[int, Layout], split: bytearray
+    ) -> None:
+        """Give each op its turn in order, and then those around which something changed.
+
+        An op that could do no more at the level before has its turn in order only if something
+        around it changed meanwhile.
+        """
+        may, begins, spreads = self._may[level], self._begins[level], self._spreads[level]
+        ready = bytearray((self._new[level] & np.frombuffer(split, dtype=bool)).tobytes())
+        waiting = bytearray(len(ready))
+        queue: deque[int] = deque()
+        at = ready.find(1)
+        while at >= 0 or queue:
+            if at >= 0:
+                index = at
+            else:
                 index = queue.popleft()
                 waiting[index] = False
-                if not (due[index] and split[index]):
+            around = self._around[index](state)
+            changes = spreads[index].get(around)
+            if changes is None:
+                changes = self._spread(index, level, around)
+            for position, layout in changes:
+                group = self._groups_of[index][position]
+                if group in fixed:
                     continue
-                due[index] = False
-                around = self._around[index](state)
-                changes = spreads[index].get(around)
-                if changes is None:
-                    changes = self._spread(index, level, around)
-                for at, layout in changes:
-                    group = self._groups_of[index][at]
-                    if group in fixed:
-                        continue
-                    state[group] = layout
-                    for other in self._touching[group]:
-                        split[other] = due[other] = True
-                        if may[other] and not waiting[other]:
-                            waiting[other] = True
-                            queue.append(other)
-        return tuple(state)
+                state[group] = layout
+                for other in self._touching[group]:
+                    split[other] = True
+                    if 0 <= at < other and begins[other]:
+                        ready[other] = True
+                    elif may[other] and not waiting[other]:
+                        waiting[other] = True
+                        queue.append(other)
+            if at >= 0:
+                at = ready.find(1, at + 1)
 
     def _spread(self, index: int, level: int, around: tuple[Layout, ...]) -> _Changes:
         """What one op changes: positions among its arrays, and their new layouts."""
