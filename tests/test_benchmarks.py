@@ -22,12 +22,12 @@ import catalogue  # noqa: E402
 import fidelity  # noqa: E402
 import layouts  # noqa: E402
 import maps  # noqa: E402
+import memory  # noqa: E402
 import rivals  # noqa: E402
 import scaling  # noqa: E402
-from planned import predicted_cost  # noqa: E402
 from scores import Pair, byte_error, quantile, score, spearman  # noqa: E402
 from tables import Entry, cells, compact_table, rivals_table  # noqa: E402
-from verdicts import Question, Results, compiled, rules_of  # noqa: E402
+from verdicts import Question, Results  # noqa: E402
 
 
 class GemmaBackbone:
@@ -270,11 +270,6 @@ def test_scaling_plans_every_depth_on_one_mesh_and_the_preset_on_every_mesh() ->
 @pytest.mark.parametrize(("workload", "median"), [("prefill", 0.03), ("train", 0.06)])
 def test_the_predicted_peak_is_that_of_the_tpu_compiler(workload: str, median: float) -> None:
     """The programs are those that are kept, so no compiler is needed."""
-    errors = []
-    for row in Results(path=rivals.RESULTS, fields=rivals.KEY).rows.values():
-        step = compiled(row)
-        if step and row["model"] == "llama3_8b_en" and row["workload"]["kind"] == workload:
-            cost = predicted_cost(row["model"], row["mesh"], workload, rules_of(row))
-            errors.append(abs(cost.memory.peak_bytes / step.peak_bytes - 1))
-    assert len(errors) >= 10
-    assert statistics.median(errors) < median
+    found = [abs(error) for _, _, error in memory.errors([workload], ["llama3_8b_en"])]
+    assert len(found) >= 10
+    assert statistics.median(found) < median

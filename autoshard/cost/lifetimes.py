@@ -4,6 +4,7 @@ Times are indices of ops. An array is there while the op at its start runs, whil
 does, and in between.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ class Lifetimes:
         own: when it runs.
         last_read: until when its result is needed.
         copies: how many like its result there are at once in the whole model.
+        chains_read: until when what fused ops make for it is needed, where that is written.
+        chain_copies: how many like that there are at once in the whole model.
         gathered_from, gathered_to: the times between which a weight is there that it gathers.
         gradients: the groups of the gradients.
     """
@@ -32,6 +35,8 @@ class Lifetimes:
     own: Times
     last_read: Times
     copies: Bytes
+    chains_read: Times
+    chain_copies: Bytes
     gathered_from: Times
     gathered_to: Times
     gradients: frozenset[int]
@@ -47,10 +52,9 @@ def lifetimes(program: Program) -> Lifetimes:
     - That gradient, the first to be made, waits for the others.
     """
     ops = program.ops
-    copies = [
-        op.count if ops[last].backward and not op.backward else 1
-        for op, last in zip(ops, program.last_readers, strict=True)
-    ]
+    chains_read = np.arange(len(ops))
+    for index, until in program.chained_operands.items():
+        chains_read[index] = max(until.values())
     gradients = _gradient_groups(program)
     own = np.arange(len(ops))
     last_read = np.array(program.last_readers, dtype=np.intp)
@@ -69,11 +73,22 @@ def lifetimes(program: Program) -> Lifetimes:
     return Lifetimes(
         own=own,
         last_read=last_read,
-        copies=np.array(copies, dtype=float),
+        copies=_copies(ops, program.last_readers),
+        chains_read=chains_read,
+        chain_copies=_copies(ops, chains_read),
         gathered_from=gathered_from,
         gathered_to=gathered_to,
         gradients=gradients,
     )
+
+
+def _copies(ops: Sequence[Op], last_read: Iterable[int]) -> Bytes:
+    """How many there are at once of what comes with each op and is needed up to another."""
+    counts = [
+        op.count if ops[last].backward and not op.backward else 1
+        for op, last in zip(ops, last_read, strict=True)
+    ]
+    return np.array(counts, dtype=float)
 
 
 def _gradient_groups(program: Program) -> frozenset[int]:

@@ -6,6 +6,7 @@
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
   second copy of a result that is made in pieces.
 - A gradient dies at its update, so only the largest is alive, and what it is reduced from.
+- What fused ops make for a matmul of a GPU is written, and held until the last that reads it.
 - Small arrays that the step makes live on the chip, as many as find place there.
 """
 
@@ -19,12 +20,13 @@ from autoshard.cost.strategies import OpCost, layout_of, local_bytes, n_parts
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import Layout, Program
+from autoshard.hardware.chips import Chip
 
 __all__ = ["OpBytes", "PeakMemory"]
 
 
-# Bytes that an op leaves, gathers, and takes beside that; see `PeakMemory.op_bytes`.
-OpBytes = tuple[int, int, int]
+# What `PeakMemory.op_bytes` says of an op.
+OpBytes = tuple[int, int, int, int]
 
 # What the TPU compiler puts into a core's vector memory: so much of it, and no array that is more
 # than this share. Seen in its programs: nothing of the first 100 MB of what is alive on a v5e
@@ -39,13 +41,14 @@ class PeakMemory:
     Args:
         program: the step.
         axis_sizes: devices along each mesh axis.
-        vmem_bytes: on-chip memory of a device.
+        chip: what it runs on.
     """
 
-    def __init__(self, program: Program, axis_sizes: Sequence[int], vmem_bytes: int) -> None:
+    def __init__(self, program: Program, axis_sizes: Sequence[int], chip: Chip) -> None:
         self._program = program
         self._axis_sizes = axis_sizes
-        self._vmem = vmem_bytes
+        self._vmem = chip.vmem_bytes
+        self._writes_chains = chip.kind == "gpu"
         self._lifetimes = lifetimes(program)
         self._returned = {(out.group, out.n_bytes) for out in program.outputs}
         self._held: dict[str, list[tuple[int | None, int, int | Fraction]]] = {}
@@ -67,17 +70,18 @@ class PeakMemory:
 
         Args:
             layouts: one a group.
-            ops: [ops, 3], what `op_bytes` says of each op in order.
+            ops: [ops, 4], what `op_bytes` says of each op in order.
         """
         gradients = (self._shard(n_bytes, group, layouts) for group, n_bytes in self._gradients)
         times = self._lifetimes
-        made, gathered, working = ops.T
+        made, gathered, chained, working = ops.T
         kept = made * times.copies
         small = np.where(made <= _SMALL_SHARE * self._vmem, kept, 0.0)
         temporary = (
             alive(kept, times.own, times.last_read)
             - alive(small, times.own, times.last_read).clip(max=_ON_CHIP_SHARE * self._vmem)
             + alive(gathered, times.gathered_from, times.gathered_to)
+            + alive(chained * times.chain_copies, times.own, times.chains_read)
             + working
         ).max(initial=0.0)
         return Memory(
@@ -97,8 +101,8 @@ class PeakMemory:
             cost: its choice and transfers.
 
         Returns:
-            What it leaves for its readers, what it gathers first, and what there is beside that
-            while it runs.
+            What it leaves for its readers, what it gathers first, what fused ops write for it, and
+            what there is beside that while it runs.
         """
         op, sizes = self._program.ops[index], self._axis_sizes
         gathered = sum(
@@ -122,7 +126,17 @@ class PeakMemory:
                 left += made  # it is reduced where it is added to others, or at the end
             elif reduced:
                 working += made  # into the shard that is counted as a gradient
-        return left, gathered, working
+        return left, gathered, self._chained_bytes(index, cost), working
+
+    def _chained_bytes(self, index: int, cost: OpCost) -> int:
+        if not self._writes_chains:
+            return 0
+        chained = self._program.chained_operands.get(index, ())
+        return sum(
+            local_bytes(array.n_bytes, layout_of(array, cost.choice), self._axis_sizes)
+            for array in self._program.ops[index].operands
+            if array.identity in chained
+        )
 
     def _all(self, role: str, layouts: Sequence[Layout]) -> int:
         return int(

@@ -49,7 +49,7 @@ class StepPricer:
     def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
         self.machine = machine
-        self._peak = PeakMemory(program, machine.axis_sizes, machine.chip.vmem_bytes)
+        self._peak = PeakMemory(program, machine.axis_sizes, machine.chip)
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
         self._kind_of = [kinds.setdefault(look_of(op), len(kinds)) for op in program.ops]
@@ -69,7 +69,7 @@ class StepPricer:
         # The layouts priced last, and what each op adds under them.
         self._last: Sequence[Layout | None] = (None,) * len(program.groups)
         self._compute = np.zeros(len(program.ops))
-        self._n_bytes = np.zeros((len(program.ops), 3))
+        self._n_bytes = np.zeros((len(program.ops), 4))
         self._moving: dict[int, _Share] = {}
 
     def price(self, layouts: Sequence[Layout]) -> StepCost:

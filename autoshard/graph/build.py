@@ -10,7 +10,7 @@ from typing import Any
 from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
-from autoshard.graph.liveness import last_readers
+from autoshard.graph.liveness import read_lives
 from autoshard.graph.program import Argument, Array, Group, LayerOutput, Op, Place, Program
 
 __all__ = ["StepInput", "build_program"]
@@ -72,7 +72,7 @@ def build_program(
         if op is not None:
             op_of[position] = len(ops)
             ops.append(op)
-    readers = last_readers(flat, op_of)
+    lives = read_lives(flat, op_of)
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
     layer_outputs = _layer_outputs(flat, numbering, templates or {})
@@ -83,7 +83,8 @@ def build_program(
     return Program(
         groups=groups,
         ops=tuple(ops),
-        last_readers=tuple(readers.get(index, index) for index in range(len(ops))),
+        last_readers=tuple(lives.results.get(index, index) for index in range(len(ops))),
+        chained_operands=lives.operands,
         arguments=arguments,
         outputs=outputs,
         unknown=flat.unknown,

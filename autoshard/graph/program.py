@@ -10,6 +10,7 @@ axis splits, or `WHOLE`.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -167,6 +168,8 @@ class Program:
         ops: in execution order.
         last_readers: for each op the index of the last that reads its result, its own where none
             does (see `autoshard.graph.liveness`).
+        chained_operands: index of a matmul -> those of its operands that fused ops make, by
+            identity, if it is the first to read them, each with the last matmul that does.
         arguments: the inputs of the step.
         outputs: results that take no argument's place (loss, logits).
         unknown: primitives without a rule, by name; they are taken to need everything whole.
@@ -176,6 +179,7 @@ class Program:
     groups: tuple[Group, ...]
     ops: tuple[Op, ...]
     last_readers: tuple[int, ...]
+    chained_operands: Mapping[int, Mapping[int, int]]
     arguments: tuple[Argument, ...]
     outputs: tuple[Place, ...]
     unknown: tuple[str, ...]
