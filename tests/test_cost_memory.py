@@ -62,3 +62,15 @@ def test_a_weight_is_gathered_while_the_matmul_before_runs() -> None:
     cost = cost_of(program, 0, 0, 0)
     assert [traffic.kind for traffic in cost.traffic] == ["all-gather"] * 2
     assert cost.memory.activations >= 2 * 4096 * 4096 * 4
+
+
+def test_what_fused_ops_make_for_a_matmul_is_written_on_a_gpu_and_kept_for_its_gradient() -> None:
+    def loss(x: Any, a: Any, b: Any) -> Any:
+        return jnp.sum(jnp.tanh(x @ a) @ b)
+
+    program = program_of(jax.grad(loss, argnums=(1, 2)), (64, 256), (256, 1024), (1024, 256))
+    second = [index for index, op in enumerate(program.ops) if op.kind == "contraction"][1]
+    assert list(program.chained_operands)[0] == second
+    ((hidden, last),) = program.chained_operands[second].items()
+    assert hidden in {array.identity for array in program.ops[second].operands}
+    assert program.ops[last].backward or last == second

@@ -188,6 +188,19 @@ def test_started_collectives_run_beside_the_computation_unless_synchronous():
     assert not found.overlapped
 
 
+def test_a_started_reduce_scatter_of_two_arrays_moves_each_once():
+    # As GPU programs have them: the operands come first in the result.
+    shapes = "(f32[64]{0}, bf16[32]{0}, f32[8]{0}, bf16[4]{0})"
+    found = read(
+        f"  %s = {shapes} reduce-scatter-start(%x, %y), replica_groups=[1,8]<=[8], "
+        'dimensions={0}, to_apply=%add, backend_config={"is_sync":false}'
+    )
+    assert [(c.kind, c.n_bytes, c.overlapped) for c in found] == [
+        ("reduce-scatter", 256, True),
+        ("reduce-scatter", 64, True),
+    ]
+
+
 def test_clones_of_one_asynchronous_collective_count_once():
     # The TPU compiler splits one all-gather over three fusions; two more have another channel.
     gather = "bf16[64]{0} all-gather(%p), channel_id=12, replica_groups=[1,8]<=[8], dimensions={0}"

@@ -233,7 +233,7 @@ def _sites(
 def _moved(kind: str, started: bool, instruction: Instruction, n_devices: int) -> tuple[Shape, ...]:
     """The logical arrays that the instruction moves, each as `Collective.n_bytes` wants it."""
     shapes = instruction.shapes
-    if started and kind in ("all-gather", "collective-permute"):
+    if started and kind in ("all-gather", "collective-permute", "reduce-scatter"):
         # The result of a start is (operands, results, contexts): take the results.
         arrays = len(instruction.operands) or 1
         shapes = shapes[arrays : 2 * arrays]
