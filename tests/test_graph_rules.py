@@ -89,3 +89,13 @@ def test_a_primitive_without_a_rule_is_named_and_needs_everything_whole() -> Non
     assert "cholesky" in program.unknown
     (cholesky,) = [op for op in program.ops if op.kind == "unknown" and op.primitive == "cholesky"]
     assert cholesky.operands[0].factors == (None, None)
+
+
+def test_what_no_result_depends_on_and_what_has_no_elements_leaves_the_program() -> None:
+    def function(x, w, nothing):
+        jnp.tanh(x) @ w.T @ w  # dead
+        none = nothing @ w
+        return jnp.concatenate([x @ w, none]) * 2
+
+    program = program_of(function, (8, 4), (4, 4), (0, 4))
+    assert [op.primitive for op in program.ops] == ["dot_general", "concatenate"]

@@ -125,3 +125,26 @@ def test_a_sequence_that_the_model_cannot_take_is_one_line() -> None:
     with pytest.raises(ModelError, match=r"Functional cannot be traced: .*600") as caught:
         trace(step)
     assert "\n" not in str(caught.value)
+
+
+def fed(model: str, kind: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a step is fed, by name."""
+    step = make_step(fold(build(model)), Workload(kind=kind, batch=2, seq_len=64))
+    return {a.path: a.shape for a in step.arguments if a.role == "data"}
+
+
+def test_a_model_that_says_how_large_a_picture_is_sees_one_with_the_prompt_alone() -> None:
+    prefill, decode = (fed("gemma3_instruct_4b", kind) for kind in ("prefill", "decode"))
+    assert prefill["images"] == (2, 1, 896, 896, 3)
+    assert prefill["vision_indices"] == (2, 256)
+    assert decode["images"] == (2, 0, 896, 896, 3)
+    assert decode["vision_indices"] == (2, 0)
+    assert prefill["token_ids"] == decode["token_ids"] == (2, 64)
+
+
+def test_a_model_that_does_not_say_it_is_fed_text_alone() -> None:
+    shapes = fed("small_models:gemma4", "train")
+    # the encoder inside says that a patch has 4 x 4 x 3 numbers, nobody how many patches there are
+    assert shapes["pixel_values"] == (2, 0, 0, 48)
+    assert shapes["vision_indices"] == (2, 0)
+    assert shapes["token_ids"] == shapes["vision_mask"] == shapes["labels"] == (2, 64)

@@ -249,3 +249,11 @@ def test_the_cache_of_all_blocks_is_counted() -> None:
     scored = plan("gemma_7b_en", make_setup("1x8", workload="decode", seq_len=2048)).candidates[0]
     assert scored.scored is not None
     assert scored.scored.cost.memory.kv_cache == 8 * 2048 * 28 * 2 * 16 * 256 * 2 // 8
+
+
+def test_weights_that_the_step_does_not_read_are_split_for_their_memory() -> None:
+    found = plan("small_models:gemma4", make_setup("2x4", dtype="float32", seq_len=16))
+    choices = {choices.family: choices for choices in found.result.choices}
+    tower = choices["image_encoder/encoder_block_*/ffw_linear/dense/kernel"]
+    assert tower.specs == (("batch", "model"),)
+    assert len(choices["decoder_block_*/ffw_linear/kernel"].specs) > 1

@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import networkx as nx
+
 from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
 from autoshard.mesh import Mesh, Spec, divides, shard_shape
 
@@ -132,19 +134,20 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
 
 
 def _unread(program: Program) -> set[str]:
-    """The families whose weights no op reads but the one that updates them."""
-    own: dict[str, set[int | None]] = {}
-    for argument in program.arguments:
-        if argument.family is not None:
-            own.setdefault(argument.family, set()).add(argument.group)
-    family_of = {group: family for family, groups in own.items() for group in groups}
-    read = set()
+    """The families that no op brings together with anything but their own slots and gradient."""
+    touching = nx.Graph()
+    touching.add_nodes_from(range(len(program.groups)))
     for op in program.ops:
-        groups = {array.group for array in (*op.operands, *op.results)}
-        for family in {family_of[group] for group in groups if group in family_of}:
-            if not groups <= own[family]:
-                read.add(family)
-    return set(own) - read
+        nx.add_path(touching, [array.group for array in (*op.operands, *op.results)])
+    owners: dict[int | None, str | None] = {a.group: a.family for a in program.arguments}
+    unread: set[str] = set()
+    read: set[str | None] = set()
+    for component in nx.connected_components(touching):
+        families = {owners[group] for group in component if group in owners}
+        alone = families.pop() if len(families) == 1 else None
+        unread |= set() if alone is None else {alone}
+        read |= families
+    return unread - read
 
 
 def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
