@@ -91,7 +91,7 @@ def _more_devices(setup: Setup) -> Iterator[tuple[str, Setup]]:
     for _ in range(_MOST_DOUBLINGS):
         mesh = Mesh(shape=(*mesh.shape[:-1], 2 * mesh.shape[-1]), axis_names=mesh.axis_names)
         one = target_of(setup.target.chip, mesh.n_devices // n_slices)
-        target = replace(one, n_slices=n_slices)
+        target = replace(one, n_slices=n_slices * one.n_slices)
         n_data = mesh.sizes[mesh.data_axis]
         batch = round_up(setup.workload.batch, n_data)
         change = f"--mesh {mesh} --target {target} --batch {batch}"

@@ -98,7 +98,7 @@ def test_a_limit_that_nothing_meets_prints_the_nearest_plan_marked_so() -> None:
 
 
 def test_a_plan_that_does_not_fit_names_what_would() -> None:
-    limit = ("--target", "gpu:h100-sxm:2", "--memory-limit", "900kB")
+    limit = ("--target", "gpu:h100-sxm:2", "--memory-limit", "1MB")
     result = run("plan", SMALL, "--mesh", "1x2", "--verify", "none", *FLOAT, *limit)
     assert result.exit_code == 1
     assert "fits with --batch 4: step " in result.stdout

@@ -7,7 +7,9 @@ import pytest
 from test_end_to_end import small_gemma_backbone
 
 from autoshard.errors import NothingFitsError
+from autoshard.fitting import _more_devices
 from autoshard.pipeline import make_plan, plan
+from autoshard.setup import make_setup
 
 # On a GPU: a TPU's core would hold all activations of so small a model beside its memory.
 REQUEST = {
@@ -48,6 +50,12 @@ def test_more_devices_on_the_data_axis_come_with_the_batch_they_divide() -> None
     changed = make_plan(small_gemma_backbone, **{**request, **options(remedy.change)})
     assert changed.fits
     assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
+
+
+def test_more_gpus_than_a_node_has_are_several_nodes() -> None:
+    change, changed = next(_more_devices(make_setup("1x8", target="gpu:h100-sxm:8")))
+    assert change == "--mesh 1x16 --target gpu:h100-sxm:2x8 --batch 8"
+    assert changed.target.n_devices == changed.mesh.n_devices == 16
 
 
 def test_the_error_names_the_remedies() -> None:

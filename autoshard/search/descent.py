@@ -34,6 +34,9 @@ Key = tuple[tuple[str, Spec], ...]
 # A rule for an output has to win this share of the step, or it is not worth its line.
 _RULE_SHARE = 2.5e-3
 
+# So many sibling groups, the largest, are moved in pairs.
+_PAIRED = 16
+
 # So often the best is shaken and descended from again.
 _SHAKES = 8
 
@@ -225,8 +228,8 @@ def _descend_from(scorer: Scorer, moves: Sequence[_Move], start: Mapping[str, Sp
 def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
     """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
 
-    First whole sibling groups, then single families, then two sibling groups at once. The outputs
-    of one group are laid out together, each spec in turn.
+    First whole sibling groups, then single families, then two of the largest sibling groups at
+    once. The outputs of one group are laid out together, each spec in turn.
     """
     weights = _siblings(choices for choices in families if not choices.is_output)
     outputs = _siblings(choices for choices in families if choices.is_output)
@@ -235,7 +238,7 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
         for members in [*weights.values(), *singles]:
             for dim in range(-1, len(members[0].shape)):
                 yield _Move(change=partial(_put, ((members, dim),), axis))
-        for first, second in itertools.combinations(weights.values(), 2):
+        for first, second in itertools.combinations(list(weights.values())[:_PAIRED], 2):
             for dims in itertools.product(
                 range(-1, len(first[0].shape)), range(-1, len(second[0].shape))
             ):
