@@ -3,7 +3,8 @@
 Exhaustive where the assignments are few; otherwise descent from several starts (the relaxed
 problem's answer first), moving the families of one sibling group or one family at a time until no
 move is better; from the best, two sibling groups at a time too; then again from the best with two
-sibling groups shaken. The outputs of layers move alone, but one start lays out two groups of them.
+sibling groups shaken; the last two only as far as the size of the program lets that end in about a
+minute. The outputs of layers move alone, but one start lays out two groups of them.
 """
 
 import itertools
@@ -36,6 +37,9 @@ _RULE_SHARE = 2.5e-3
 
 # So many sibling groups, the largest, are moved in pairs.
 _PAIRED = 16
+
+# So many looks at ops, of all layouts together, after which no more pairs are tried and no shakes.
+_MOST_LOOKS = 20_000_000
 
 # So often the best is shaken and descended from again.
 _SHAKES = 8
@@ -86,6 +90,11 @@ class Scorer:
         self._outputs = frozenset(o.template for o in self.pricer.program.layer_outputs)
         self._propagator = Propagator(self.pricer.program, self.pricer.machine.axis_sizes)
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether more was looked at than a search for the last percent is worth."""
+        return len(self.seen) * len(self.pricer.program.ops) > _MOST_LOOKS
+
     def score(self, assignment: Mapping[str, Spec]) -> Scored:
         """Propagate an assignment through the program and price what comes out."""
         key = tuple(sorted(item for item in assignment.items() if item[1] != NO_RULE))
@@ -134,6 +143,8 @@ def descend(
     best = _descend_from(scorer, moves, dict(best.assignment))
     source = random.Random(0)
     for _ in range(_SHAKES):
+        if scorer.is_spent:
+            break
         shaken = {**dict(best.assignment), **_shake(families, source)}
         found = _descend_from(scorer, simple, shaken)
         if found.rank < best.rank:
@@ -217,9 +228,11 @@ def _descend_from(scorer: Scorer, moves: Sequence[_Move], start: Mapping[str, Sp
     for move in itertools.cycle(moves):
         if n_failed == len(moves):
             break
+        n_failed += 1
+        if move.is_pair and scorer.is_spent:
+            continue
         now = dict(best.assignment)
         found = scorer.score({**now, **move.change(now)})
-        n_failed += 1
         if found.rank < best.rank:
             best, n_failed = found, 0
     return best
