@@ -19,17 +19,20 @@ __all__ = [
 
 VOCABULARY = 64
 
+# Of each Gemma here.
+GEMMA = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 2,
+    "num_query_heads": 8,
+    "num_key_value_heads": 8,
+    "hidden_dim": 32,
+    "intermediate_dim": 64,
+    "head_dim": 8,
+}
+
 
 def gemma() -> Any:
-    return import_keras_hub().models.GemmaBackbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=2,
-        num_query_heads=8,
-        num_key_value_heads=8,
-        hidden_dim=32,
-        intermediate_dim=64,
-        head_dim=8,
-    )
+    return import_keras_hub().models.GemmaBackbone(**GEMMA)
 
 
 def llama() -> Any:
@@ -87,14 +90,8 @@ def gemma4() -> Any:
     """It may see pictures, but does not say how large."""
     models = import_keras_hub().models
     return models.Gemma4Backbone(
-        vocabulary_size=VOCABULARY,
+        **GEMMA,
         image_size=16,
-        num_layers=2,
-        num_query_heads=8,
-        num_key_value_heads=8,
-        hidden_dim=32,
-        intermediate_dim=64,
-        head_dim=8,
         vision_encoder=models.Gemma4VisionEncoder(
             image_size=16,
             patch_size=4,

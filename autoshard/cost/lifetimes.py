@@ -52,26 +52,22 @@ def lifetimes(program: Program) -> Lifetimes:
     - That gradient, the first to be made, waits for the others.
     """
     ops = program.ops
+    gradients = _gradient_groups(program)
+    last_read = np.array(program.last_readers, dtype=np.intp)
+    makes_gradient = [
+        index
+        for index, op in enumerate(ops)
+        if op.kind == "contraction"
+        and op.backward
+        and any(array.group in gradients for array in op.results)
+    ]
+    last_read[makes_gradient[:1]] = len(ops) - 1
     chains_read = np.arange(len(ops))
     for index, until in program.chained_operands.items():
         chains_read[index] = max(until.values())
-    gradients = _gradient_groups(program)
-    own = np.arange(len(ops))
-    last_read = np.array(program.last_readers, dtype=np.intp)
-    gathered_from, gathered_to = own.copy(), own.copy()
-    matmuls = [index for index, op in enumerate(ops) if op.kind == "contraction"]
-    with_weight = [index for index in matmuls if _weights(ops[index])]
-    gathered_from[with_weight[1:]] = with_weight[:-1]
-    forward = [index for index in with_weight if not ops[index].backward]
-    for index in with_weight[len(forward) :]:
-        if not _weights(ops[index]).isdisjoint(_weights(ops[forward[-1]])):
-            gathered_to[forward[-1]] = index
-    for index in matmuls:
-        if ops[index].backward and any(a.group in gradients for a in ops[index].results):
-            last_read[index] = len(ops) - 1
-            break
+    gathered_from, gathered_to = _gathered(ops)
     return Lifetimes(
-        own=own,
+        own=np.arange(len(ops)),
         last_read=last_read,
         copies=_copies(ops, program.last_readers),
         chains_read=chains_read,
@@ -99,6 +95,18 @@ def _gradient_groups(program: Program) -> frozenset[int]:
         for op in program.ops
         if op.kind == "elementwise" and any(array.group in arguments for array in op.results)
     )
+
+
+def _gathered(ops: Sequence[Op]) -> tuple[Times, Times]:
+    """From and until when a weight is there that an op gathers."""
+    start, end = np.arange(len(ops)), np.arange(len(ops))
+    matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and _weights(op)]
+    start[matmuls[1:]] = matmuls[:-1]
+    forward = [i for i in matmuls if not ops[i].backward]
+    for index in matmuls[len(forward) :]:
+        if not _weights(ops[index]).isdisjoint(_weights(ops[forward[-1]])):
+            end[forward[-1]] = index
+    return start, end
 
 
 def _weights(op: Op) -> set[int]:

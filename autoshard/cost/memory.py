@@ -24,7 +24,6 @@ from autoshard.hardware.chips import Chip
 
 __all__ = ["OpBytes", "PeakMemory"]
 
-
 # What `PeakMemory.op_bytes` says of an op.
 OpBytes = tuple[int, int, int, int]
 
@@ -56,12 +55,11 @@ class PeakMemory:
             entry = (argument.group, argument.n_bytes, argument.count)
             self._held.setdefault(argument.role, []).append(entry)
         self._held["output"] = [(out.group, out.n_bytes, out.count) for out in program.outputs]
+        has_backward = any(op.backward for op in program.ops)
         self._gradients = [
             (argument.group, argument.n_bytes)
             for argument in program.arguments
-            if any(op.backward for op in program.ops)
-            and argument.role == "weight"
-            and argument.trainable
+            if has_backward and argument.role == "weight" and argument.trainable
         ]
         self._parts: dict[Layout, int] = {}
 

@@ -16,7 +16,7 @@ from autoshard.cost.strategies import (
 )
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import WHOLE, Layout, Op, Program
-from autoshard.graph.propagation import groups_of, picker
+from autoshard.graph.propagation import picker
 from autoshard.graph.tying import look_of
 from autoshard.hardware.collectives import wire_bytes
 
@@ -53,11 +53,8 @@ class StepPricer:
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
         self._kind_of = [kinds.setdefault(look_of(op), len(kinds)) for op in program.ops]
-        self._around = [picker(groups_of(op)) for op in program.ops]
-        self._touching: list[list[int]] = [[] for _ in program.groups]
-        for index, op in enumerate(program.ops):
-            for group in set(groups_of(op)):
-                self._touching[group].append(index)
+        self._around = [picker(op.groups) for op in program.ops]
+        self._touching = program.touching()
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [

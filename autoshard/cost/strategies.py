@@ -135,11 +135,10 @@ def candidate_choices(
         layouts: for each operand, then each result, the layouts it may have.
         axis_sizes: devices along each axis.
     """
-    arrays = (*op.operands, *op.results)
     options = []
     for axis in range(len(axis_sizes)):
         found = {WHOLE}
-        for array, possible in zip(arrays, layouts, strict=True):
+        for array, possible in zip(op.arrays, layouts, strict=True):
             for layout in possible:
                 factor = array.factors[layout[axis]] if layout[axis] != WHOLE else None
                 if factor in op.gathered:
@@ -166,10 +165,9 @@ def cost_of_choice(op: Op, choice: Choice, layouts: Sequence[Layout], machine: M
         layouts: of each operand, then each result.
         machine: the chips and links.
     """
-    arrays = (*op.operands, *op.results)
     transfers = [
         transfer
-        for position, (array, layout) in enumerate(zip(arrays, layouts, strict=True))
+        for position, (array, layout) in enumerate(zip(op.arrays, layouts, strict=True))
         for transfer in array_transfers(
             op, array, position if position < len(op.operands) else None, choice, layout, machine
         )
@@ -221,7 +219,7 @@ def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
             target = layout_of(op.results[0], choice)
             n_bytes = max(
                 local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
-                for array in (*op.operands, *op.results)
+                for array in op.arrays
             )
             yield _transfer("collective-permute", axis, n_bytes, machine, None, target)
 

@@ -74,6 +74,16 @@ class Op:
     count: int
     sum_into: int
 
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Its operands, then its results."""
+        return (*self.operands, *self.results)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The groups of its operands, then of its results."""
+        return tuple(array.group for array in self.arrays)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -184,6 +194,14 @@ class Program:
     outputs: tuple[Place, ...]
     unknown: tuple[str, ...]
     layer_outputs: tuple[LayerOutput, ...] = ()
+
+    def touching(self) -> list[list[int]]:
+        """For each group the ops that read or make an array of it, in order."""
+        touching: list[list[int]] = [[] for _ in self.groups]
+        for index, op in enumerate(self.ops):
+            for group in set(op.groups):
+                touching[group].append(index)
+        return touching
 
     def output_shapes(self) -> OutputShapes:
         """Template of a layer output -> the shapes of the arrays there."""

@@ -19,9 +19,9 @@ from operator import itemgetter
 
 import numpy as np
 
-from autoshard.graph.program import WHOLE, Array, Layout, Op, Program
+from autoshard.graph.program import WHOLE, Layout, Op, Program
 
-__all__ = ["Propagator", "groups_of", "picker", "propagate", "splits_evenly"]
+__all__ = ["Propagator", "picker", "propagate", "splits_evenly"]
 
 _LEVELS = 4
 
@@ -46,11 +46,6 @@ def propagate(
     return Propagator(program, axis_sizes).propagate(fixed)
 
 
-def groups_of(op: Op) -> tuple[int, ...]:
-    """The groups of its operands, then of its results."""
-    return tuple(array.group for array in (*op.operands, *op.results))
-
-
 def picker(groups: Sequence[int]) -> Callable[[Sequence[Layout]], tuple[Layout, ...]]:
     """What picks the layouts of some groups out of those of all, as fast as Python can."""
     if len(groups) == 1:
@@ -73,12 +68,9 @@ class Propagator:
     def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
         self._program = program
         self._axis_sizes = tuple(axis_sizes)
-        self._touching: list[list[int]] = [[] for _ in program.groups]
-        self._groups_of = [groups_of(op) for op in program.ops]
+        self._touching = program.touching()
+        self._groups_of = [op.groups for op in program.ops]
         self._around = [picker(groups) for groups in self._groups_of]
-        for index, groups in enumerate(self._groups_of):
-            for group in set(groups):
-                self._touching[group].append(index)
         levels = range(_LEVELS)
         self._may = [bytearray(_may(op, level) for op in program.ops) for level in levels]
         self._begins = [bytearray(_begins(op, level) for op in program.ops) for level in levels]
@@ -165,14 +157,13 @@ class Propagator:
 
 def _look(op: Op, program: Program) -> tuple[object, ...]:
     """All that decides how an op spreads layouts."""
-    arrays = (*op.operands, *op.results)
-    groups = [array.group for array in arrays]
+    groups = op.groups
     return (
         op.kind,
         len(op.operands),
         _late(op),
         tuple(
-            (array.factors, array.n_bytes, program.groups[array.group].sizes) for array in arrays
+            (array.factors, array.n_bytes, program.groups[array.group].sizes) for array in op.arrays
         ),
         tuple(groups.index(group) for group in groups),
     )
@@ -206,7 +197,7 @@ def _spread(
     axis_sizes: Sequence[int],
 ) -> list[tuple[int, Layout]]:
     """Spread the layouts through one op; return the arrays, by position, that changed."""
-    arrays: tuple[Array, ...] = (*op.operands, *op.results)
+    arrays = op.arrays
     n_operands = len(op.operands)
     wanted = _wanted(op, level, around)
     small_side = op.kind == "broadcast" and level < _LEVELS - 1
@@ -229,7 +220,7 @@ def _spread(
 
 def _wanted(op: Op, level: int, around: Sequence[Layout]) -> list[tuple[int, list[int]]]:
     """The factors to split and over which axes, the strongest first."""
-    arrays: tuple[Array, ...] = (*op.operands, *op.results)
+    arrays = op.arrays
     small_side = op.kind == "broadcast" and level < _LEVELS - 1
     late = _late(op)
     masks: dict[int, list[tuple[int, int, int]]] = {}

@@ -50,7 +50,7 @@ def tie_blocks(program: Program) -> tuple[tuple[int, ...], tuple[TiedOp, ...]]:
         place = (re.sub(r"\d+", "*", op.layer), look, order[op.layer, look])
         order[op.layer, look] += 1
         first = places.setdefault(place, op)
-        pairs = zip((*first.operands, *first.results), (*op.operands, *op.results), strict=True)
+        pairs = zip(first.arrays, op.arrays, strict=True)
         ties.add_edges_from(
             (a.group, b.group)
             for a, b in pairs
@@ -68,7 +68,7 @@ def _merged(program: Program, stands_for: list[int]) -> list[TiedOp]:
     counts: Counter[tuple[object, ...]] = Counter()
     first: dict[tuple[object, ...], tuple[Op, tuple[int, ...]]] = {}
     for op in program.ops:
-        groups = tuple(stands_for[array.group] for array in (*op.operands, *op.results))
+        groups = tuple(stands_for[group] for group in op.groups)
         key = (look_of(op), groups)
         first.setdefault(key, (op, groups))
         counts[key] += op.count

@@ -138,7 +138,7 @@ def _unread(program: Program) -> set[str]:
     touching = nx.Graph()
     touching.add_nodes_from(range(len(program.groups)))
     for op in program.ops:
-        nx.add_path(touching, [array.group for array in (*op.operands, *op.results)])
+        nx.add_path(touching, op.groups)
     owners: dict[int | None, str | None] = {a.group: a.family for a in program.arguments}
     unread: set[str] = set()
     read: set[str | None] = set()

@@ -173,9 +173,7 @@ class _Builder:
         choices = tuple(candidate_choices(op, layouts, self.sizes))
         seconds = tuple(compute_seconds(op, c, self.machine) * count for c in choices)
         node = self.add_node(seconds)
-        for position, (array, group) in enumerate(
-            zip((*op.operands, *op.results), groups, strict=True)
-        ):
+        for position, (array, group) in enumerate(zip(op.arrays, groups, strict=True)):
             operand = position if position < len(op.operands) else None
             sharers = sums[op.sum_into] if operand is None else uses[array.identity]
             self.add_edge(op, node, choices, array, group, operand, count / sharers)
