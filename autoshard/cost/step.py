@@ -7,12 +7,14 @@ import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.memory import OpBytes, PeakMemory
+from autoshard.cost.partitioner import partition_matmul
 from autoshard.cost.strategies import (
     Machine,
     OpCost,
     Transfer,
     candidate_choices,
     cost_of_choice,
+    cost_of_partition,
 )
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import WHOLE, Layout, Op, Program
@@ -126,19 +128,25 @@ class StepPricer:
         key = (self._kind_of[index], around)
         price = self._prices.get(key)
         if price is None:
-            choices = candidate_choices(op, [(lay,) for lay in around], self.machine.axis_sizes)
-            forced, barred = _forced(op, around), _barred(op, around)
-            price = min(
-                (
-                    cost_of_choice(op, choice, around, self.machine)
-                    for choice in choices
-                    if all(choice[axis] == factor for axis, factor in forced.items())
-                    and barred.isdisjoint(enumerate(choice))
-                ),
-                key=lambda cost: cost.total_seconds,
-            )
-            self._prices[key] = price
+            price = self._prices[key] = self._cheapest(op, around)
         return price
+
+    def _cheapest(self, op: Op, around: tuple[Layout, ...]) -> OpCost:
+        """The cheapest choice; of a matmul the partitioner's own."""
+        sizes = self.machine.axis_sizes
+        if op.kind == "contraction" and len(op.operands) == 2:
+            partition = partition_matmul(op, around, sizes)
+            if partition is not None:
+                return cost_of_partition(op, partition, around, self.machine)
+        forced = _forced(op, around)
+        return min(
+            (
+                cost_of_choice(op, choice, around, self.machine)
+                for choice in candidate_choices(op, [(lay,) for lay in around], sizes)
+                if all(choice[axis] == factor for axis, factor in forced.items())
+            ),
+            key=lambda cost: cost.total_seconds,
+        )
 
     def _traffic(self, op: Op, transfer: Transfer) -> Traffic:
         link = self.machine.links[transfer.axis]
@@ -166,10 +174,9 @@ class StepPricer:
 def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
     """The choices that XLA's partitioner makes whatever they cost.
 
-    Where every operand of a matmul is split along the contracting dimension over one axis, it
-    multiplies the shards and sums, even if gathering a small operand were cheaper. So it does with
-    the gradient of a lookup where the updates are split along what they are summed over, unless the
-    table is split over that axis too: then it gathers the updates and adds up its own rows.
+    It sums the gradient of a lookup where the updates are split along what they are summed over,
+    unless the table is split over that axis too: then it gathers the updates and adds up its own
+    rows.
     """
     forced: dict[int, int] = {}
     if op.kind == "scatter":
@@ -181,30 +188,7 @@ def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
             factor = updates.factors[dim] if dim != WHOLE else None
             if factor is not None and factor in op.reduced:
                 forced[axis] = factor
-    if op.kind == "contraction" and len(op.operands) == 2:
-        left, right = op.operands
-        for axis, (a, b) in enumerate(zip(layouts[0], layouts[1], strict=True)):
-            if a != WHOLE and b != WHOLE:
-                factor = left.factors[a]
-                if factor is not None and factor in op.reduced and factor == right.factors[b]:
-                    forced[axis] = factor
     return forced
-
-
-def _barred(op: Op, layouts: Sequence[Layout]) -> set[tuple[int, int]]:
-    """The choices, axis and factor, that XLA's partitioner does not make however cheap.
-
-    It does not cut an argument along the contracted dimension to fit an array that the step makes:
-    that one is gathered, or the matmul is done whole on every device.
-    """
-    barred: set[tuple[int, int]] = set()
-    if op.kind == "contraction" and not all(array.is_held for array in op.operands):
-        for array, layout in zip(op.operands, layouts, strict=False):
-            if array.is_held:
-                for factor in op.reduced & set(array.factors):
-                    dim = array.factors.index(factor)
-                    barred |= {(axis, factor) for axis, d in enumerate(layout) if d != dim}
-    return barred
 
 
 def _once(op: Op, transfer: Transfer) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from autoshard.cost.partitioner import Partition
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.hardware.chips import Chip
 from autoshard.hardware.collectives import seconds as collective_seconds
@@ -33,6 +34,7 @@ __all__ = [
     "candidate_choices",
     "compute_seconds",
     "cost_of_choice",
+    "cost_of_partition",
     "layout_of",
     "local_bytes",
     "n_parts",
@@ -165,12 +167,30 @@ def cost_of_choice(op: Op, choice: Choice, layouts: Sequence[Layout], machine: M
         layouts: of each operand, then each result.
         machine: the chips and links.
     """
+    return cost_of_partition(op, Partition(choice=choice), layouts, machine)
+
+
+def cost_of_partition(
+    op: Op, partition: Partition, layouts: Sequence[Layout], machine: Machine
+) -> OpCost:
+    """Price one choice of a matmul with what the partitioner permutes for it.
+
+    Args:
+        op: the op.
+        partition: the choice and the permutations.
+        layouts: of each operand, then each result.
+        machine: the chips and links.
+    """
+    choice = partition.choice
+    transfers = []
+    for position, (array, layout) in enumerate(zip(op.arrays, layouts, strict=True)):
+        operand = position if position < len(op.operands) else None
+        if position in partition.permuted:
+            have, layout = layout, partition.permuted[position]
+            transfers.append(_permuted(array, have, layout, machine, position))
+        transfers += array_transfers(op, array, operand, choice, layout, machine)
     transfers = [
-        transfer
-        for position, (array, layout) in enumerate(zip(op.arrays, layouts, strict=True))
-        for transfer in array_transfers(
-            op, array, position if position < len(op.operands) else None, choice, layout, machine
-        )
+        part for transfer in transfers for part in _sliced(transfer, partition.n_slices, machine)
     ]
     transfers += _shifts(op, choice, machine)
     seconds = compute_seconds(op, choice, machine)
@@ -186,6 +206,25 @@ def cost_of_choice(op: Op, choice: Choice, layouts: Sequence[Layout], machine: M
         transfers=tuple(transfers),
         is_copied=pieces >= _PIECES_IN_PLACE and choice != (WHOLE,) * len(choice),
     )
+
+
+def _permuted(
+    array: Array, have: Layout, want: Layout, machine: Machine, position: int
+) -> Transfer:
+    """An operand whose shards are cut to those of `want`, and sent to where they lie then."""
+    axis = next(a for a, (one, other) in enumerate(zip(have, want, strict=True)) if one != other)
+    n_bytes = local_bytes(array.n_bytes, want, machine.axis_sizes)
+    return _transfer("collective-permute", axis, n_bytes, machine, position, want)
+
+
+def _sliced(transfer: Transfer, n_slices: int, machine: Machine) -> Iterator[Transfer]:
+    """A reduce-scatter as the all-reduce of slices that are then permuted into place."""
+    if n_slices == 1 or transfer.kind != "reduce-scatter":
+        yield transfer
+        return
+    for kind in ("all-reduce", "collective-permute"):
+        n_bytes = transfer.n_bytes // n_slices
+        yield _transfer(kind, transfer.axis, n_bytes, machine, None, transfer.target)
 
 
 def _rewritten_pieces(
