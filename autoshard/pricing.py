@@ -8,7 +8,6 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import Machine
 from autoshard.errors import AutoshardError, LayoutError
 from autoshard.graph.program import Program
-from autoshard.hardware.links import axis_links
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
 from autoshard.layout.resolve import resolve
@@ -58,13 +57,8 @@ class Candidate:
 
 def make_pricer(program: Program, setup: Setup) -> StepPricer:
     """What prices layouts of a program on the mesh and chips of a setup."""
-    links = axis_links(setup.mesh, setup.target)
     dtype = setup.workload.dtype
-    machine = Machine(
-        chip=setup.target.chip,
-        links=tuple(links[axis] for axis in setup.mesh.parallel_axes),
-        matmul_dtype=_MATMUL_DTYPES.get(dtype, dtype),
-    )
+    machine = Machine.of(setup.mesh, setup.target, _MATMUL_DTYPES.get(dtype, dtype))
     return StepPricer(program, machine)
 
 

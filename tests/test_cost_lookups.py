@@ -12,7 +12,6 @@ from autoshard.cost.values import StepCost
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import WHOLE, Layout
 from autoshard.graph.propagation import propagate
-from autoshard.hardware.links import axis_links
 from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh
 
@@ -46,13 +45,12 @@ def looked_up(
     ]
     replaces: Sequence[int | None] = [0, None] if train else [None]
     program = build_program(jax.make_jaxpr(step)(*shapes), inputs, replaces)
-    shape, chips = parse_mesh(mesh), parse_target(target)
-    links = tuple(axis_links(shape, chips)[axis] for axis in shape.parallel_axes)
+    machine = Machine.of(parse_mesh(mesh), parse_target(target))
     fixed = {program.arguments[0].group: table, program.arguments[1].group: ids}
     fixed |= {out.group: result for out in program.outputs}
-    sizes = [link.size for link in links]
-    layouts = propagate(program, {g: lay for g, lay in fixed.items() if g is not None}, sizes)
-    return StepPricer(program, Machine(chip=chips.chip, links=links)).price(layouts)
+    known = {group: layout for group, layout in fixed.items() if group is not None}
+    layouts = propagate(program, known, machine.axis_sizes)
+    return StepPricer(program, machine).price(layouts)
 
 
 def compute_seconds(columns: int, target: str = "tpu:v5e:2x4", train: bool = False) -> float:

@@ -11,13 +11,12 @@ from autoshard.cost.values import Memory, StepCost
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import propagate
-from autoshard.hardware.links import axis_links
 from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh
 
 TARGET = parse_target("tpu:v5e:2x4")
 MESH = parse_mesh("1x8")
-MACHINE = Machine(chip=TARGET.chip, links=(axis_links(MESH, TARGET)["model"],))
+MACHINE = Machine.of(MESH, TARGET)
 
 
 def cost_of(program: Program, *arguments: int) -> StepCost:
@@ -99,16 +98,15 @@ def test_four_pieces_of_another_dimension_than_the_contracting_are_written_once(
 ) -> None:
     # the result is [4096, 32768] in float32: 512 MiB, of which a device makes a part
     program = program_of(lambda x, w: jnp.tanh(x) @ w, (4096, 1024), (1024, 32768))
-    chips = parse_target(target)
-    links = (axis_links(parse_mesh(f"1x{n}"), chips)["model"],)
-    pricer = StepPricer(program, Machine(chip=chips.chip, links=links))
+    machine = Machine.of(parse_mesh(f"1x{n}"), parse_target(target))
+    pricer = StepPricer(program, machine)
     groups = [argument.group or 0 for argument in program.arguments]
     rows, contracted = (
         pricer.price(propagate(program, dict(zip(groups, layouts, strict=True)), (n,)))
         for layouts in (((0,), (1,)), ((1,), (1,)))
     )
     assert [t.kind for t in rows.traffic] == [t.kind for t in contracted.traffic] == ["all-gather"]
-    again = (n - 1) * 2 * 512 * 2**20 / n / chips.chip.hbm_bytes_per_second if differ else 0.0
+    again = (n - 1) * 2 * 512 * 2**20 / n / machine.chip.hbm_bytes_per_second if differ else 0.0
     assert contracted.compute_seconds - rows.compute_seconds == pytest.approx(again, abs=1e-9)
 
 

@@ -11,7 +11,6 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import Machine
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
-from autoshard.hardware.links import axis_links
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
@@ -186,9 +185,7 @@ def step_program(*widths: int) -> Program:
 
 
 def scorer_of(program: Program, mesh: Mesh, limit: int | None = None) -> Scorer:
-    target = parse_target("tpu:v5e:2x4")
-    links = axis_links(mesh, target)
-    machine = Machine(chip=target.chip, links=tuple(links[a] for a in mesh.parallel_axes))
+    machine = Machine.of(mesh, parse_target("tpu:v5e:2x4"))
     return Scorer(pricer=StepPricer(program, machine), mesh=mesh, memory_limit=limit)
 
 

@@ -19,11 +19,11 @@ shards as there are idle devices, and permuted there, where their number divides
 matched axes. So is a sum that the result splits over the axes that it is summed over: all-reduced
 in slices, which are then permuted into place.
 
-Written after XLA's `dot_handler.cc`; `tests/test_cost_partitioner.py` holds it against its programs.
+Written after XLA's `dot_handler.cc`; held against its programs in `tests/test_cost_partitioner.py`.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -228,7 +228,9 @@ class _Matmul:
 
     def _grouped(self, left_over: _Groups, group: dict[int, int]) -> _Found:
         """Take a group, and decide within it."""
-        splits, permuted, n_slices = [], {}, 1
+        splits: list[_Split] = []
+        permuted: dict[int, _Split] = {}
+        n_slices = 1
         for position, split in enumerate(left_over.splits):
             idle = left_over.axes - set(split)
             moved = {split[axis] for axis in group if axis in split} - set(group.values())
@@ -287,7 +289,7 @@ class _Matmul:
     def _of_kind(self, split: _Split, kind: str) -> dict[int, int]:
         return {a: f for a, f in split.items() if f is not None and self.kinds.get(f) == kind}
 
-    def _parts(self, axes: Collection[int]) -> int:
+    def _parts(self, axes: Iterable[int]) -> int:
         return math.prod(self.axis_sizes[axis] for axis in axes)
 
     def _as_many(self, one: _Split, other: _Split, strict: bool) -> bool:

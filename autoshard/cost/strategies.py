@@ -17,13 +17,16 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from autoshard.cost.partitioner import Partition
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.hardware.chips import Chip
 from autoshard.hardware.collectives import seconds as collective_seconds
 from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
-from autoshard.hardware.links import AxisLink
+from autoshard.hardware.links import AxisLink, group_link
+from autoshard.hardware.targets import Target
+from autoshard.mesh import Mesh
 
 __all__ = [
     "Choice",
@@ -54,7 +57,8 @@ class Machine:
 
     Attributes:
         chip: one device.
-        links: what carries each mesh axis of more than one device, in mesh order.
+        links: what carries each mesh axis of more than one device, in mesh order; last, what
+            carries all of them together.
         matmul_dtype: dtype of the matmuls, for the peak.
     """
 
@@ -62,10 +66,26 @@ class Machine:
     links: tuple[AxisLink, ...]
     matmul_dtype: str = "bfloat16"
 
+    @classmethod
+    def of(cls, mesh: Mesh, target: Target, matmul_dtype: str = "bfloat16") -> Self:
+        """The chips of a target under a mesh of as many devices."""
+        axes = mesh.parallel_axes
+        groups = [*((axis,) for axis in axes), axes]
+        return cls(
+            chip=target.chip,
+            links=tuple(group_link(group, mesh, target) for group in groups),
+            matmul_dtype=matmul_dtype,
+        )
+
     @property
     def axis_sizes(self) -> tuple[int, ...]:
         """Devices along each axis."""
-        return tuple(link.size for link in self.links)
+        return tuple(link.size for link in self.links[:-1])
+
+    @property
+    def all_axes(self) -> int:
+        """The index of the link of all axes together."""
+        return len(self.links) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +94,7 @@ class Transfer:
 
     Attributes:
         kind: as in `autoshard.hardware.collectives`.
-        axis: index into `Machine.links`.
+        axis: index into `Machine.links`: a mesh axis, or all of them for a permutation.
         n_bytes: as `autoshard.hardware.collectives` counts them for the kind.
         seconds: time of one.
         overlapped: whether the chip's compiler hides it behind compute.
@@ -186,8 +206,8 @@ def cost_of_partition(
     for position, (array, layout) in enumerate(zip(op.arrays, layouts, strict=True)):
         operand = position if position < len(op.operands) else None
         if position in partition.permuted:
-            have, layout = layout, partition.permuted[position]
-            transfers.append(_permuted(array, have, layout, machine, position))
+            layout = partition.permuted[position]
+            transfers.append(_permuted(array, layout, machine, position))
         transfers += array_transfers(op, array, operand, choice, layout, machine)
     transfers = [
         part for transfer in transfers for part in _sliced(transfer, partition.n_slices, machine)
@@ -208,13 +228,10 @@ def cost_of_partition(
     )
 
 
-def _permuted(
-    array: Array, have: Layout, want: Layout, machine: Machine, position: int
-) -> Transfer:
+def _permuted(array: Array, want: Layout, machine: Machine, position: int) -> Transfer:
     """An operand whose shards are cut to those of `want`, and sent to where they lie then."""
-    axis = next(a for a, (one, other) in enumerate(zip(have, want, strict=True)) if one != other)
     n_bytes = local_bytes(array.n_bytes, want, machine.axis_sizes)
-    return _transfer("collective-permute", axis, n_bytes, machine, position, want)
+    return _transfer("collective-permute", machine.all_axes, n_bytes, machine, position, want)
 
 
 def _sliced(transfer: Transfer, n_slices: int, machine: Machine) -> Iterator[Transfer]:
@@ -222,9 +239,9 @@ def _sliced(transfer: Transfer, n_slices: int, machine: Machine) -> Iterator[Tra
     if n_slices == 1 or transfer.kind != "reduce-scatter":
         yield transfer
         return
-    for kind in ("all-reduce", "collective-permute"):
-        n_bytes = transfer.n_bytes // n_slices
-        yield _transfer(kind, transfer.axis, n_bytes, machine, None, transfer.target)
+    n_bytes, target = transfer.n_bytes // n_slices, transfer.target
+    yield _transfer("all-reduce", transfer.axis, n_bytes, machine, None, target)
+    yield _transfer("collective-permute", machine.all_axes, n_bytes, machine, None, target)
 
 
 def _rewritten_pieces(
