@@ -43,9 +43,11 @@ class Partition:
         choice: the factor split over each axis, or `WHOLE`.
         permuted: position of an operand -> the layout that it is permuted to first.
         n_slices: how many slices of its sums are all-reduced apart; 1 where none are.
+        within: for each axis those that were decided on before, in whose groups it is decided on.
     """
 
     choice: tuple[int, ...]
+    within: tuple[frozenset[int], ...] = ()
     permuted: Mapping[int, Layout] = field(default_factory=dict)
     n_slices: int = 1
 
@@ -74,6 +76,7 @@ def partition_matmul(
     axes = range(len(axis_sizes))
     return Partition(
         choice=tuple(found.choice.get(axis, WHOLE) for axis in axes),
+        within=tuple(found.within[axis] for axis in axes),
         permuted={
             position: tuple(
                 matmul.arrays[position].factors.index(split[axis]) if axis in split else WHOLE
@@ -105,7 +108,8 @@ class _Found:
     """See `Partition`."""
 
     choice: Mapping[int, int]
-    permuted: Mapping[int, _Split]
+    within: Mapping[int, frozenset[int]]
+    permuted: Mapping[int, _Split] = field(default_factory=dict)
     n_slices: int = 1
 
 
@@ -136,12 +140,13 @@ class _Matmul:
     def decide(self, left_over: _Groups) -> _Found:
         """The choice over the axes that are left."""
         if not left_over.axes:
-            return _Found(choice={}, permuted={})
+            return _Found(choice={}, within={})
+        within = dict.fromkeys(left_over.axes, frozenset(left_over.done))
         # At first only where the devices need not be grouped anew.
         for strict in (True, False):
             matched = self._matched(left_over)
             if matched is not None:
-                return _Found(choice=matched, permuted={})
+                return _Found(choice=matched, within=within)
             groups = (
                 self._batch(left_over, strict),
                 self._free(left_over, strict),
@@ -151,7 +156,7 @@ class _Matmul:
             if found:
                 return min(found, key=lambda one: self._cost(left_over, one.choice))
         result = left_over.splits[2]
-        return _Found(choice={a: f for a, f in result.items() if f is not None}, permuted={})
+        return _Found(choice={a: f for a, f in result.items() if f is not None}, within=within)
 
     def _matched(self, left_over: _Groups) -> dict[int, int] | None:
         """What fits over all axes at once, where each array is split over all of them or none."""
@@ -258,6 +263,7 @@ class _Matmul:
         return replace(
             found,
             choice={**group, **found.choice},
+            within={**dict.fromkeys(group, frozenset(left_over.done)), **found.within},
             permuted={**found.permuted, **permuted},
             n_slices=max(n_slices, found.n_slices),
         )

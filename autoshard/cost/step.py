@@ -198,4 +198,5 @@ def _once(op: Op, transfer: Transfer) -> tuple[object, ...]:
         merged = transfer.kind == "all-reduce"
         into = op.sum_into if merged else op.results[0].identity
         return ("result", into, transfer.kind, transfer.axis, transfer.target)
-    return (op.operands[transfer.operand].identity, transfer.axis, transfer.target)
+    identity = op.operands[transfer.operand].identity
+    return (identity, transfer.axis, transfer.target, transfer.within)

@@ -101,6 +101,8 @@ class Transfer:
         memory_seconds: what compute pays for it: a gathered array is written to memory.
         operand: position of the operand that is moved, or None for the result.
         target: layout that the moved array gets.
+        within: the axes in whose groups of devices it is moved. The partitioner finds again what it
+            moved before only within the same.
     """
 
     kind: str
@@ -111,6 +113,7 @@ class Transfer:
     memory_seconds: float
     operand: int | None
     target: Layout
+    within: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +215,13 @@ def cost_of_partition(
     transfers = [
         part for transfer in transfers for part in _sliced(transfer, partition.n_slices, machine)
     ]
+    if partition.within:
+        transfers = [
+            replace(t, within=partition.within[t.axis])
+            if t.operand is not None and t.axis < len(choice)
+            else t
+            for t in transfers
+        ]
     transfers += _shifts(op, choice, machine)
     seconds = compute_seconds(op, choice, machine)
     pieces = _rewritten_pieces(op, layouts, transfers, machine)
