@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import Machine
 from autoshard.errors import AutoshardError, LayoutError
 from autoshard.graph.program import Program
 from autoshard.layout.reading import kerashub_rules

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from test_graph_rules import program_of
 
+from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import Machine
 from autoshard.cost.values import Memory, StepCost
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import WHOLE, Program

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import Machine
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.hardware.targets import parse_target

@@ -12,7 +12,8 @@ v5e, `[152064, 512]` none.
 
 import math
 
-from autoshard.cost.strategies import Machine, local_bytes
+from autoshard.cost.machine import Machine
+from autoshard.cost.transfers import local_bytes
 from autoshard.graph.program import Argument, Layout, Program
 from autoshard.hardware.efficiency import memory_seconds
 

@@ -16,7 +16,8 @@ from fractions import Fraction
 import numpy as np
 
 from autoshard.cost.lifetimes import Bytes, alive, lifetimes
-from autoshard.cost.strategies import OpCost, layout_of, local_bytes, n_parts
+from autoshard.cost.strategies import OpCost
+from autoshard.cost.transfers import layout_of, local_bytes, n_parts
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import Layout, Program

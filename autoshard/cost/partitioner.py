@@ -29,7 +29,10 @@ from functools import cached_property
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 
-__all__ = ["Partition", "partition_matmul"]
+__all__ = ["Choice", "Partition", "partition_matmul"]
+
+Choice = tuple[int, ...]
+"""The factor that an op splits over each axis, or `WHOLE`."""
 
 _Split = Mapping[int, int | None]
 """The factor that each axis splits, of those axes that split one."""
@@ -46,10 +49,14 @@ class Partition:
         within: for each axis those that were decided on before, in whose groups it is decided on.
     """
 
-    choice: tuple[int, ...]
+    choice: Choice
     within: tuple[frozenset[int], ...] = ()
     permuted: Mapping[int, Layout] = field(default_factory=dict)
     n_slices: int = 1
+
+    def within_of(self, axis: int) -> frozenset[int]:
+        """In the groups of which axes what moves over this one does so."""
+        return self.within[axis] if axis < len(self.within) else frozenset()
 
 
 def partition_matmul(

@@ -6,18 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
+from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
-from autoshard.cost.partitioner import partition_matmul
-from autoshard.cost.strategies import (
-    Machine,
-    OpCost,
-    Transfer,
-    candidate_choices,
-    cost_of_choice,
-    cost_of_partition,
-)
+from autoshard.cost.strategies import OpCost, price_op
+from autoshard.cost.transfers import Transfer
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import WHOLE, Layout, Op, Program
+from autoshard.graph.program import Layout, Op, Program
 from autoshard.graph.propagation import picker
 from autoshard.graph.tying import look_of
 from autoshard.hardware.collectives import wire_bytes
@@ -116,37 +110,20 @@ class StepPricer:
         return _Share(
             compute_seconds=cost.compute_seconds * op.count,
             transfers=tuple(
-                (_once(op, t), self._traffic(op, t), t.memory_seconds * op.count)
+                (self._once(op, t), self._traffic(op, t), t.memory_seconds * op.count)
                 for t in cost.transfers
             ),
             n_bytes=self._peak.op_bytes(index, around, cost),
         )
 
     def _op_cost(self, index: int, around: tuple[Layout, ...]) -> OpCost:
-        """The cheapest choice of op `index`, the layouts of its operands and results given."""
+        """The price of op `index`, the layouts of its operands and results given; remembered."""
         op = self.program.ops[index]
         key = (self._kind_of[index], around)
         price = self._prices.get(key)
         if price is None:
-            price = self._prices[key] = self._cheapest(op, around)
+            price = self._prices[key] = price_op(op, around, self.machine)
         return price
-
-    def _cheapest(self, op: Op, around: tuple[Layout, ...]) -> OpCost:
-        """The cheapest choice; of a matmul the partitioner's own."""
-        sizes = self.machine.axis_sizes
-        if op.kind == "contraction" and len(op.operands) == 2:
-            partition = partition_matmul(op, around, sizes)
-            if partition is not None:
-                return cost_of_partition(op, partition, around, self.machine)
-        forced = _forced(op, around)
-        return min(
-            (
-                cost_of_choice(op, choice, around, self.machine)
-                for choice in candidate_choices(op, [(lay,) for lay in around], sizes)
-                if all(choice[axis] == factor for axis, factor in forced.items())
-            ),
-            key=lambda cost: cost.total_seconds,
-        )
 
     def _traffic(self, op: Op, transfer: Transfer) -> Traffic:
         link = self.machine.links[transfer.axis]
@@ -162,6 +139,21 @@ class StepPricer:
             backward=op.backward,
         )
 
+    def _once(self, op: Op, transfer: Transfer) -> tuple[object, ...]:
+        """What makes two transfers the same one.
+
+        Equal gathers made in different groups of devices stay apart in the backward pass, from each
+        other and from those of the forward pass; see `Machine.shares_gathers` for the latter.
+        """
+        if transfer.operand is None:
+            # XLA adds partial sums before an all-reduce, but not before a reduce-scatter.
+            merged = transfer.kind == "all-reduce"
+            into = op.sum_into if merged else op.results[0].identity
+            return ("result", into, transfer.kind, transfer.axis, transfer.target)
+        shared = self.machine.shares_gathers and not op.backward
+        identity = op.operands[transfer.operand].identity
+        return (identity, transfer.axis, transfer.target, None if shared else transfer.within)
+
     def _argument_seconds(self, index: int, layout: Layout) -> float:
         """What argument `index` costs beside the ops, remembered."""
         seconds = self._argument_prices.get((index, layout))
@@ -169,34 +161,3 @@ class StepPricer:
             seconds = self.arguments.seconds(self.program.arguments[index], layout)
             self._argument_prices[index, layout] = seconds
         return seconds
-
-
-def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
-    """The choices that XLA's partitioner makes whatever they cost.
-
-    It sums the gradient of a lookup where the updates are split along what they are summed over,
-    unless the table is split over that axis too: then it gathers the updates and adds up its own
-    rows.
-    """
-    forced: dict[int, int] = {}
-    if op.kind == "scatter":
-        updates = op.operands[-1]
-        table = layouts[len(op.operands)]
-        for axis, dim in enumerate(layouts[len(op.operands) - 1]):
-            if table[axis] != WHOLE:
-                continue
-            factor = updates.factors[dim] if dim != WHOLE else None
-            if factor is not None and factor in op.reduced:
-                forced[axis] = factor
-    return forced
-
-
-def _once(op: Op, transfer: Transfer) -> tuple[object, ...]:
-    """What makes two transfers the same one."""
-    if transfer.operand is None:
-        # XLA adds partial sums before an all-reduce, but not before a reduce-scatter.
-        merged = transfer.kind == "all-reduce"
-        into = op.sum_into if merged else op.results[0].identity
-        return ("result", into, transfer.kind, transfer.axis, transfer.target)
-    identity = op.operands[transfer.operand].identity
-    return (identity, transfer.axis, transfer.target, transfer.within)

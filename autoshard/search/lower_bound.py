@@ -22,14 +22,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autoshard.cost.partitioner import Choice
 from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import (
-    Choice,
-    array_transfers,
-    candidate_choices,
-    compute_seconds,
-    local_bytes,
-)
+from autoshard.cost.strategies import candidate_choices, compute_seconds
+from autoshard.cost.transfers import array_transfers, local_bytes
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.propagation import splits_evenly
 from autoshard.graph.tying import tie_blocks

@@ -169,7 +169,8 @@ def _texts(one: Score) -> list[str]:
 
 def _cost(row: Row) -> StepCost | None:
     """The prediction for the row's layout."""
-    return predicted_cost(row["model"], row["mesh"], row["workload"]["kind"], rules_of(row))
+    model, mesh, kind = row["model"], row["mesh"], row["workload"]["kind"]
+    return predicted_cost(model, mesh, kind, rules_of(row), as_partitioned=row["target"] == CPU)
 
 
 def _pair(row: Row) -> Pair | None:

@@ -9,6 +9,7 @@ from functools import cache
 
 from verdicts import BATCH, PERIODS, SEQ_LEN, TARGET
 
+from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
@@ -33,18 +34,28 @@ def setup_of(mesh: str, workload: str) -> Setup:
 
 
 @cache
-def shallow_scorer(model: str, mesh: str, workload: str) -> tuple[ModelTable, Scorer]:
+def shallow_scorer(
+    model: str, mesh: str, workload: str, as_partitioned: bool = False
+) -> tuple[ModelTable, Scorer]:
     """The variables of the copy with two periods of blocks, and what scores its layouts."""
     setup = setup_of(mesh, workload)
     shallow = build(model, dtype=setup.workload.dtype, repeats=PERIODS)
     shallow = replace(shallow, folding=Folding())
     pricer = make_pricer(make_program(shallow, setup.workload), setup)
+    if as_partitioned:
+        machine = replace(pricer.machine, shares_gathers=False)
+        pricer = StepPricer(pricer.program, machine)
     return shallow.table(), Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
 
 
-def predicted_cost(model: str, mesh: str, workload: str, rules: LayoutRules) -> StepCost | None:
-    """The cost of a layout of that copy; None where the planner refuses the layout."""
-    table, scorer = shallow_scorer(model, mesh, workload)
+def predicted_cost(
+    model: str, mesh: str, workload: str, rules: LayoutRules, as_partitioned: bool = False
+) -> StepCost | None:
+    """The cost of a layout of that copy; None where the planner refuses the layout.
+
+    `as_partitioned` leaves out what the TPU compiler does after the partitioner, to gathers.
+    """
+    table, scorer = shallow_scorer(model, mesh, workload, as_partitioned)
     scored = score_rules("", rules, table, scorer.mesh, scorer).scored
     return None if scored is None else scored.cost
 

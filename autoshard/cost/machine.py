@@ -1,0 +1,52 @@
+"""What a step runs on."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from autoshard.hardware.chips import Chip
+from autoshard.hardware.links import AxisLink, group_link
+from autoshard.hardware.targets import Target
+from autoshard.mesh import Mesh
+
+__all__ = ["Machine"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The chips and the links between them, mesh axis by mesh axis.
+
+    Attributes:
+        chip: one device.
+        links: what carries each mesh axis of more than one device, in mesh order; last, what
+            carries all of them together.
+        matmul_dtype: dtype of the matmuls, for the peak.
+        shares_gathers: whether the chip's compiler finds gathers of the forward pass that are equal
+            but were made in different groups of devices, as the TPU's does.
+    """
+
+    chip: Chip
+    links: tuple[AxisLink, ...]
+    matmul_dtype: str = "bfloat16"
+    shares_gathers: bool = False
+
+    @classmethod
+    def of(cls, mesh: Mesh, target: Target, matmul_dtype: str = "bfloat16") -> Self:
+        """The chips of a target under a mesh of as many devices."""
+        axes = mesh.parallel_axes
+        groups = [*((axis,) for axis in axes), axes]
+        return cls(
+            chip=target.chip,
+            links=tuple(group_link(group, mesh, target) for group in groups),
+            matmul_dtype=matmul_dtype,
+            shares_gathers=target.chip.kind == "tpu",
+        )
+
+    @property
+    def axis_sizes(self) -> tuple[int, ...]:
+        """Devices along each axis."""
+        return tuple(link.size for link in self.links[:-1])
+
+    @property
+    def all_axes(self) -> int:
+        """The index of the link of all axes together."""
+        return len(self.links) - 1

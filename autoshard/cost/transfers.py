@@ -1,0 +1,222 @@
+"""The collectives of one op: what moves an array from where it lies to where the op wants it.
+
+- An operand that does not lie as the op wants it is gathered (all-gather), exchanged (all-to-all),
+  permuted or sliced (free).
+- A reduced factor leaves partial sums: an all-reduce, or a reduce-scatter where the result is
+  itself split over that axis.
+- A result that is wanted otherwise than it is made is moved like an operand.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from autoshard.cost.machine import Machine
+from autoshard.cost.partitioner import Choice, Partition
+from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.hardware.collectives import seconds as collective_seconds
+
+__all__ = ["Transfer", "array_transfers", "layout_of", "local_bytes", "n_parts", "op_transfers"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One collective of one op.
+
+    Attributes:
+        kind: as in `autoshard.hardware.collectives`.
+        axis: index into `Machine.links`: a mesh axis, or all of them for a permutation.
+        n_bytes: as `autoshard.hardware.collectives` counts them for the kind.
+        seconds: time of one.
+        overlapped: whether the chip's compiler hides it behind compute.
+        memory_seconds: what compute pays for it: a gathered array is written to memory.
+        operand: position of the operand that is moved, or None for the result.
+        target: layout that the moved array gets.
+        within: the axes in whose groups of devices it is moved. The partitioner finds again what it
+            moved before only within the same.
+    """
+
+    kind: str
+    axis: int
+    n_bytes: int
+    seconds: float
+    overlapped: bool
+    memory_seconds: float
+    operand: int | None
+    target: Layout
+    within: frozenset[int] = frozenset()
+
+
+def local_bytes(n_bytes: int, layout: Layout, axis_sizes: Sequence[int]) -> int:
+    """Bytes of one device's shard."""
+    return -(-n_bytes // n_parts(layout, axis_sizes))
+
+
+def n_parts(layout: Layout, axis_sizes: Sequence[int]) -> int:
+    """Into how many shards a layout cuts an array."""
+    return math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
+
+
+def op_transfers(
+    op: Op, partition: Partition, layouts: Sequence[Layout], machine: Machine
+) -> list[Transfer]:
+    """The collectives of an op.
+
+    Args:
+        op: the op.
+        partition: what it splits over each axis, and what is permuted for it.
+        layouts: of each operand, then each result.
+        machine: the chips and links.
+    """
+    transfers: list[Transfer] = []
+    for position, (array, layout) in enumerate(zip(op.arrays, layouts, strict=True)):
+        if position >= len(op.operands):
+            made = array_transfers(op, array, None, partition.choice, layout, machine)
+            transfers += [part for one in made for part in _sliced(one, partition, machine)]
+            continue
+        if position in partition.permuted:
+            layout = partition.permuted[position]
+            transfers.append(_permuted(array, layout, machine, position))
+        moved = array_transfers(op, array, position, partition.choice, layout, machine)
+        transfers += [replace(one, within=partition.within_of(one.axis)) for one in moved]
+    return [*transfers, *_shifts(op, partition.choice, machine)]
+
+
+def _permuted(array: Array, want: Layout, machine: Machine, position: int) -> Transfer:
+    """An operand whose shards are cut to those of `want`, and sent to where they lie then."""
+    n_bytes = local_bytes(array.n_bytes, want, machine.axis_sizes)
+    return _transfer("collective-permute", machine.all_axes, n_bytes, machine, position, want)
+
+
+def _sliced(transfer: Transfer, partition: Partition, machine: Machine) -> Iterator[Transfer]:
+    """A reduce-scatter as the all-reduce of slices that are then permuted into place."""
+    if partition.n_slices == 1 or transfer.kind != "reduce-scatter":
+        yield transfer
+        return
+    n_bytes, target = transfer.n_bytes // partition.n_slices, transfer.target
+    yield _transfer("all-reduce", transfer.axis, n_bytes, machine, None, target)
+    yield _transfer("collective-permute", machine.all_axes, n_bytes, machine, None, target)
+
+
+def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
+    """Along a shifted factor devices pass on shards, the larger ones of what is cut or padded."""
+    for axis, factor in enumerate(choice):
+        if factor in op.shifted:
+            target = layout_of(op.results[0], choice)
+            n_bytes = max(
+                local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
+                for array in op.arrays
+            )
+            yield _transfer("collective-permute", axis, n_bytes, machine, None, target)
+
+
+def array_transfers(
+    op: Op, array: Array, operand: int | None, choice: Choice, layout: Layout, machine: Machine
+) -> list[Transfer]:
+    """The collectives between one array of an op, laid out as `layout`, and the op's choice.
+
+    Args:
+        op: the op.
+        array: one of its operands or results.
+        operand: position among the operands, or None for a result.
+        choice: the factor split over each axis, or `WHOLE`.
+        layout: how the array lies outside of the op.
+        machine: the chips and links.
+    """
+    made = layout_of(array, choice)
+    if operand is not None:
+        return list(_moves(array, layout, made, machine, operand))
+    partial = [axis for axis, factor in enumerate(choice) if factor in op.reduced]
+    summed = tuple(layout[axis] if axis in partial else dim for axis, dim in enumerate(made))
+    return [
+        *_reductions(array, made, layout, partial, machine),
+        *(_detours(op, array, made, layout, partial, machine) if op.kind == "gather" else ()),
+        *_moves(array, summed, layout, machine, None),
+    ]
+
+
+def layout_of(array: Array, choice: Choice) -> Layout:
+    """How an array lies where its op makes this choice."""
+    factors = array.factors
+    return tuple(
+        factors.index(factor) if factor != WHOLE and factor in factors else WHOLE
+        for factor in choice
+    )
+
+
+def _transfer(
+    kind: str, axis: int, n_bytes: int, machine: Machine, operand: int | None, target: Layout
+) -> Transfer:
+    return Transfer(
+        kind=kind,
+        axis=axis,
+        n_bytes=n_bytes,
+        seconds=collective_seconds(kind, n_bytes, machine.links[axis]),
+        overlapped=kind in machine.chip.overlapped_collectives,
+        memory_seconds=n_bytes / machine.chip.hbm_bytes_per_second if kind == "all-gather" else 0.0,
+        operand=operand,
+        target=target,
+    )
+
+
+def _moves(
+    array: Array,
+    have: Layout,
+    want: Layout,
+    machine: Machine,
+    position: int | None,
+) -> Iterator[Transfer]:
+    """From one layout to another: slices are free, the rest is gathered or exchanged.
+
+    The TPU compiler starts the gather of a weight early, beside what runs before. For an array that
+    the step makes the op that reads it mostly waits.
+    """
+    sizes = machine.axis_sizes
+    for axis, (source, target) in enumerate(zip(have, want, strict=True)):
+        if source in (target, WHOLE):
+            continue
+        if target == WHOLE:
+            # The gathered array is still split over the axes that split it before and after.
+            n_bytes = local_bytes(array.n_bytes, want, sizes)
+            gather = _transfer("all-gather", axis, n_bytes, machine, position, want)
+            yield replace(gather, overlapped=gather.overlapped and array.is_held)
+        else:
+            n_bytes = local_bytes(array.n_bytes, have, sizes)
+            yield _transfer("all-to-all", axis, n_bytes, machine, position, want)
+
+
+def _reductions(
+    array: Array, made: Layout, layout: Layout, partial: Sequence[int], machine: Machine
+) -> Iterator[Transfer]:
+    """Partial sums over each axis of `partial`."""
+    sizes = machine.axis_sizes
+    now = made
+    for axis in partial:
+        n_bytes = local_bytes(array.n_bytes, now, sizes)
+        if layout[axis] == WHOLE:
+            yield _transfer("all-reduce", axis, n_bytes, machine, None, layout)
+        else:
+            yield _transfer("reduce-scatter", axis, n_bytes, machine, None, layout)
+            now = tuple(layout[a] if a == axis else dim for a, dim in enumerate(now))
+
+
+def _detours(
+    op: Op, array: Array, made: Layout, layout: Layout, partial: Sequence[int], machine: Machine
+) -> Iterator[Transfer]:
+    """What a lookup moves besides where the sum over the table's split rows is itself split.
+
+    XLA does not reduce-scatter where another axis splits the data: it sums shards that lie the
+    other way round, and permutes them into place. Where the sum is split along a dimension of the
+    table it sums the rows of all data first, and each device gets its own data by an all-to-all.
+    """
+    data = set(op.operands[-1].factors)
+    for axis in partial:
+        dim = layout[axis]
+        for other, split in enumerate(made):
+            if WHOLE in (dim, split) or split != layout[other]:
+                continue
+            if array.factors[dim] not in data:
+                n_bytes = local_bytes(array.n_bytes, made, machine.axis_sizes)
+                yield _transfer("all-to-all", other, n_bytes, machine, None, layout)
+            n_bytes = local_bytes(array.n_bytes, layout, machine.axis_sizes)
+            yield _transfer("collective-permute", other, n_bytes, machine, None, layout)
