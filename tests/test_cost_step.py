@@ -55,12 +55,11 @@ def test_the_same_mlp_split_on_the_contracting_dimensions_moves_the_hidden_array
     assert ("all-reduce", 262_144) in collectives(cost)
 
 
-def test_a_whole_weight_is_not_cut_to_fit_what_the_step_made() -> None:
-    program = program_of(mlp, (64, 256), (256, 1024), (1024, 256))
-    cost = cost_of(program, WHOLE, 1, WHOLE)
-    # hidden [64, 1024] comes out split; an all-reduce of the result [64, 256] would be cheaper, but
-    # XLA gathers hidden, 262,144 bytes
-    assert collectives(cost) == [("all-gather", 262_144)]
+def test_a_whole_weight_is_cut_where_that_sums_less_than_would_be_gathered() -> None:
+    # hidden [64, h] comes out split, the result [64, 256] is whole, 65,536 bytes
+    for hidden, expected in ((1024, ("all-reduce", 65_536)), (256, ("all-gather", 65_536))):
+        program = program_of(mlp, (64, 256), (256, hidden), (hidden, 256))
+        assert collectives(cost_of(program, WHOLE, 1, WHOLE)) == [expected]
 
 
 def test_an_array_that_two_matmuls_read_is_gathered_once() -> None:

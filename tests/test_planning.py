@@ -128,7 +128,7 @@ def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
     assert beyond.scored.rank < best.rank
 
 
-def test_two_outputs_are_laid_out_where_they_beat_either_alone() -> None:
+def test_no_outputs_chosen_by_hand_beat_those_that_the_search_chooses() -> None:
     # Whole weights, and the attention of Gemma 2B (one key/value head) split along the keys.
     setup = make_setup("1x8", workload="prefill")
     traced = trace_model("gemma_2b_en", setup.workload)
@@ -141,14 +141,11 @@ def test_two_outputs_are_laid_out_where_they_beat_either_alone() -> None:
         pattern=r"decoder_block_\d+/attention/softmax(_\d+)?/output",
         spec=("batch", None, None, None, "model"),
     )
-    whole, first, second, both = (
-        score_rules("", rules, traced.table, setup.mesh, scorer).scored
-        for rules in ((), (value,), (softmax,), (value, softmax))
-    )
     best = planning.result.ranked[0]
-    assert whole and first and second and both
-    assert min(first.rank, second.rank) > best.rank
-    assert both.rank >= best.rank
+    for rules in ((), (value,), (softmax,), (value, softmax)):
+        scored = score_rules("", rules, traced.table, setup.mesh, scorer).scored
+        assert scored and scored.rank >= best.rank
+    assert best.n_outputs == 1
 
 
 def test_no_candidate_runs_the_program_of_a_better_one_in_more_memory() -> None:

@@ -28,7 +28,7 @@ Compiler = Callable[[CompileRequest], CompiledStep]
 
 @pytest.fixture(scope="module")
 def planned() -> Planning:
-    return plan("gemma_2b_en", make_setup("1x8"))
+    return plan("gemma_2b_en", make_setup("2x4", workload="prefill"))
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_the_split_by_hand_can_win(planned, compiled_by) -> None:
         return program(10**8 if request.rules == hand.rules else 2 * 10**8)
 
     compiled_by(compiled, compiled)
-    outcome = make_plan("gemma_2b_en", "1x8", target=TARGET, verify="target")
+    outcome = make_plan("gemma_2b_en", "2x4", workload="prefill", target=TARGET, verify="target")
     made = outcome.plan
     assert made.rules == hand.rules
     # The runners-up: what was compiled first, then the other candidates.
