@@ -118,7 +118,8 @@ def shards_by_xla(
 
 
 @pytest.mark.parametrize(
-    ("axis_sizes", "dims", "n"), [((8,), PLAIN, 19), ((8,), BATCHED, 20), ((2, 4), PLAIN, 40)]
+    ("axis_sizes", "dims", "n"),
+    [((8,), PLAIN, 19), ((8,), BATCHED, 20), ((2, 4), PLAIN, 40), ((2, 4), BATCHED, 40)],
 )
 def test_a_matmul_is_split_as_by_xla(axis_sizes: tuple[int, ...], dims: Dims, n: int) -> None:
     for layouts, plain in itertools.product(cases(axis_sizes, dims, n), SIZES):

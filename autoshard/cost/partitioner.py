@@ -34,7 +34,7 @@ __all__ = ["Choice", "Partition", "partition_matmul"]
 Choice = tuple[int, ...]
 """The factor that an op splits over each axis, or `WHOLE`."""
 
-_Split = Mapping[int, int | None]
+_Split = Mapping[int, int]
 """The factor that each axis splits, of those axes that split one."""
 
 
@@ -71,7 +71,11 @@ def partition_matmul(
     """
     matmul = _Matmul(op=op, axis_sizes=axis_sizes)
     splits = tuple(
-        {axis: array.factors[dim] for axis, dim in enumerate(layout) if dim != WHOLE}
+        {
+            axis: factor
+            for axis, dim in enumerate(layout)
+            if dim != WHOLE and (factor := array.factors[dim]) is not None
+        }
         for array, layout in zip(matmul.arrays, layouts, strict=True)
     )
     found = matmul.decide(_Groups(axes=frozenset(range(len(axis_sizes))), splits=splits, done={}))
@@ -130,7 +134,7 @@ class _Matmul:
         return self.op.arrays
 
     @cached_property
-    def kinds(self) -> Mapping[int | None, str]:
+    def kinds(self) -> Mapping[int, str]:
         """Factor -> `batch`, `rows`, `columns` or `contracted`."""
         names = {
             (True, True, True): "batch",
@@ -162,10 +166,9 @@ class _Matmul:
             found = [self._grouped(left_over, group) for group in groups if group]
             if found:
                 return min(found, key=lambda one: self._cost(left_over, one.choice))
-        result = left_over.splits[2]
-        return _Found(choice={a: f for a, f in result.items() if f is not None}, within=within)
+        return _Found(choice=left_over.splits[2], within=within)
 
-    def _matched(self, left_over: _Groups) -> dict[int, int] | None:
+    def _matched(self, left_over: _Groups) -> _Split | None:
         """What fits over all axes at once, where each array is split over all of them or none."""
         left, right, result = left_over.splits
         if any(split and set(split) != left_over.axes for split in left_over.splits):
@@ -174,23 +177,19 @@ class _Matmul:
         def fully(split: _Split, kind: str) -> bool:
             return bool(split) and all(self.kinds.get(f) == kind for f in split.values())
 
-        larger = left if self.arrays[0].n_bytes >= self.arrays[1].n_bytes else right
-        taken: _Split | None = None
         if fully(left, "batch") and left in (right, result):
-            taken = left
-        elif fully(right, "batch") and right == result:
-            taken = right
-        elif fully(left, "contracted") and fully(right, "contracted"):
-            taken = larger
-        elif (fully(left, "rows") and left == result) or (
-            fully(right, "columns") and right == result
-        ):
-            taken = result
-        elif not result:
-            for split, other, position in ((left, right, 0), (right, left, 1)):
-                if not other and fully(split, "contracted") and self._is_more(position, left_over):
-                    taken = split
-        return None if taken is None else {a: f for a, f in taken.items() if f is not None}
+            return left
+        if fully(right, "batch") and right == result:
+            return right
+        if fully(left, "contracted") and fully(right, "contracted"):
+            return left if self.arrays[0].n_bytes >= self.arrays[1].n_bytes else right
+        if fully(left, "rows") and left == result or fully(right, "columns") and right == result:
+            return result
+        for position, (split, other) in enumerate(((left, right), (right, left))):
+            is_alone = fully(split, "contracted") and not other and not result
+            if is_alone and self._is_more(position, left_over):
+                return split
+        return None
 
     def _is_more(self, position: int, left_over: _Groups) -> bool:
         """Whether an operand has more elements than the result, within a group."""
@@ -244,21 +243,19 @@ class _Matmul:
         permuted: dict[int, _Split] = {}
         n_slices = 1
         for position, split in enumerate(left_over.splits):
-            idle = left_over.axes - set(split)
-            moved = {split[axis] for axis in group if axis in split} - set(group.values())
-            mixed = {factor for axis, factor in split.items() if axis not in group} & moved
             inside = {axis: factor for axis, factor in split.items() if axis not in group}
-            if moved and idle and not mixed and self._parts(idle) % self._parts(group) == 0:
-                if position == 2:
+            moved = {split[axis] for axis in group if axis in split} - set(group.values())
+            idle = left_over.axes - set(split)
+            if moved & set(inside.values()):
+                finer = position == 2 and self._is_finer(split, group, splits)
+                inside = dict(splits[0] or splits[1]) if finer else {}
+            elif moved and idle and self._parts(idle) % self._parts(group) == 0:
+                is_foreign = not set(group.values()) & set(self.arrays[position].factors)
+                if is_foreign and position == 2:
                     n_slices = self._parts(group)
-                elif len(moved) == 1:
+                elif is_foreign and len(moved) == 1:
                     inside |= dict.fromkeys(idle, *moved)
                     permuted[position] = inside
-            if mixed:
-                # A result that is split further than an operand is made as the operand is split.
-                whole = [one for one in splits if one] if position == 2 else []
-                finer = len(whole) == 1 and whole[0].items() <= inside.items()
-                inside = dict(whole[0]) if finer else {}
             splits.append(inside)
         found = self.decide(
             _Groups(
@@ -275,6 +272,12 @@ class _Matmul:
             n_slices=max(n_slices, found.n_slices),
         )
 
+    def _is_finer(self, result: _Split, group: _Split, operands: Sequence[_Split]) -> bool:
+        """Whether the result is split as one operand is, the other being whole, and further."""
+        (own, *others) = [split for split in operands if split] or [{}]
+        within = own.items() <= result.items() and max(own, default=0) < min(group)
+        return bool(own) and not others and within
+
     def _cost(self, left_over: _Groups, part: Mapping[int, int]) -> tuple[float, float]:
         """Bytes of the largest matmul or collective, and all bytes that collectives make."""
         choice = {**left_over.done, **part}
@@ -283,15 +286,15 @@ class _Matmul:
         for position, array in enumerate(self.arrays):
             size = sizes[position]
             for axis in left_over.axes:
-                factor = choice.get(axis)
-                made = factor if factor in array.factors else None
-                given = left_over.splits[position].get(axis)
+                factor = choice.get(axis, WHOLE)
+                made = factor if factor in array.factors else WHOLE
+                given = left_over.splits[position].get(axis, WHOLE)
                 source, target = (made, given) if position == 2 else (given, made)
                 if position == 2 and self.kinds.get(factor) == "contracted":
                     largest, moved = max(largest, size), moved + 2 * size
-                elif source is None or source == target:
+                elif source in (target, WHOLE):
                     continue
-                elif target is None:
+                elif target == WHOLE:
                     whole = size * (self.axis_sizes[axis] if position == 2 else 1)
                     largest = max(largest, whole + whole / self.axis_sizes[axis])
                     moved += whole
@@ -300,7 +303,7 @@ class _Matmul:
         return largest, moved
 
     def _of_kind(self, split: _Split, kind: str) -> dict[int, int]:
-        return {a: f for a, f in split.items() if f is not None and self.kinds.get(f) == kind}
+        return {axis: factor for axis, factor in split.items() if self.kinds.get(factor) == kind}
 
     def _parts(self, axes: Iterable[int]) -> int:
         return math.prod(self.axis_sizes[axis] for axis in axes)
@@ -311,8 +314,7 @@ class _Matmul:
 
     def _local_bytes(self, position: int, split: _Split) -> float:
         array = self.arrays[position]
-        cuts = [a for a, f in split.items() if f is not None and f in array.factors]
-        return array.n_bytes / self._parts(cuts)
+        return array.n_bytes / self._parts(a for a, f in split.items() if f in array.factors)
 
 
 def _common(one: _Split, other: _Split) -> dict[int, int]:
@@ -321,4 +323,4 @@ def _common(one: _Split, other: _Split) -> dict[int, int]:
         factor: [{a for a, f in split.items() if f == factor} for split in (one, other)]
         for factor in one.values()
     }
-    return {a: f for a, f in one.items() if f is not None and axes[f][0] == axes[f][1]}
+    return {axis: factor for axis, factor in one.items() if axes[factor][0] == axes[factor][1]}
