@@ -47,6 +47,12 @@ class Machine:
         return tuple(link.size for link in self.links[:-1])
 
     @property
+    def decomposes_sums(self) -> bool:
+        """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
+        is_hidden = "collective-permute" in self.chip.overlapped_collectives
+        return self.chip.kind == "tpu" and is_hidden
+
+    @property
     def all_axes(self) -> int:
         """The index of the link of all axes together."""
         return len(self.links) - 1

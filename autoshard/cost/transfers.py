@@ -125,13 +125,13 @@ def array_transfers(
     """
     made = layout_of(array, choice)
     if operand is not None:
-        return list(_moves(array, layout, made, machine, operand))
+        return list(_moves(op, array, layout, made, machine, operand))
     partial = [axis for axis, factor in enumerate(choice) if factor in op.reduced]
     summed = tuple(layout[axis] if axis in partial else dim for axis, dim in enumerate(made))
     return [
         *_reductions(array, made, layout, partial, machine),
         *(_detours(op, array, made, layout, partial, machine) if op.kind == "gather" else ()),
-        *_moves(array, summed, layout, machine, None),
+        *_moves(op, array, summed, layout, machine, None),
     ]
 
 
@@ -160,6 +160,7 @@ def _transfer(
 
 
 def _moves(
+    op: Op,
     array: Array,
     have: Layout,
     want: Layout,
@@ -169,7 +170,8 @@ def _moves(
     """From one layout to another: slices are free, the rest is gathered or exchanged.
 
     The TPU compiler starts the gather of a weight early, beside what runs before. For an array that
-    the step makes the op that reads it mostly waits.
+    the step makes the op that reads it mostly waits in the forward pass; in the backward pass there
+    is other work meanwhile, except in groups of two.
     """
     sizes = machine.axis_sizes
     for axis, (source, target) in enumerate(zip(have, want, strict=True)):
@@ -179,7 +181,8 @@ def _moves(
             # The gathered array is still split over the axes that split it before and after.
             n_bytes = local_bytes(array.n_bytes, want, sizes)
             gather = _transfer("all-gather", axis, n_bytes, machine, position, want)
-            yield replace(gather, overlapped=gather.overlapped and array.is_held)
+            early = array.is_held or (op.backward and sizes[axis] > 2)
+            yield replace(gather, overlapped=gather.overlapped and early)
         else:
             n_bytes = local_bytes(array.n_bytes, have, sizes)
             yield _transfer("all-to-all", axis, n_bytes, machine, position, want)

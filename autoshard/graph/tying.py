@@ -31,6 +31,7 @@ def look_of(op: Op) -> tuple[object, ...]:
         op.shifted,
         op.gathered,
         op.flops,
+        op.backward,
     )
 
 

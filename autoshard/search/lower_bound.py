@@ -18,13 +18,14 @@ is only where the search starts.
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import candidate_choices, compute_seconds
+from autoshard.cost.strategies import candidate_choices, compute_seconds, is_decomposed
 from autoshard.cost.transfers import array_transfers, local_bytes
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.propagation import splits_evenly
@@ -189,7 +190,15 @@ class _Builder:
         dims = {factor: (array.factors.index(factor), factor in op.reduced) for factor in factors}
         reduced = frozenset(op.reduced)
         layouts = self.layouts_of[group]
-        like = (op.kind, array.n_bytes, array.factors, array.is_held, operand is None, layouts)
+        like = (
+            op.kind,
+            op.backward,
+            array.n_bytes,
+            array.factors,
+            array.is_held,
+            operand is None,
+            layouts,
+        )
         # Arrays that look alike share their rows, by all of a choice that its moves depend on.
         known = self._moves.setdefault(like, {})
         serial, parallel = [], []
@@ -218,11 +227,18 @@ class _Builder:
         choice: Choice,
         layouts: Sequence[Layout],
     ) -> list[tuple[float, float]]:
-        """The two sums of moving an array between a choice and each layout."""
+        """The two sums of moving an array between a choice and each layout.
+
+        What compute might hide is taken to be hidden.
+        """
         row = []
         for layout in layouts:
             moves = array_transfers(op, array, operand, choice, layout, self.machine)
-            blocking = sum(move.seconds for move in moves if not move.overlapped)
+            blocking = sum(
+                move.seconds
+                for move in moves
+                if not (move.overlapped or is_decomposed(move, math.inf, self.machine))
+            )
             written = sum(move.memory_seconds for move in moves)
             row.append((blocking + written, sum(move.seconds for move in moves)))
         return row

@@ -7,7 +7,7 @@ data shard, of layers that stand side by side in a block; gradients of weights a
 data axis.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 from autoshard.cost.values import StepCost, step_seconds
@@ -64,19 +64,24 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
 
     Args:
         step: the program, compiled for CPU devices or by a compiler that counts no cycles.
-        cost: the prediction of it. It says too which collectives the target hides behind compute;
-            of those that it does not foresee, gathers block, as those of activations do, and the
-            others go by their kind.
+        cost: the prediction of it. It says too which collectives the target hides behind compute,
+            or which share of those of one size and pass; of those that it does not foresee, gathers
+            block, as those of activations do, and the others go by their kind.
         mesh: the mesh.
         target: the chips.
     """
-    predicted = {(item.kind, item.axis, item.n_bytes): item.overlapped for item in cost.traffic}
+    foreseen: Counter[tuple[object, ...]] = Counter()
+    beside_compute: Counter[tuple[object, ...]] = Counter()
+    for item in cost.traffic:
+        key = (item.kind, item.axis, item.n_bytes, item.backward)
+        foreseen[key] += item.count
+        beside_compute[key] += item.count * item.overlapped
     hidden = blocking = 0.0
     for one in target_collectives(step, mesh.data_axis):
         link = link_of(one, mesh, target)
         by_kind = one.kind != "all-gather" and one.kind in target.chip.overlapped_collectives
-        if predicted.get((one.kind, one.axis, one.n_bytes), by_kind):
-            hidden += collective_seconds(one, link)
-        else:
-            blocking += collective_seconds(one, link)
+        key = (one.kind, one.axis, one.n_bytes, one.phase == "backward")
+        share = beside_compute[key] / foreseen[key] if key in foreseen else float(by_kind)
+        hidden += share * collective_seconds(one, link)
+        blocking += (1 - share) * collective_seconds(one, link)
     return step_seconds(cost.compute_seconds, blocking, hidden)
