@@ -79,7 +79,42 @@ def op_transfers(
             transfers.append(_permuted(array, layout, machine, position))
         moved = array_transfers(op, array, position, partition.choice, layout, machine)
         transfers += [replace(one, within=partition.within_of(one.axis)) for one in moved]
+    if op.kind in ("gather", "scatter"):
+        transfers = list(_by_idle_devices(op, transfers, partition.choice, layouts, machine))
     return [*transfers, *_shifts(op, partition.choice, machine)]
+
+
+def _by_idle_devices(
+    op: Op,
+    transfers: Sequence[Transfer],
+    choice: Choice,
+    layouts: Sequence[Layout],
+    machine: Machine,
+) -> Iterator[Transfer]:
+    """What lookups in a table split like the data move where another axis splits neither.
+
+    If there are as many devices along it, or a multiple, they take a slice each: of the sums of the
+    rows found, as in a matmul; of the updates, in place of gathering them, after which the table is
+    summed over that axis.
+    """
+    sizes = machine.axis_sizes
+    idle = [a for a in range(len(sizes)) if choice[a] == WHOLE and layouts[-1][a] == WHOLE]
+    for transfer in transfers:
+        n = sizes[transfer.axis] if transfer.axis < len(sizes) else 0
+        is_sum = transfer.kind == "reduce-scatter"
+        is_gather = transfer.kind == "all-gather" and transfer.operand == len(op.operands) - 1
+        slices = idle and n and math.prod(sizes[a] for a in idle) % n == 0
+        if not slices or not (is_sum and op.kind == "gather" or is_gather and op.kind == "scatter"):
+            yield transfer
+            continue
+        operand, target, part = transfer.operand, transfer.target, transfer.n_bytes // n
+        yield _transfer("collective-permute", machine.all_axes, part, machine, operand, target)
+        if is_sum:
+            yield _transfer("all-reduce", transfer.axis, part, machine, None, target)
+        else:
+            made = layout_of(op.results[0], choice)
+            summed = local_bytes(op.results[0].n_bytes, made, sizes)
+            yield _transfer("all-reduce", idle[0], summed, machine, None, made)
 
 
 def _permuted(array: Array, want: Layout, machine: Machine, position: int) -> Transfer:
