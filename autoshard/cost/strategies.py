@@ -111,23 +111,35 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
 
 
 def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
-    """The choices that XLA's partitioner makes whatever they cost.
+    """The choices that XLA's partitioner makes of lookups whatever they cost.
 
-    It sums the gradient of a lookup where the updates are split along what they are summed over,
-    unless the table is split over that axis too: then it gathers the updates and adds up its own
-    rows.
+    Where the rows of a table are split each device looks its own up, and what is found is summed;
+    else where the indices and the result are split, each looks up its own. The gradient is summed
+    where the updates are split along what they are summed over, unless the table is split over that
+    axis too: then the updates are gathered, and each device adds up its own rows.
     """
+    if op.kind not in ("gather", "scatter"):
+        return {}
+    n = len(op.operands)
+    table, mine = (0, n - 1) if op.kind == "gather" else (n, n - 1)
     forced: dict[int, int] = {}
-    if op.kind == "scatter":
-        updates = op.operands[-1]
-        table = layouts[len(op.operands)]
-        for axis, dim in enumerate(layouts[len(op.operands) - 1]):
-            if table[axis] != WHOLE:
-                continue
-            factor = updates.factors[dim] if dim != WHOLE else None
-            if factor is not None and factor in op.reduced:
-                forced[axis] = factor
+    for axis in range(len(layouts[0])):
+        rows, data, result = (_factor(op, at, layouts, axis) for at in (table, mine, n))
+        if op.kind == "gather":
+            if rows in op.reduced:
+                forced[axis] = rows
+            elif rows == WHOLE and data == result != WHOLE:
+                forced[axis] = data
+        elif rows == WHOLE and data in op.reduced:
+            forced[axis] = data
     return forced
+
+
+def _factor(op: Op, position: int, layouts: Sequence[Layout], axis: int) -> int:
+    """The factor that an axis splits of an operand or result, or `WHOLE`."""
+    dim = layouts[position][axis]
+    factor = op.arrays[position].factors[dim] if dim != WHOLE else None
+    return WHOLE if factor is None else factor
 
 
 def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Machine) -> OpCost:
