@@ -25,12 +25,13 @@ class _Share:
 
     Attributes:
         compute_seconds: of all its runs.
-        transfers: each with what makes it the same as another's, and what compute pays for it.
+        transfers: each with what makes it the same as another's, and what compute pays for it, and
+            pays besides if no other op needs the same.
         n_bytes: what it adds to memory, see `PeakMemory.op_bytes`.
     """
 
     compute_seconds: float
-    transfers: tuple[tuple[tuple[object, ...], Traffic, float], ...]
+    transfers: tuple[tuple[tuple[object, ...], Traffic, float, float], ...]
     n_bytes: OpBytes
 
 
@@ -71,13 +72,17 @@ class StepPricer:
         compute = float(self._compute.sum())
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
+        alone: dict[tuple[object, ...], float] = {}
         for index in sorted(self._moving):
-            for once, moved, seconds in self._moving[index].transfers:
+            for once, moved, seconds, alone_seconds in self._moving[index].transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once.
                 if once not in traffic:
                     traffic[once] = moved
                     compute += seconds
+                same = once[:-1]
+                alone[same] = 0.0 if same in alone else alone_seconds
+        compute += sum(alone.values())
         return StepCost(
             compute_seconds=compute,
             blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
@@ -110,7 +115,12 @@ class StepPricer:
         return _Share(
             compute_seconds=cost.compute_seconds * op.count,
             transfers=tuple(
-                (self._once(op, t), self._traffic(op, t), t.memory_seconds * op.count)
+                (
+                    self._once(op, t),
+                    self._traffic(op, t),
+                    t.memory_seconds * op.count,
+                    t.alone_seconds * op.count,
+                )
                 for t in cost.transfers
             ),
             n_bytes=self._peak.op_bytes(index, around, cost),
@@ -140,7 +150,7 @@ class StepPricer:
         )
 
     def _once(self, op: Op, transfer: Transfer) -> tuple[object, ...]:
-        """What makes two transfers the same one.
+        """What makes two transfers the same one; last, in which groups of devices.
 
         Equal gathers made in different groups of devices stay apart in the backward pass, from each
         other and from those of the forward pass; see `Machine.shares_gathers` for the latter.
@@ -149,7 +159,7 @@ class StepPricer:
             # XLA adds partial sums before an all-reduce, but not before a reduce-scatter.
             merged = transfer.kind == "all-reduce"
             into = op.sum_into if merged else op.results[0].identity
-            return ("result", into, transfer.kind, transfer.axis, transfer.target)
+            return ("result", into, transfer.kind, transfer.axis, transfer.target, None)
         shared = self.machine.shares_gathers and not op.backward
         identity = op.operands[transfer.operand].identity
         return (identity, transfer.axis, transfer.target, None if shared else transfer.within)

@@ -152,17 +152,21 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
             replace(one, overlapped=one.overlapped or is_decomposed(one, seconds, machine))
             for one in transfers
         ]
-    pieces = _rewritten_pieces(op, layouts, transfers, machine)
-    if pieces:
+    pieces = [_rewritten_pieces(op, layouts, transfer, machine) for transfer in transfers]
+    if any(pieces):
         n_bytes = local_bytes(
             op.results[0].n_bytes, layout_of(op.results[0], choice), machine.axis_sizes
         )
-        seconds += 2 * pieces * n_bytes / machine.chip.hbm_bytes_per_second
+        once = 2 * n_bytes / machine.chip.hbm_bytes_per_second
+        transfers = [
+            replace(transfer, alone_seconds=n * once)
+            for transfer, n in zip(transfers, pieces, strict=True)
+        ]
     return OpCost(
         choice=choice,
         compute_seconds=seconds,
         transfers=tuple(transfers),
-        is_copied=pieces >= _PIECES_IN_PLACE and choice != (WHOLE,) * len(choice),
+        is_copied=sum(pieces) >= _PIECES_IN_PLACE and choice != (WHOLE,) * len(choice),
     )
 
 
@@ -187,27 +191,23 @@ def is_decomposed(transfer: Transfer, compute: float, machine: Machine) -> bool:
 
 
 def _rewritten_pieces(
-    op: Op, layouts: Sequence[Layout], transfers: Sequence[Transfer], machine: Machine
+    op: Op, layouts: Sequence[Layout], transfer: Transfer, machine: Machine
 ) -> int:
-    """How often a windowed matmul reads and writes its whole result anew.
+    """How often a windowed matmul reads and writes its whole result anew, for one of its gathers.
 
     XLA runs a large matmul with a gathered operand piece by piece as the pieces arrive. Gathered
     along the contracted dimension, every further piece reads and writes the whole result once more;
     along another one, only where the pieces are more than four. Seen in programs of the TPU
     compiler (groups of four and of eight) at XLA's default threshold for windowed matmuls.
     """
-    result = op.results[0] if op.flops else None
-    if result is None or result.n_bytes < _WINDOWED_BYTES:
+    is_large = op.flops and op.results[0].n_bytes >= _WINDOWED_BYTES
+    if not is_large or transfer.kind != "all-gather" or transfer.operand is None:
         return 0
-    pieces = 0
-    for transfer in transfers:
-        if transfer.kind == "all-gather" and transfer.operand is not None:
-            array = op.operands[transfer.operand]
-            gathered = array.factors[layouts[transfer.operand][transfer.axis]]
-            size = machine.links[transfer.axis].size
-            if not array.is_held and (gathered in op.reduced or size > _PIECES_IN_PLACE):
-                pieces += size - 1
-    return pieces
+    array = op.operands[transfer.operand]
+    gathered = array.factors[layouts[transfer.operand][transfer.axis]]
+    size = machine.links[transfer.axis].size
+    rewrites = gathered in op.reduced or size > _PIECES_IN_PLACE
+    return size - 1 if rewrites and not array.is_held else 0
 
 
 def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:

@@ -30,6 +30,8 @@ class Transfer:
         seconds: time of one.
         overlapped: whether the chip's compiler hides it behind compute.
         memory_seconds: what compute pays for it: a gathered array is written to memory.
+        alone_seconds: what compute pays besides if no other op needs the same: then the matmul is
+            done piece by piece, as the pieces arrive.
         operand: position of the operand that is moved, or None for the result.
         target: layout that the moved array gets.
         within: the axes in whose groups of devices it is moved. The partitioner finds again what it
@@ -45,6 +47,7 @@ class Transfer:
     operand: int | None
     target: Layout
     within: frozenset[int] = frozenset()
+    alone_seconds: float = 0.0
 
 
 def local_bytes(n_bytes: int, layout: Layout, axis_sizes: Sequence[int]) -> int:
