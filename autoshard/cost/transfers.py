@@ -87,6 +87,13 @@ def op_transfers(
     return [*transfers, *_shifts(op, partition.choice, machine)]
 
 
+def as_all_reduce(transfer: Transfer, machine: Machine) -> Transfer:
+    """A reduce-scatter done as an all-reduce, of which each device keeps its slice."""
+    return _transfer(
+        "all-reduce", transfer.axis, transfer.n_bytes, machine, transfer.operand, transfer.target
+    )
+
+
 def _by_idle_devices(
     op: Op,
     transfers: Sequence[Transfer],

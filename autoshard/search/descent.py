@@ -34,6 +34,7 @@ Key = tuple[tuple[str, Spec], ...]
 
 # A rule for an output has to win this share of the step, or it is not worth its line.
 _RULE_SHARE = 2.5e-3
+_HIDDEN_SHARE = 0.05
 
 # So many sibling groups, the largest, are moved in pairs.
 _PAIRED = 16
@@ -63,8 +64,13 @@ class Scored:
 
     @property
     def rank(self) -> tuple[int, float, int]:
-        """What fits before what does not; then the faster; then the smaller."""
+        """What fits before what does not; then the faster; then the smaller.
+
+        Of two that are as fast the one that hides less is the safer: what runs beside compute takes
+        memory bandwidth from it.
+        """
         seconds = self.cost.step_seconds * (1 + _RULE_SHARE * self.n_outputs)
+        seconds += _HIDDEN_SHARE * self.cost.overlapped_seconds
         return self.excess_bytes, seconds, self.cost.memory.peak_bytes
 
 
