@@ -20,14 +20,15 @@ class Machine:
         links: what carries each mesh axis of more than one device, in mesh order; last, what
             carries all of them together.
         matmul_dtype: dtype of the matmuls, for the peak.
-        shares_gathers: whether the chip's compiler finds gathers of the forward pass that are equal
-            but were made in different groups of devices, as the TPU's does.
+        as_partitioned: whether the collectives are wanted as the partitioner makes them, without
+            what the TPU compiler makes of them: it finds gathers of the forward pass that are
+            equal but were made in different groups of devices, and sums some reduce-scatters whole.
     """
 
     chip: Chip
     links: tuple[AxisLink, ...]
     matmul_dtype: str = "bfloat16"
-    shares_gathers: bool = False
+    as_partitioned: bool = False
 
     @classmethod
     def of(cls, mesh: Mesh, target: Target, matmul_dtype: str = "bfloat16") -> Self:
@@ -38,13 +39,17 @@ class Machine:
             chip=target.chip,
             links=tuple(group_link(group, mesh, target) for group in groups),
             matmul_dtype=matmul_dtype,
-            shares_gathers=target.chip.kind == "tpu",
         )
 
     @property
     def axis_sizes(self) -> tuple[int, ...]:
         """Devices along each axis."""
         return tuple(link.size for link in self.links[:-1])
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether the TPU compiler has the last word on the collectives."""
+        return self.chip.kind == "tpu" and not self.as_partitioned
 
     @property
     def decomposes_sums(self) -> bool:

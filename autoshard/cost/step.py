@@ -153,14 +153,14 @@ class StepPricer:
         """What makes two transfers the same one; last, in which groups of devices.
 
         Equal gathers made in different groups of devices stay apart in the backward pass, from each
-        other and from those of the forward pass; see `Machine.shares_gathers` for the latter.
+        other and from those of the forward pass; in the latter the TPU compiler finds them.
         """
         if transfer.operand is None:
             # XLA adds partial sums before an all-reduce, but not before a reduce-scatter.
             merged = transfer.kind == "all-reduce"
             into = op.sum_into if merged else op.results[0].identity
             return ("result", into, transfer.kind, transfer.axis, transfer.target, None)
-        shared = self.machine.shares_gathers and not op.backward
+        shared = self.machine.is_tpu and not op.backward
         identity = op.operands[transfer.operand].identity
         return (identity, transfer.axis, transfer.target, None if shared else transfer.within)
 

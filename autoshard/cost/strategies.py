@@ -156,7 +156,7 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
             replace(one, overlapped=one.overlapped or is_decomposed(one, seconds, machine))
             for one in transfers
         ]
-    if machine.decomposes_sums:
+    if machine.is_tpu and machine.decomposes_sums:
         transfers = [
             as_all_reduce(one, machine)
             if not is_decomposed(one, seconds, machine, _NOT_DECOMPOSED)

@@ -43,7 +43,7 @@ def shallow_scorer(
     shallow = replace(shallow, folding=Folding())
     pricer = make_pricer(make_program(shallow, setup.workload), setup)
     if as_partitioned:
-        machine = replace(pricer.machine, shares_gathers=False)
+        machine = replace(pricer.machine, as_partitioned=True)
         pricer = StepPricer(pricer.program, machine)
     return shallow.table(), Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
 
@@ -53,7 +53,7 @@ def predicted_cost(
 ) -> StepCost | None:
     """The cost of a layout of that copy; None where the planner refuses the layout.
 
-    `as_partitioned` leaves out what the TPU compiler does after the partitioner, to gathers.
+    `as_partitioned` leaves out what the TPU compiler makes of the partitioner's collectives.
     """
     table, scorer = shallow_scorer(model, mesh, workload, as_partitioned)
     scored = score_rules("", rules, table, scorer.mesh, scorer).scored
