@@ -26,6 +26,9 @@ __all__ = ["plan_text", "reasons_text", "rules_text"]
 # Whole weights of less than this share of the model are not worth a line.
 _TRIFLE = 0.01
 
+# Collectives that the TPU compiler makes others of.
+_REFINED = ("reduce-scatter", "all-gather")
+
 
 def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
     """Everything a person wants to know of a plan.
@@ -273,6 +276,12 @@ def _verification(outcome: Outcome) -> Iterator[str]:
         f"compiled for {compiled.target} at full depth; collectives of a step\n"
         + tabulate(rows, headers=("kind", "axis", "size", "predicted", "compiled", "arrays"))
     )
+    refined = any(predicted[key] != found[key] for key in keys if key[0] in _REFINED)
+    if on_cpu and refined and outcome.planning.setup.target.chip.kind == "tpu":
+        yield (
+            "(compiled: what XLA's partitioner put in; predicted: what the TPU compiler makes of it.\n"
+            "It sums some reduce-scatters whole, and gathers again for the backward pass)"
+        )
     if not on_cpu:
         yield (
             f"by the compiler: step {format_seconds(verdict.step_seconds)}, memory "

@@ -21,6 +21,9 @@ from autoshard.xla.names import template
 
 __all__ = ["partitioned_seconds", "target_collectives", "total_wire_bytes"]
 
+# Kind, mesh axis, bytes, whether of the backward pass.
+_Key = tuple[str, str, int, bool]
+
 
 def target_collectives(step: CompiledStep, data_axis: str) -> tuple[Collective, ...]:
     """The collectives of a program as the target runs them.
@@ -70,18 +73,33 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
         mesh: the mesh.
         target: the chips.
     """
-    foreseen: Counter[tuple[object, ...]] = Counter()
-    beside_compute: Counter[tuple[object, ...]] = Counter()
+    foreseen: Counter[_Key] = Counter()
+    beside_compute: Counter[_Key] = Counter()
     for item in cost.traffic:
         key = (item.kind, item.axis, item.n_bytes, item.backward)
         foreseen[key] += item.count
         beside_compute[key] += item.count * item.overlapped
+    collectives = target_collectives(step, mesh.data_axis)
+    found: Counter[_Key] = Counter()
+    for one in collectives:
+        found[_key(one)] += one.count
     hidden = blocking = 0.0
-    for one in target_collectives(step, mesh.data_axis):
-        link = link_of(one, mesh, target)
+    for one in collectives:
+        key, link = _key(one), link_of(one, mesh, target)
         by_kind = one.kind != "all-gather" and one.kind in target.chip.overlapped_collectives
-        key = (one.kind, one.axis, one.n_bytes, one.phase == "backward")
         share = beside_compute[key] / foreseen[key] if key in foreseen else float(by_kind)
-        hidden += share * collective_seconds(one, link)
-        blocking += (1 - share) * collective_seconds(one, link)
+        seconds = collective_seconds(one, link)
+        if one.kind == "reduce-scatter":
+            # Some the target sums whole: so many all-reduces are foreseen that are not there.
+            whole = ("all-reduce", *key[1:])
+            missing = min(1.0, max(0, foreseen[whole] - found[whole]) / found[key])
+            share *= 1 - missing
+            summed = collective_seconds(replace(one, kind="all-reduce"), link)
+            blocking += missing * (summed - seconds)
+        hidden += share * seconds
+        blocking += (1 - share) * seconds
     return step_seconds(cost.compute_seconds, blocking, hidden)
+
+
+def _key(one: Collective) -> _Key:
+    return one.kind, one.axis, one.n_bytes, one.phase == "backward"
