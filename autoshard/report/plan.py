@@ -279,8 +279,8 @@ def _verification(outcome: Outcome) -> Iterator[str]:
     refined = any(predicted[key] != found[key] for key in keys if key[0] in _REFINED)
     if on_cpu and refined and outcome.planning.setup.target.chip.kind == "tpu":
         yield (
-            "(compiled: what XLA's partitioner put in; predicted: what the TPU compiler makes of it.\n"
-            "It sums some reduce-scatters whole, and gathers again for the backward pass)"
+            "(compiled: what XLA's partitioner does; predicted: what TPU compilers make of it,\n"
+            "which sum some reduce-scatters whole and gather again for the backward pass)"
         )
     if not on_cpu:
         yield (
