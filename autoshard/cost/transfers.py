@@ -16,7 +16,15 @@ from autoshard.cost.partitioner import Choice, Partition
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.hardware.collectives import seconds as collective_seconds
 
-__all__ = ["Transfer", "array_transfers", "layout_of", "local_bytes", "n_parts", "op_transfers"]
+__all__ = [
+    "Transfer",
+    "array_transfers",
+    "as_all_reduce",
+    "layout_of",
+    "local_bytes",
+    "n_parts",
+    "op_transfers",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
