@@ -234,7 +234,8 @@ def _moves(
             # The gathered array is still split over the axes that split it before and after.
             n_bytes = local_bytes(array.n_bytes, want, sizes)
             gather = _transfer("all-gather", axis, n_bytes, machine, position, want)
-            early = array.is_held or (op.backward and sizes[axis] > 2)
+            on_tpu = machine.chip.kind == "tpu"
+            early = array.is_held or (on_tpu and op.backward and sizes[axis] > 2)
             yield replace(gather, overlapped=gather.overlapped and early)
         else:
             n_bytes = local_bytes(array.n_bytes, have, sizes)
