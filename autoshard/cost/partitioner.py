@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.graph.propagation import splits_evenly
 
 __all__ = ["Choice", "Partition", "partition_matmul"]
 
@@ -79,14 +80,12 @@ def partition_matmul(
         for array, layout in zip(matmul.arrays, layouts, strict=True)
     )
     found = matmul.decide(_Groups(axes=frozenset(range(len(axis_sizes))), splits=splits, done={}))
-    parts: dict[int, int] = {}
-    for axis, factor in found.choice.items():
-        parts[factor] = parts.get(factor, 1) * axis_sizes[axis]
-    if any(op.factor_sizes[factor] % n for factor, n in parts.items()):
-        return None
     axes = range(len(axis_sizes))
+    choice = tuple(found.choice.get(axis, WHOLE) for axis in axes)
+    if not splits_evenly(op.factor_sizes, choice, axis_sizes):
+        return None
     return Partition(
-        choice=tuple(found.choice.get(axis, WHOLE) for axis in axes),
+        choice=choice,
         within=tuple(found.within[axis] for axis in axes),
         permuted={
             position: tuple(

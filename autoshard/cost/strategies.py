@@ -7,7 +7,8 @@ On each mesh axis an op splits one of its factors or none. Given that choice,
 - collectives move what does not lie as the op wants it (`autoshard.cost.transfers`).
 
 XLA's partitioner makes the choice: of a matmul as `autoshard.cost.partitioner` tells, of other ops
-the cheapest among the factors that some operand or result splits over that axis, and none.
+the cheapest among the factors that some operand or result splits over that axis, and none; a lookup
+leaves less to choose.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition, partition_matmul
 from autoshard.cost.transfers import Transfer, as_all_reduce, layout_of, local_bytes, op_transfers
 from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.graph.propagation import splits_evenly
 from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
 
 __all__ = ["OpCost", "candidate_choices", "compute_seconds", "is_decomposed", "price_op"]
@@ -83,11 +85,7 @@ def candidate_choices(
                     found.add(factor)
         options.append(sorted(found))
     for choice in itertools.product(*options):
-        parts: dict[int, int] = {}
-        for factor, n in zip(choice, axis_sizes, strict=True):
-            if factor != WHOLE:
-                parts[factor] = parts.get(factor, 1) * n
-        if all(op.factor_sizes[factor] % n == 0 for factor, n in parts.items()):
+        if splits_evenly(op.factor_sizes, choice, axis_sizes):
             yield choice
 
 

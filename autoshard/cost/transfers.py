@@ -83,7 +83,9 @@ def op_transfers(
     for position, (array, layout) in enumerate(zip(op.arrays, layouts, strict=True)):
         if position >= len(op.operands):
             made = array_transfers(op, array, None, partition.choice, layout, machine)
-            transfers += [part for one in made for part in _sliced(one, partition, machine)]
+            transfers += [
+                part for one in made for part in _sliced(one, partition.n_slices, machine)
+            ]
             continue
         if position in partition.permuted:
             layout = partition.permuted[position]
@@ -117,19 +119,20 @@ def _by_idle_devices(
     """
     sizes = machine.axis_sizes
     idle = [a for a in range(len(sizes)) if choice[a] == WHOLE and layouts[-1][a] == WHOLE]
+    n_idle = math.prod(sizes[axis] for axis in idle)
+    of_sums, of_updates = ("reduce-scatter", None), ("all-gather", len(op.operands) - 1)
+    sliced = of_sums if op.kind == "gather" else of_updates
     for transfer in transfers:
-        n = sizes[transfer.axis] if transfer.axis < len(sizes) else 0
-        is_sum = transfer.kind == "reduce-scatter"
-        is_gather = transfer.kind == "all-gather" and transfer.operand == len(op.operands) - 1
-        slices = idle and n and math.prod(sizes[a] for a in idle) % n == 0
-        if not slices or not (is_sum and op.kind == "gather" or is_gather and op.kind == "scatter"):
+        n = machine.links[transfer.axis].size
+        if not idle or (transfer.kind, transfer.operand) != sliced or n_idle % n:
             yield transfer
-            continue
-        operand, target, part = transfer.operand, transfer.target, transfer.n_bytes // n
-        yield _transfer("collective-permute", machine.all_axes, part, machine, operand, target)
-        if is_sum:
-            yield _transfer("all-reduce", transfer.axis, part, machine, None, target)
+        elif op.kind == "gather":
+            yield from _sliced(transfer, n, machine)
         else:
+            target, part = transfer.target, transfer.n_bytes // n
+            yield _transfer(
+                "collective-permute", machine.all_axes, part, machine, transfer.operand, target
+            )
             made = layout_of(op.results[0], choice)
             summed = local_bytes(op.results[0].n_bytes, made, sizes)
             yield _transfer("all-reduce", idle[0], summed, machine, None, made)
@@ -141,12 +144,12 @@ def _permuted(array: Array, want: Layout, machine: Machine, position: int) -> Tr
     return _transfer("collective-permute", machine.all_axes, n_bytes, machine, position, want)
 
 
-def _sliced(transfer: Transfer, partition: Partition, machine: Machine) -> Iterator[Transfer]:
+def _sliced(transfer: Transfer, n_slices: int, machine: Machine) -> Iterator[Transfer]:
     """A reduce-scatter as the all-reduce of slices that are then permuted into place."""
-    if partition.n_slices == 1 or transfer.kind != "reduce-scatter":
+    if n_slices == 1 or transfer.kind != "reduce-scatter":
         yield transfer
         return
-    n_bytes, target = transfer.n_bytes // partition.n_slices, transfer.target
+    n_bytes, target = transfer.n_bytes // n_slices, transfer.target
     yield _transfer("all-reduce", transfer.axis, n_bytes, machine, None, target)
     yield _transfer("collective-permute", machine.all_axes, n_bytes, machine, None, target)
 

@@ -34,6 +34,8 @@ Key = tuple[tuple[str, Spec], ...]
 
 # A rule for an output has to win this share of the step, or it is not worth its line.
 _RULE_SHARE = 2.5e-3
+
+# What a second of collectives behind compute counts in the ranking: a judgement, not a measurement.
 _HIDDEN_SHARE = 0.05
 
 # So many sibling groups, the largest, are moved in pairs.
