@@ -71,6 +71,36 @@ def test_what_fused_ops_make_for_a_matmul_is_written_on_a_gpu_and_kept_for_its_g
     program = program_of(jax.grad(loss, argnums=(1, 2)), (64, 256), (256, 1024), (1024, 256))
     second = [index for index, op in enumerate(program.ops) if op.kind == "contraction"][1]
     assert list(program.chained_operands)[0] == second
-    ((hidden, last),) = program.chained_operands[second].items()
+    ((hidden, chain),) = program.chained_operands[second].items()
     assert hidden in {array.identity for array in program.ops[second].operands}
-    assert program.ops[last].backward or last == second
+    assert chain.follows_matmul
+    assert chain.readers[0] == second
+    assert all(program.ops[later].backward for later in chain.readers[1:])
+
+
+def test_what_fused_ops_make_is_written_on_a_tpu_where_sums_go_round_in_a_ring() -> None:
+    def loss(x: Any, a: Any, b: Any, c: Any, bias: Any) -> Any:
+        return jnp.sum(((jnp.tanh(x @ a) * (x @ b)) @ c + bias) ** 2)
+
+    program = program_of(
+        jax.grad(loss, argnums=(1, 2, 3)),
+        *((65_536, 512), (512, 8192), (512, 8192), (8192, 512), (65_536, 512)),
+    )
+    third = [index for index, op in enumerate(program.ops) if op.kind == "contraction"][2]
+    ((_, made),) = program.chained_operands[third].items()
+    assert made.follows_matmul and not made.takes_place
+    ring, whole = (cost_of(program, WHOLE, 1, 1, 0, dim) for dim in (1, WHOLE))
+    assert ("reduce-scatter", True) in {(one.kind, one.overlapped) for one in ring.traffic}
+    assert "reduce-scatter" not in {one.kind for one in whole.traffic}
+    # of [65,536, 8,192] in float32 a device has an eighth
+    assert ring.memory.activations - whole.memory.activations > 65_536 * 1024 * 4 / 2
+
+
+def test_a_chain_takes_the_place_of_what_nothing_else_reads() -> None:
+    program = program_of(chain, (64, 256), (256, 1024), (1024, 256))
+    ((_, made),) = program.chained_operands[1].items()
+    assert made.readers == [1]
+    assert not made.takes_place  # its matmul is read twice, by two of its parts
+    plain = program_of(lambda x, a, b: jnp.tanh(x @ a) @ b, (64, 256), (256, 1024), (1024, 256))
+    ((_, made),) = plain.chained_operands[1].items()
+    assert made.takes_place

@@ -63,8 +63,8 @@ def lifetimes(program: Program) -> Lifetimes:
     ]
     last_read[makes_gradient[:1]] = len(ops) - 1
     chains_read = np.arange(len(ops))
-    for index, until in program.chained_operands.items():
-        chains_read[index] = max(until.values())
+    for index, chained in program.chained_operands.items():
+        chains_read[index] = max(chain.readers[-1] for chain in chained.values())
     gathered_from, gathered_to = _gathered(ops)
     return Lifetimes(
         own=np.arange(len(ops)),

@@ -6,7 +6,8 @@
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
   second copy of a result that is made in pieces.
 - A gradient dies at its update, so only the largest is alive, and what it is reduced from.
-- What fused ops make for a matmul of a GPU is written, and held until the last that reads it.
+- What fused ops make for a matmul of a GPU is written, and held until the last that reads it; on a
+  TPU if the matmul's sums go round in a ring, for then it is read once a round.
 - Small arrays that the step makes live on the chip, as many as find place there.
 """
 
@@ -20,7 +21,7 @@ from autoshard.cost.strategies import OpCost
 from autoshard.cost.transfers import layout_of, local_bytes, n_parts
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
-from autoshard.graph.program import Layout, Program
+from autoshard.graph.program import Array, Chain, Layout, Program
 from autoshard.hardware.chips import Chip
 
 __all__ = ["OpBytes", "PeakMemory"]
@@ -128,13 +129,26 @@ class PeakMemory:
         return left, gathered, self._chained_bytes(index, cost), working
 
     def _chained_bytes(self, index: int, cost: OpCost) -> int:
-        if not self._writes_chains:
-            return 0
-        chained = self._program.chained_operands.get(index, ())
+        chained = self._program.chained_operands.get(index, {})
         return sum(
             local_bytes(array.n_bytes, layout_of(array, cost.choice), self._axis_sizes)
             for array in self._program.ops[index].operands
             if array.identity in chained
+            and self._is_written(index, array, chained[array.identity], cost)
+        )
+
+    def _is_written(self, index: int, array: Array, chain: Chain, cost: OpCost) -> bool:
+        if self._writes_chains:
+            return chain.readers[0] == index
+        result = self._program.ops[index].results[0]
+        return not chain.takes_place and any(
+            transfer.kind == "reduce-scatter"
+            and transfer.overlapped
+            and (
+                chain.follows_matmul
+                or result.factors[transfer.target[transfer.axis]] in array.factors
+            )
+            for transfer in cost.transfers
         )
 
     def _all(self, role: str, layouts: Sequence[Layout]) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.program import Chain
 
 __all__ = ["FUSED", "Lives", "read_lives"]
 
@@ -20,6 +21,7 @@ FUSED = frozenset({"broadcast", "elementwise", "reshape", "slice"})
 """Kinds of link whose results the compiler does not write to memory."""
 
 _COMPUTING = ("broadcast", "elementwise")
+_ADDING = ("add", "add_any", "sub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,11 @@ class Lives:
     Attributes:
         results: index of an op -> that of the last op that reads what it made; without those that
             nothing reads.
-        operands: index of a matmul -> operands that it is the first to read of what a fused chain
-            makes, each with the last matmul that reads the same.
+        operands: index of a matmul -> those of its operands that a fused chain makes.
     """
 
     results: dict[int, int] = field(default_factory=dict)
-    operands: dict[int, dict[int, int]] = field(default_factory=dict)
+    operands: dict[int, dict[int, Chain]] = field(default_factory=dict)
 
 
 def read_lives(flat: FlatJaxpr, op_of: Mapping[int, int]) -> Lives:
@@ -72,7 +73,9 @@ class _Reader:
         self._size_made: dict[int, int] = {}
         self._made_of: dict[int, frozenset[int]] = {}
         self._chain: dict[int, int] = {}
-        self._first: dict[int, tuple[int, int]] = {}
+        self._chains: dict[int, Chain] = {}
+        self._matmuls: set[int] = set()
+        self._shared: set[int] = set()
 
     def fuse(self, equation: Equation) -> None:
         """An equation that is fused into its readers."""
@@ -80,11 +83,12 @@ class _Reader:
         result = equation.results[0]
         summed = {op for op in sources if self._size_made[op] == self._size[result]}
         chain = self._chain.get(equation.operands[0]) if equation.operands else None
-        if len(summed) > 1 and self._uses[result] > 1:
+        if equation.primitive in _ADDING and len(summed) > 1 and self._uses[result] > 1:
             self.lives.results.update(dict.fromkeys(sources - {max(summed)}, self.now))
             sources, chain = frozenset({max(summed)}), None
         elif equation.link.kind in _COMPUTING and sources:
             chain = result
+        self._note_shared(equation, sources)
         for made in equation.results:
             self._made_of[made] = sources
             if chain is not None:
@@ -97,12 +101,32 @@ class _Reader:
             return
         self._size_made[index] = self._size[equation.results[0]]
         self._made_of.update(dict.fromkeys(equation.results, frozenset({index})))
+        self._note_shared(equation, frozenset({index}))
         if equation.link.kind != "contraction":
             return
+        self._matmuls.add(index)
         for identity in equation.operands:
             if identity in self._chain:
-                first, as_read = self._first.setdefault(self._chain[identity], (index, identity))
-                self.lives.operands.setdefault(first, {})[as_read] = index
+                chain = self._chain_of(identity)
+                chain.readers.append(index)
+                self.lives.operands.setdefault(index, {})[identity] = chain
+
+    def _note_shared(self, equation: Equation, sources: frozenset[int]) -> None:
+        """Whether several equations read what one op alone has made."""
+        if len(sources) == 1 and any(self._uses[made] > 1 for made in equation.results):
+            self._shared |= sources
+
+    def _chain_of(self, identity: int) -> Chain:
+        """The chain that ends in an array."""
+        end = self._chain[identity]
+        if end not in self._chains:
+            sources = self._made_of[end]
+            follows = all(
+                op in self._matmuls and self._size_made[op] == self._size[end] for op in sources
+            )
+            takes_place = follows and max(sources) not in self._shared
+            self._chains[end] = Chain(readers=[], follows_matmul=follows, takes_place=takes_place)
+        return self._chains[end]
 
     def _sources(self, equation: Equation) -> frozenset[int]:
         """The ops whose results an equation reads in truth."""

@@ -16,7 +16,18 @@ from fractions import Fraction
 
 from autoshard.model.outputs import OutputShapes
 
-__all__ = ["WHOLE", "Argument", "Array", "Group", "LayerOutput", "Layout", "Op", "Place", "Program"]
+__all__ = [
+    "WHOLE",
+    "Argument",
+    "Array",
+    "Chain",
+    "Group",
+    "LayerOutput",
+    "Layout",
+    "Op",
+    "Place",
+    "Program",
+]
 
 WHOLE = -1
 Layout = tuple[int, ...]
@@ -170,6 +181,22 @@ class LayerOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """What fused ops make for matmuls.
+
+    Attributes:
+        readers: the matmuls that read it, in order.
+        follows_matmul: whether it is made of results of matmuls alone, each as large as it: then
+            the one made last can make it too, as it writes.
+        takes_place: whether nothing else reads the result of that one.
+    """
+
+    readers: list[int]
+    follows_matmul: bool
+    takes_place: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """The step as the planner sees it.
 
@@ -179,7 +206,7 @@ class Program:
         last_readers: for each op the index of the last that reads its result, its own where none
             does (see `autoshard.graph.liveness`).
         chained_operands: index of a matmul -> those of its operands that fused ops make, by
-            identity, if it is the first to read them, each with the last matmul that does.
+            identity.
         arguments: the inputs of the step.
         outputs: results that take no argument's place (loss, logits).
         unknown: primitives without a rule, by name; they are taken to need everything whole.
@@ -189,7 +216,7 @@ class Program:
     groups: tuple[Group, ...]
     ops: tuple[Op, ...]
     last_readers: tuple[int, ...]
-    chained_operands: Mapping[int, Mapping[int, int]]
+    chained_operands: Mapping[int, Mapping[int, Chain]]
     arguments: tuple[Argument, ...]
     outputs: tuple[Place, ...]
     unknown: tuple[str, ...]
