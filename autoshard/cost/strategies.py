@@ -31,11 +31,18 @@ _WINDOWED_BYTES = 256 * 2**20
 _PIECES_IN_PLACE = 4
 # Width of a TPU's tile.
 _LANES = 128
+# Time of a matmul that sums its result along the batch (experts) as it goes, over that of the
+# plain one: the compiler then makes the operand anew for every few columns. By the cycles of nine
+# shapes compiled for v5e: 1.4 to 3.2.
+_SUMMED_BATCH = 2.0
 # Time of a ring of permutations over that of the collective in whose place it stands. Fitted to
 # which of 1,600 reduce-scatters, of groups of two to eight, the TPU compiler decomposed: by the
 # first it surely did, by the second it surely did not.
 _DECOMPOSED = 1.35
 _NOT_DECOMPOSED = 1.2
+# So often a ring reads or writes its whole result beside the matmul, adding up as it goes. By the
+# cycles of 24 matmuls compiled for v5e, groups of four and eight, 8 to 256 MiB: 6.5 to 8.6.
+_RING_PASSES = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +156,12 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     choice = partition.choice
     transfers = op_transfers(op, partition, layouts, machine)
     seconds = compute_seconds(op, choice, machine)
-    if op.flops and all(transfer.kind != "all-gather" for transfer in transfers):
+    if machine.is_tpu and _sums_batch(op, choice, transfers, machine):
+        seconds *= _SUMMED_BATCH
+    in_rings = op.flops and _uses_all_devices(choice, machine.axis_sizes)
+    if in_rings and all(transfer.kind != "all-gather" for transfer in transfers):
         transfers = [
-            replace(one, overlapped=one.overlapped or is_decomposed(one, seconds, machine))
+            _as_ring(one, machine) if is_decomposed(one, seconds, machine) else one
             for one in transfers
         ]
     if machine.is_tpu and machine.decomposes_sums:
@@ -174,10 +184,30 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
         ]
     return OpCost(
         choice=choice,
-        compute_seconds=seconds,
+        compute_seconds=seconds + _sum_seconds(op, layouts, machine),
         transfers=tuple(transfers),
         is_copied=sum(pieces) >= _PIECES_IN_PLACE and choice != (WHOLE,) * len(choice),
     )
+
+
+def _sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
+    """What it takes to add the result of an op to others, where the sum is written."""
+    if not op.addends:
+        return 0.0
+    shard = local_bytes(op.results[0].n_bytes, layouts[len(op.operands)], machine.axis_sizes)
+    return memory_seconds(machine.chip, sum(op.addends) * shard, len(op.addends) * shard)
+
+
+def _sums_batch(op: Op, choice: Choice, transfers: Sequence[Transfer], machine: Machine) -> bool:
+    """Whether a matmul's result is summed along the batch at once, of which a device has several.
+
+    What is summed over devices first is summed along the batch later, on its own.
+    """
+    if op.summed_batch is None or any(transfer.operand is None for transfer in transfers):
+        return False
+    split = zip(choice, machine.axis_sizes, strict=True)
+    parts = math.prod(n for factor, n in split if factor == op.summed_batch)
+    return op.factor_sizes[op.summed_batch] > parts
 
 
 def is_decomposed(
@@ -201,6 +231,16 @@ def is_decomposed(
     ring = slowdown * transfer.seconds
     saved = min(transfer.seconds, compute + transfer.seconds - ring)
     return saved > 2 * ring / n
+
+
+def _uses_all_devices(choice: Choice, axis_sizes: Sequence[int]) -> bool:
+    return all(factor != WHOLE for factor, n in zip(choice, axis_sizes, strict=True) if n > 1)
+
+
+def _as_ring(transfer: Transfer, machine: Machine) -> Transfer:
+    """A reduce-scatter whose sums go round while the matmul makes them."""
+    passes = _RING_PASSES * transfer.n_bytes / machine.chip.hbm_bytes_per_second
+    return replace(transfer, overlapped=True, memory_seconds=transfer.memory_seconds + passes)
 
 
 def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:

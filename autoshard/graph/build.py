@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -73,6 +73,14 @@ def build_program(
             op_of[position] = len(ops)
             ops.append(op)
     lives = read_lives(flat, op_of)
+    ops = [
+        replace(
+            op,
+            summed_batch=_summed_batch(op, ops[lives.results.get(index, index)]),
+            addends=tuple(lives.sums.get(index, ())),
+        )
+        for index, op in enumerate(ops)
+    ]
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
     layer_outputs = _layer_outputs(flat, numbering, templates or {})
@@ -285,6 +293,21 @@ def _op(
         if link.kind == "scatter"
         else sums.get(equation.results[0], equation.results[0]),
     )
+
+
+def _summed_batch(op: Op, last_reader: Op) -> int | None:
+    """The batch factor of a matmul along which what reads its result sums it up."""
+    if op.kind != "contraction" or last_reader.kind != "reduction":
+        return None
+    result, read = op.results[0], last_reader.operands[0]
+    if result.group != read.group:
+        return None
+    summed = [
+        factor
+        for factor, label in zip(result.factors, read.factors, strict=True)
+        if label in last_reader.reduced and all(factor in each.factors for each in op.operands)
+    ]
+    return summed[0] if len(summed) == 1 else None
 
 
 def _sum_targets(flat: FlatJaxpr) -> dict[int, int]:

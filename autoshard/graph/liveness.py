@@ -22,6 +22,7 @@ FUSED = frozenset({"broadcast", "elementwise", "reshape", "slice"})
 
 _COMPUTING = ("broadcast", "elementwise")
 _ADDING = ("add", "add_any", "sub")
+_PASSING = ("elementwise", "reshape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,13 @@ class Lives:
         results: index of an op -> that of the last op that reads what it made; without those that
             nothing reads.
         operands: index of a matmul -> those of its operands that a fused chain makes.
+        sums: index of an op -> for each sum that its result goes into, as into a residual stream,
+            the number of arrays that are added up.
     """
 
     results: dict[int, int] = field(default_factory=dict)
     operands: dict[int, dict[int, Chain]] = field(default_factory=dict)
+    sums: dict[int, list[int]] = field(default_factory=dict)
 
 
 def read_lives(flat: FlatJaxpr, op_of: Mapping[int, int]) -> Lives:
@@ -68,7 +72,7 @@ class _Reader:
     def __init__(self, flat: FlatJaxpr) -> None:
         self.lives = Lives()
         self.now = 0
-        self._uses = Counter(i for equation in flat.equations for i in equation.operands)
+        self._uses = _uses(flat)
         self._size = [array.n_elements for array in flat.arrays]
         self._size_made: dict[int, int] = {}
         self._made_of: dict[int, frozenset[int]] = {}
@@ -81,10 +85,12 @@ class _Reader:
         """An equation that is fused into its readers."""
         sources = self._sources(equation)
         result = equation.results[0]
-        summed = {op for op in sources if self._size_made[op] == self._size[result]}
+        addends = self._addends(equation)
+        summed = frozenset[int]().union(*addends)
         chain = self._chain.get(equation.operands[0]) if equation.operands else None
-        if equation.primitive in _ADDING and len(summed) > 1 and self._uses[result] > 1:
+        if len(addends) > 1 and self._uses[result] > 1:
             self.lives.results.update(dict.fromkeys(sources - {max(summed)}, self.now))
+            self.lives.sums.setdefault(max(summed), []).append(len(summed))
             sources, chain = frozenset({max(summed)}), None
         elif equation.link.kind in _COMPUTING and sources:
             chain = result
@@ -111,6 +117,18 @@ class _Reader:
                 chain.readers.append(index)
                 self.lives.operands.setdefault(index, {})[identity] = chain
 
+    def _addends(self, equation: Equation) -> list[frozenset[int]]:
+        """What each term of a sum is made of, of the sum's size; nothing where terms share that."""
+        if equation.primitive not in _ADDING:
+            return []
+        size = self._size[equation.results[0]]
+        terms = [
+            frozenset(op for op in self._made_of.get(i, ()) if self._size_made[op] == size)
+            for i in equation.operands
+        ]
+        terms = [term for term in terms if term]
+        return terms if len(frozenset().union(*terms)) == sum(map(len, terms)) else []
+
     def _note_shared(self, equation: Equation, sources: frozenset[int]) -> None:
         """Whether several equations read what one op alone has made."""
         if len(sources) == 1 and any(self._uses[made] > 1 for made in equation.results):
@@ -132,3 +150,13 @@ class _Reader:
         """The ops whose results an equation reads in truth."""
         parts = (self._made_of.get(identity, frozenset()) for identity in equation.operands)
         return frozenset[int]().union(*parts)
+
+
+def _uses(flat: FlatJaxpr) -> Counter[int]:
+    """How often each array is read. What one equation reads and passes on is read as its result."""
+    uses = Counter(i for equation in flat.equations for i in equation.operands)
+    for equation in reversed(flat.equations):
+        passes = equation.link.kind in _PASSING and len(equation.operands) == 1
+        if passes and uses[equation.operands[0]] == 1:
+            uses[equation.operands[0]] = uses[equation.results[0]]
+    return uses

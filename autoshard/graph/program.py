@@ -69,6 +69,10 @@ class Op:
         count: how many times the whole model runs it, for this one of the folded copy.
         sum_into: identity of the array in which its partial results end up summed with those of
             other ops; the partitioner reduces once, there.
+        summed_batch: the batch factor of a matmul along which a reduction sums its result at once,
+            as that of the experts is; None for any other op.
+        addends: for each sum that its result goes into and that is written, as a residual stream
+            is, the number of arrays that are added up.
     """
 
     primitive: str
@@ -84,6 +88,8 @@ class Op:
     backward: bool
     count: int
     sum_into: int
+    summed_batch: int | None = None
+    addends: tuple[int, ...] = ()
 
     @property
     def arrays(self) -> tuple[Array, ...]:
