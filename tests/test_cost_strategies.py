@@ -1,0 +1,114 @@
+"""What the compiler adds to a matmul: rings, sums of a stream, experts summed as they are made."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from test_cost_step import MACHINE, TARGET
+from test_graph_rules import program_of
+
+from autoshard.cost.machine import Machine
+from autoshard.cost.strategies import _RING_PASSES, _SUMMED_BATCH, OpCost, price_op
+from autoshard.graph.program import WHOLE, Op, Program
+from autoshard.hardware.efficiency import memory_seconds
+from autoshard.mesh import parse_mesh
+
+CHIP = MACHINE.chip
+ARRAY = 4096 * 4096 * 4
+
+
+def matmul() -> Op:
+    return program_of(lambda x, w: x @ w, (4096, 65_536), (65_536, 4096)).ops[0]
+
+
+def over(machine: Machine, *dims: tuple[int, ...]) -> OpCost:
+    """Price the matmul with these dimensions of its operands and its result split, axis by axis."""
+    return price_op(matmul(), dims, machine)
+
+
+def test_a_ring_of_sums_passes_over_the_whole_result() -> None:
+    ring = over(MACHINE, (1,), (0,), (1,))
+    (transfer,) = ring.transfers
+    assert (transfer.kind, transfer.overlapped) == ("reduce-scatter", True)
+    passes = _RING_PASSES * ARRAY / CHIP.hbm_bytes_per_second
+    assert transfer.memory_seconds == pytest.approx(passes)
+    (plain,) = over(MACHINE, (1,), (0,), (WHOLE,)).transfers
+    assert (plain.kind, plain.overlapped, plain.memory_seconds) == ("all-reduce", False, 0.0)
+
+
+def test_there_is_no_ring_where_devices_along_another_axis_do_the_same() -> None:
+    machine = Machine.of(parse_mesh("2x4"), TARGET)
+    same = over(machine, (WHOLE, 1), (WHOLE, 0), (WHOLE, 1))
+    own = over(machine, (0, 1), (WHOLE, 0), (0, 1))
+    (idle,), (busy,) = (
+        [one for one in cost.transfers if one.kind == "reduce-scatter"] for cost in (same, own)
+    )
+    assert busy.overlapped
+    assert not idle.overlapped
+
+
+def test_the_sum_of_a_stream_is_read_and_written_in_its_layout() -> None:
+    def stream(x: Any, a: Any, b: Any) -> Any:
+        first = x @ a
+        total = first + first @ b
+        return total @ a + total @ b
+
+    program = program_of(stream, *[(4096, 4096)] * 3)
+    assert [op.addends for op in program.ops] == [(), (2,), (), ()]
+    for dim, n in ((WHOLE, 1), (0, 8)):
+        layouts = ((dim,), (WHOLE,), (dim,))
+        with_sum, without = (
+            price_op(op, layouts, MACHINE).compute_seconds
+            for op in (program.ops[1], replace(program.ops[1], addends=()))
+        )
+        seconds = memory_seconds(CHIP, 2 * ARRAY / n, ARRAY / n)
+        assert with_sum - without == pytest.approx(seconds)
+
+
+def no_stream(function: Any) -> bool:
+    program: Program = program_of(function, *[(64, 64)] * 3)
+    return all(op.addends == () for op in program.ops)
+
+
+def test_a_sum_that_is_read_once_is_fused_into_its_reader() -> None:
+    assert no_stream(lambda x, a, b: (x @ a + x @ b) @ a)
+
+
+def test_terms_that_are_made_of_the_same_are_no_sum_of_a_stream() -> None:
+    def gated(x: Any, a: Any, b: Any) -> Any:
+        first, second = x @ a, x @ b
+        mixed = first * second + jnp.tanh(first) * second
+        return mixed @ a + mixed @ b
+
+    assert no_stream(gated)
+
+
+def test_experts_that_are_summed_as_they_are_made_take_longer() -> None:
+    def experts(x: Any, w: Any, weights: Any) -> Any:
+        return (jnp.einsum("eti,eih->eth", x, w) * weights[:, :, None]).sum(0)
+
+    op = program_of(experts, (8, 4096, 1024), (8, 1024, 4096), (8, 4096)).ops[0]
+    assert op.summed_batch is not None and op.factor_sizes[op.summed_batch] == 8
+    expert, token, inner = (
+        result_dims(op, operand, dim) for operand, dim in ((0, 0), (0, 1), (0, 2))
+    )
+    for layouts, slowdown in (
+        (token, _SUMMED_BATCH),
+        (expert, 1),  # of one expert there is nothing to sum but over devices
+        (inner, 1),  # and what is summed over devices first is not summed as it is made
+    ):
+        with_sum, without = (
+            price_op(one, layouts, MACHINE).compute_seconds
+            for one in (op, replace(op, summed_batch=None))
+        )
+        assert with_sum == pytest.approx(slowdown * without)
+
+
+def result_dims(op: Op, operand: int, dim: int) -> tuple[tuple[int], ...]:
+    """The layouts that split the factor of this dimension wherever it occurs."""
+    factor = op.operands[operand].factors[dim]
+    return tuple(
+        (array.factors.index(factor),) if factor in array.factors else (WHOLE,)
+        for array in op.arrays
+    )
