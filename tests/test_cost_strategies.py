@@ -9,6 +9,7 @@ from test_cost_step import MACHINE, TARGET
 from test_graph_rules import program_of
 
 from autoshard.cost.machine import Machine
+from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import _RING_PASSES, _SUMMED_BATCH, OpCost, price_op
 from autoshard.graph.program import WHOLE, Op, Program
 from autoshard.hardware.efficiency import memory_seconds
@@ -48,23 +49,35 @@ def test_there_is_no_ring_where_devices_along_another_axis_do_the_same() -> None
     assert not idle.overlapped
 
 
-def test_the_sum_of_a_stream_is_read_and_written_in_its_layout() -> None:
-    def stream(x: Any, a: Any, b: Any) -> Any:
-        first = x @ a
-        total = first + first @ b
-        return total @ a + total @ b
+def stream(x: Any, a: Any, b: Any) -> Any:
+    first = x @ a
+    total = first + first @ b
+    return total @ a + total @ b
 
+
+def test_the_sum_of_a_stream_is_read_and_written_in_its_layout() -> None:
     program = program_of(stream, *[(4096, 4096)] * 3)
     assert [op.addends for op in program.ops] == [(), (2,), (), ()]
-    for dim, n in ((WHOLE, 1), (0, 8)):
-        layouts = ((dim,), (WHOLE,), (dim,))
+    second = program.ops[1]
+    for n, dim, array in ((1, WHOLE, ARRAY), (8, 0, 16 * ARRAY), (8, 0, ARRAY)):
+        op = replace(second, results=(replace(second.results[0], n_bytes=array),))
         with_sum, without = (
-            price_op(op, layouts, MACHINE).compute_seconds
-            for op in (program.ops[1], replace(program.ops[1], addends=()))
+            price_op(one, ((dim,), (WHOLE,), (dim,)), MACHINE).compute_seconds
+            for one in (op, replace(op, addends=()))
         )
-        # an eighth of each, 8 MiB, stays in the vector memory
-        seconds = memory_seconds(CHIP, 2 * ARRAY, ARRAY) if n == 1 else 0.0
+        # three times 8 MiB stay in the vector memory
+        is_written = 3 * array / n > CHIP.vmem_bytes / 2
+        assert is_written == (array / n > 8 * 2**20)
+        seconds = memory_seconds(CHIP, 2 * array / n, array / n) if is_written else 0.0
         assert with_sum - without == pytest.approx(seconds)
+
+
+def test_ops_that_look_alike_are_charged_their_own_sums() -> None:
+    program = program_of(stream, *[(4096, 4096)] * 3)
+    cost = StepPricer(program, MACHINE).price(((WHOLE,),) * len(program.groups))
+    alone = [price_op(op, ((WHOLE,),) * 3, MACHINE).compute_seconds for op in program.ops]
+    assert alone[1] > alone[0] == alone[2] == alone[3]
+    assert cost.compute_seconds == pytest.approx(sum(alone), rel=0.01)
 
 
 def no_stream(function: Any) -> bool:
@@ -74,6 +87,19 @@ def no_stream(function: Any) -> bool:
 
 def test_a_sum_that_is_read_once_is_fused_into_its_reader() -> None:
     assert no_stream(lambda x, a, b: (x @ a + x @ b) @ a)
+
+
+def test_experts_of_which_something_else_reads_are_not_summed_as_they_are_made() -> None:
+    def both(x: Any, w: Any, v: Any) -> Any:
+        made = jnp.einsum("eti,eih->eth", x, w)
+        return jnp.einsum("eth,ehm->etm", made, v), made.sum(0)
+
+    def largest(x: Any, w: Any, v: Any) -> Any:
+        return jnp.einsum("eti,eih->eth", x, w).max(0) @ v[0]
+
+    for function in (both, largest):
+        program = program_of(function, *[(8, 64, 64)] * 3)
+        assert all(op.summed_batch is None for op in program.ops)
 
 
 def test_terms_that_are_made_of_the_same_are_no_sum_of_a_stream() -> None:

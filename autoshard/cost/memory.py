@@ -6,8 +6,9 @@
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
   second copy of a result that is made in pieces.
 - A gradient dies at its update, so only the largest is alive, and what it is reduced from.
-- What fused ops make for a matmul of a GPU is written, and held until the last that reads it; on a
-  TPU if the matmul's sums go round in a ring, for then it is read once a round.
+- What fused ops make for a matmul of a GPU is written, and held until the last that reads it. On a
+  TPU it is if the matmul's sums go round in a ring, which reads it once a round: where the matmul
+  before can write it beside its own result, and where the ring takes it slice by slice.
 - Small arrays that the step makes live on the chip, as many as find place there.
 """
 
@@ -21,7 +22,7 @@ from autoshard.cost.strategies import OpCost
 from autoshard.cost.transfers import layout_of, local_bytes, n_parts
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
-from autoshard.graph.program import Array, Chain, Layout, Program
+from autoshard.graph.program import Array, Chain, Layout, Op, Program
 from autoshard.hardware.chips import Chip
 
 __all__ = ["OpBytes", "PeakMemory"]
@@ -126,27 +127,36 @@ class PeakMemory:
                 left += made  # it is reduced where it is added to others, or at the end
             elif reduced:
                 working += made  # into the shard that is counted as a gradient
-        return left, gathered, self._chained_bytes(index, cost), working
+        kept, own = self._chained_bytes(index, cost)
+        return left, gathered, kept, working + own
 
-    def _chained_bytes(self, index: int, cost: OpCost) -> int:
+    def _chained_bytes(self, index: int, cost: OpCost) -> tuple[int, int]:
+        """Of what fused ops make for a matmul: what its later readers read too, and what it alone.
+
+        The first reader writes for all; what a later one writes again is gone after it.
+        """
+        op = self._program.ops[index]
         chained = self._program.chained_operands.get(index, {})
-        return sum(
-            local_bytes(array.n_bytes, layout_of(array, cost.choice), self._axis_sizes)
-            for array in self._program.ops[index].operands
+        written = {
+            chained[array.identity]: local_bytes(
+                array.n_bytes, layout_of(array, cost.choice), self._axis_sizes
+            )
+            for array in op.operands
             if array.identity in chained
-            and self._is_written(index, array, chained[array.identity], cost)
-        )
+            and self._is_written(op, array, chained[array.identity], cost)
+        }
+        kept = sum(n_bytes for chain, n_bytes in written.items() if chain.readers[0] == index)
+        return kept, 0 if self._writes_chains else sum(written.values()) - kept
 
-    def _is_written(self, index: int, array: Array, chain: Chain, cost: OpCost) -> bool:
+    def _is_written(self, op: Op, array: Array, chain: Chain, cost: OpCost) -> bool:
+        """Whether a matmul reads from memory what fused ops make for it."""
         if self._writes_chains:
-            return chain.readers[0] == index
-        result = self._program.ops[index].results[0]
+            return True
         return not chain.takes_place and any(
-            transfer.kind == "reduce-scatter"
-            and transfer.overlapped
+            transfer.in_ring
             and (
                 chain.follows_matmul
-                or result.factors[transfer.target[transfer.axis]] in array.factors
+                or op.results[0].factors[transfer.target[transfer.axis]] in array.factors
             )
             for transfer in cost.transfers
         )

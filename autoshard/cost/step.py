@@ -13,7 +13,7 @@ from autoshard.cost.transfers import Transfer
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import Layout, Op, Program
 from autoshard.graph.propagation import picker
-from autoshard.graph.tying import look_of
+from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import wire_bytes
 
 __all__ = ["StepPricer"]
@@ -49,7 +49,7 @@ class StepPricer:
         self._peak = PeakMemory(program, machine.axis_sizes, machine.chip)
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
-        self._kind_of = [kinds.setdefault(look_of(op), len(kinds)) for op in program.ops]
+        self._kind_of = [kinds.setdefault(price_look(op), len(kinds)) for op in program.ops]
         self._around = [picker(op.groups) for op in program.ops]
         self._touching = program.touching()
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]

@@ -4,7 +4,8 @@ On each mesh axis an op splits one of its factors or none. Given that choice,
 
 - compute is the op's share: FLOPs over peak times the efficiency of the shard's shape, or bytes
   over memory bandwidth, whichever is longer (roofline);
-- collectives move what does not lie as the op wants it (`autoshard.cost.transfers`).
+- collectives move what does not lie as the op wants it (`autoshard.cost.transfers`);
+- where the compiler runs collectives and sums together with a matmul, what that adds to either.
 
 XLA's partitioner makes the choice: of a matmul as `autoshard.cost.partitioner` tells, of other ops
 the cheapest among the factors that some operand or result splits over that axis, and none; a lookup
@@ -161,20 +162,11 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     seconds = compute_seconds(op, choice, machine)
     if machine.is_tpu and _sums_batch(op, choice, transfers, machine):
         seconds *= _SUMMED_BATCH
-    in_rings = op.flops and _uses_all_devices(choice, machine.axis_sizes)
-    if in_rings and all(transfer.kind != "all-gather" for transfer in transfers):
-        transfers = [
-            _as_ring(one, machine) if is_decomposed(one, seconds, machine) else one
-            for one in transfers
-        ]
-    if machine.is_tpu and machine.decomposes_sums:
-        transfers = [
-            as_all_reduce(one, machine)
-            if not is_decomposed(one, seconds, machine, _NOT_DECOMPOSED)
-            and _is_summed_whole(op, one, machine)
-            else one
-            for one in transfers
-        ]
+    if machine.is_tpu and machine.decomposes_sums and op.flops:
+        may_ring = _uses_all_devices(choice, machine.axis_sizes) and all(
+            transfer.kind != "all-gather" for transfer in transfers
+        )
+        transfers = [_summed(op, one, seconds, may_ring, machine) for one in transfers]
     pieces = [_rewritten_pieces(op, layouts, transfer, machine) for transfer in transfers]
     if any(pieces):
         n_bytes = local_bytes(
@@ -194,8 +186,11 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
 
 
 def _sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
-    """What it takes to add the result of an op to others, where a sum goes to the main memory."""
-    if not op.addends:
+    """What it takes to add the result of an op to others, where a sum goes to the main memory.
+
+    A GPU's caches are not counted on: there every sum does.
+    """
+    if not op.addends or not op.results:
         return 0.0
     chip = machine.chip
     shard = local_bytes(op.results[0].n_bytes, layouts[len(op.operands)], machine.axis_sizes)
@@ -209,7 +204,7 @@ def _sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
 def _sums_batch(op: Op, choice: Choice, transfers: Sequence[Transfer], machine: Machine) -> bool:
     """Whether a matmul's result is summed along the batch at once, of which a device has several.
 
-    What is summed over devices first is summed along the batch later, on its own.
+    What collectives move first is summed along the batch later, on its own.
     """
     if op.summed_batch is None or any(transfer.operand is None for transfer in transfers):
         return False
@@ -225,7 +220,8 @@ def is_decomposed(
 
     The TPU compiler does a reduce-scatter so where that is the shorter: the longer of compute and
     ring, and what goes round before and after, against compute and collective one after the other.
-    It does not where an operand is gathered too. (XLA's `dot_handler.cc` has the formula.)
+    It does not where an operand is gathered too, or where several devices do the same. (XLA's
+    `dot_handler.cc` has the formula.)
 
     Args:
         transfer: a collective of the matmul.
@@ -241,14 +237,36 @@ def is_decomposed(
     return saved > 2 * ring / n
 
 
+def _summed(
+    op: Op, transfer: Transfer, compute: float, may_ring: bool, machine: Machine
+) -> Transfer:
+    """What the TPU compiler makes of a collective of a matmul.
+
+    Args:
+        op: the matmul.
+        transfer: the collective.
+        compute: seconds of the matmul.
+        may_ring: whether its sums may go round in a ring.
+        machine: the chips and links.
+    """
+    if may_ring and is_decomposed(transfer, compute, machine):
+        return _as_ring(transfer, machine)
+    may_ring = may_ring and is_decomposed(transfer, compute, machine, _NOT_DECOMPOSED)
+    if not may_ring and _is_summed_whole(op, transfer, machine):
+        return as_all_reduce(transfer, machine)
+    return transfer
+
+
 def _uses_all_devices(choice: Choice, axis_sizes: Sequence[int]) -> bool:
+    """Whether no two devices do the same: where some do, no matmul compiled had a ring."""
     return all(factor != WHOLE for factor, n in zip(choice, axis_sizes, strict=True) if n > 1)
 
 
 def _as_ring(transfer: Transfer, machine: Machine) -> Transfer:
     """A reduce-scatter whose sums go round while the matmul makes them."""
     passes = _RING_PASSES * transfer.n_bytes / machine.chip.hbm_bytes_per_second
-    return replace(transfer, overlapped=True, memory_seconds=transfer.memory_seconds + passes)
+    seconds = transfer.memory_seconds + passes
+    return replace(transfer, overlapped=True, in_ring=True, memory_seconds=seconds)
 
 
 def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
@@ -257,7 +275,7 @@ def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
     It does where the shards are an odd number of lane tiles wide, and where they are heads: the
     last dimension but one of four. Seen in 500 of its programs for v5e.
     """
-    if transfer.kind != "reduce-scatter" or not op.flops:
+    if transfer.kind != "reduce-scatter":
         return False
     dim, factors = transfer.target[transfer.axis], op.results[0].factors
     factor = factors[dim]

@@ -37,11 +37,13 @@ class Transfer:
         n_bytes: as `autoshard.hardware.collectives` counts them for the kind.
         seconds: time of one.
         overlapped: whether the chip's compiler hides it behind compute.
-        memory_seconds: what compute pays for it: a gathered array is written to memory.
+        memory_seconds: what compute pays for it: a gathered array is written to memory, the sums of
+            a ring are read and written.
         alone_seconds: what compute pays besides if no other op needs the same: then the matmul is
             done piece by piece, as the pieces arrive.
         operand: position of the operand that is moved, or None for the result.
         target: layout that the moved array gets.
+        in_ring: whether it is a reduce-scatter whose sums go round while the matmul makes them.
         within: the axes in whose groups of devices it is moved. The partitioner finds again what it
             moved before only within the same.
     """
@@ -56,6 +58,7 @@ class Transfer:
     target: Layout
     within: frozenset[int] = frozenset()
     alone_seconds: float = 0.0
+    in_ring: bool = False
 
 
 def local_bytes(n_bytes: int, layout: Layout, axis_sizes: Sequence[int]) -> int:

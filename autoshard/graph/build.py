@@ -76,7 +76,9 @@ def build_program(
     ops = [
         replace(
             op,
-            summed_batch=_summed_batch(op, ops[lives.results.get(index, index)]),
+            summed_batch=None
+            if index in lives.shared
+            else _summed_batch(op, ops[lives.results.get(index, index)]),
             addends=tuple(lives.sums.get(index, ())),
         )
         for index, op in enumerate(ops)
@@ -297,7 +299,7 @@ def _op(
 
 def _summed_batch(op: Op, last_reader: Op) -> int | None:
     """The batch factor of a matmul along which what reads its result sums it up."""
-    if op.kind != "contraction" or last_reader.kind != "reduction":
+    if op.kind != "contraction" or last_reader.primitive != "reduce_sum" or not op.results:
         return None
     result, read = op.results[0], last_reader.operands[0]
     if result.group != read.group:
@@ -305,7 +307,9 @@ def _summed_batch(op: Op, last_reader: Op) -> int | None:
     summed = [
         factor
         for factor, label in zip(result.factors, read.factors, strict=True)
-        if label in last_reader.reduced and all(factor in each.factors for each in op.operands)
+        if factor is not None
+        and label in last_reader.reduced
+        and all(factor in each.factors for each in op.operands)
     ]
     return summed[0] if len(summed) == 1 else None
 

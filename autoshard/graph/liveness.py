@@ -9,7 +9,7 @@ it is written, and kept for the gradient that reads it too.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
@@ -33,13 +33,15 @@ class Lives:
         results: index of an op -> that of the last op that reads what it made; without those that
             nothing reads.
         operands: index of a matmul -> those of its operands that a fused chain makes.
-        sums: index of an op -> for each sum that its result goes into, as into a residual stream,
-            the number of arrays that are added up.
+        sums: index of an op -> for each written sum, as a residual stream's, of which its result is
+            the part that is made last: the number of arrays that the sum reads.
+        shared: ops of whose result alone several equations read.
     """
 
     results: dict[int, int] = field(default_factory=dict)
     operands: dict[int, dict[int, Chain]] = field(default_factory=dict)
     sums: dict[int, list[int]] = field(default_factory=dict)
+    shared: set[int] = field(default_factory=set)
 
 
 def read_lives(flat: FlatJaxpr, op_of: Mapping[int, int]) -> Lives:
@@ -58,6 +60,7 @@ def read_lives(flat: FlatJaxpr, op_of: Mapping[int, int]) -> Lives:
             reader.fuse(equation)
         else:
             reader.run(equation, index)
+    reader.end()
     return reader.lives
 
 
@@ -77,9 +80,8 @@ class _Reader:
         self._size_made: dict[int, int] = {}
         self._made_of: dict[int, frozenset[int]] = {}
         self._chain: dict[int, int] = {}
-        self._chains: dict[int, Chain] = {}
+        self._readers: dict[int, list[int]] = {}
         self._matmuls: set[int] = set()
-        self._shared: set[int] = set()
 
     def fuse(self, equation: Equation) -> None:
         """An equation that is fused into its readers."""
@@ -113,9 +115,17 @@ class _Reader:
         self._matmuls.add(index)
         for identity in equation.operands:
             if identity in self._chain:
-                chain = self._chain_of(identity)
-                chain.readers.append(index)
-                self.lives.operands.setdefault(index, {})[identity] = chain
+                self._readers.setdefault(identity, []).append(index)
+
+    def end(self) -> None:
+        """Note the chains, after the last equation."""
+        together: dict[int, set[int]] = {}
+        for identity, readers in self._readers.items():
+            together.setdefault(self._chain[identity], set()).update(readers)
+        chains = {end: self._chain_to(end, sorted(ops)) for end, ops in together.items()}
+        for identity, readers in self._readers.items():
+            for index in readers:
+                self.lives.operands.setdefault(index, {})[identity] = chains[self._chain[identity]]
 
     def _addends(self, equation: Equation) -> list[frozenset[int]]:
         """What each term of a sum is made of, of the sum's size; nothing where terms share that."""
@@ -130,21 +140,22 @@ class _Reader:
         return terms if len(frozenset().union(*terms)) == sum(map(len, terms)) else []
 
     def _note_shared(self, equation: Equation, sources: frozenset[int]) -> None:
-        """Whether several equations read what one op alone has made."""
+        """Remember where several equations read what one op alone has made."""
         if len(sources) == 1 and any(self._uses[made] > 1 for made in equation.results):
-            self._shared |= sources
+            self.lives.shared.update(sources)
 
-    def _chain_of(self, identity: int) -> Chain:
+    def _chain_to(self, end: int, readers: Sequence[int]) -> Chain:
         """The chain that ends in an array."""
-        end = self._chain[identity]
-        if end not in self._chains:
-            sources = self._made_of[end]
-            follows = all(
-                op in self._matmuls and self._size_made[op] == self._size[end] for op in sources
-            )
-            takes_place = follows and max(sources) not in self._shared
-            self._chains[end] = Chain(readers=[], follows_matmul=follows, takes_place=takes_place)
-        return self._chains[end]
+        sources = self._made_of[end]
+        follows = all(
+            op in self._matmuls and self._size_made[op] == self._size[end] for op in sources
+        )
+        return Chain(
+            end=end,
+            readers=tuple(readers),
+            follows_matmul=follows,
+            takes_place=follows and max(sources) not in self.lives.shared,
+        )
 
     def _sources(self, equation: Equation) -> frozenset[int]:
         """The ops whose results an equation reads in truth."""

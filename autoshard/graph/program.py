@@ -71,8 +71,8 @@ class Op:
             other ops; the partitioner reduces once, there.
         summed_batch: the batch factor of a matmul along which a reduction sums its result at once,
             as that of the experts is; None for any other op.
-        addends: for each sum that its result goes into and that is written, as a residual stream
-            is, the number of arrays that are added up.
+        addends: for each written sum, as a residual stream's, of which its result is the part that
+            is made last: the number of arrays that the sum reads.
     """
 
     primitive: str
@@ -191,13 +191,16 @@ class Chain:
     """What fused ops make for matmuls.
 
     Attributes:
+        end: identity of the array that they make in the end.
         readers: the matmuls that read it, in order.
         follows_matmul: whether it is made of results of matmuls alone, each as large as it: then
             the one made last can make it too, as it writes.
-        takes_place: whether nothing else reads the result of that one.
+        takes_place: whether it may be written where the result of that one would be, which only
+            one equation reads.
     """
 
-    readers: list[int]
+    end: int
+    readers: tuple[int, ...]
     follows_matmul: bool
     takes_place: bool
 

@@ -14,13 +14,18 @@ import networkx as nx
 
 from autoshard.graph.program import Op, Program
 
-__all__ = ["TiedOp", "look_of", "tie_blocks"]
+__all__ = ["TiedOp", "price_look", "tie_blocks"]
 
 TiedOp = tuple[Op, tuple[int, ...], int]
 
 
-def look_of(op: Op) -> tuple[object, ...]:
+def price_look(op: Op) -> tuple[object, ...]:
     """Everything that decides an op's price but the layouts of its arrays."""
+    return _look(op), op.addends, op.summed_batch
+
+
+def _look(op: Op) -> tuple[object, ...]:
+    """What an op is, whatever reads its result: the last block's is read by other ops."""
     return (
         op.primitive,
         op.kind,
@@ -47,7 +52,7 @@ def tie_blocks(program: Program) -> tuple[tuple[int, ...], tuple[TiedOp, ...]]:
     ties = nx.Graph()
     ties.add_nodes_from(range(len(program.groups)))
     for op in program.ops:
-        look = (look_of(op), op.backward)
+        look = (_look(op), op.backward)
         place = (re.sub(r"\d+", "*", op.layer), look, order[op.layer, look])
         order[op.layer, look] += 1
         first = places.setdefault(place, op)
@@ -70,7 +75,7 @@ def _merged(program: Program, stands_for: list[int]) -> list[TiedOp]:
     first: dict[tuple[object, ...], tuple[Op, tuple[int, ...]]] = {}
     for op in program.ops:
         groups = tuple(stands_for[group] for group in op.groups)
-        key = (look_of(op), groups)
+        key = (price_look(op), groups)
         first.setdefault(key, (op, groups))
         counts[key] += op.count
     return [(op, groups, counts[key]) for key, (op, groups) in first.items()]
