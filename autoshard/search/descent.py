@@ -2,9 +2,10 @@
 
 Exhaustive where the assignments are few; otherwise descent from several starts (the relaxed
 problem's answer first), moving the families of one sibling group or one family at a time until no
-move is better; from the best, two sibling groups at a time too; then again from the best with two
-sibling groups shaken; the last two only as far as the size of the program lets that end in about a
-minute. The outputs of layers move alone, but one start lays out two groups of them.
+move is better, once weights before the outputs of layers and once after them; from the best, two
+sibling groups at a time too; then again from the best with two sibling groups shaken; the last two
+only as far as the size of the program lets that end in about a minute. The outputs of layers move
+alone, but one start lays out two groups of them.
 """
 
 import itertools
@@ -145,8 +146,14 @@ def descend(
     """The best of the local optima reached from each start, and from the best one shaken."""
     moves = list(_moves(families, scorer.mesh))
     simple = [move for move in moves if not move.is_pair]
+    outputs_first = sorted(simple, key=lambda move: not move.is_output)
     best = min(
-        (_descend_from(scorer, simple, start) for start in starts), key=lambda scored: scored.rank
+        (
+            _descend_from(scorer, order, start)
+            for start in starts
+            for order in (simple, outputs_first)
+        ),
+        key=lambda scored: scored.rank,
     )
     best = _descend_from(scorer, moves, dict(best.assignment))
     source = random.Random(0)
@@ -223,10 +230,12 @@ class _Move:
     Attributes:
         change: from an assignment to the entries that change.
         is_pair: whether it moves two sibling groups at once: such moves are the most.
+        is_output: whether it moves outputs of layers.
     """
 
     change: Callable[[Mapping[str, Spec]], dict[str, Spec]]
     is_pair: bool = False
+    is_output: bool = False
 
 
 def _descend_from(scorer: Scorer, moves: Sequence[_Move], start: Mapping[str, Spec]) -> Scored:
@@ -267,7 +276,7 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
                 yield _Move(change=partial(_put, places, axis), is_pair=True)
     for members in outputs.values():
         for spec in members[0].specs:
-            yield _Move(change=partial(_lay, members, spec))
+            yield _Move(change=partial(_lay, members, spec), is_output=True)
 
 
 def _lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict[str, Spec]:

@@ -1,0 +1,45 @@
+"""The order in which a descent takes its moves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoshard.mesh import Spec, parse_mesh
+from autoshard.search.candidates import NO_RULE, Choices
+from autoshard.search.descent import descend
+
+WEIGHT, OUTPUT = "layer/kernel", "layer/output"
+SPLIT = ("model", None)
+
+
+@dataclass(frozen=True)
+class Found:
+    assignment: tuple[tuple[str, Spec], ...]
+    rank: float
+
+
+class Table:
+    """Scores the four assignments of a weight and an output by what a table says."""
+
+    mesh = parse_mesh("1x8")
+    is_spent = False
+
+    def __init__(self, costs: Mapping[tuple[bool, bool], float]) -> None:
+        self._costs = costs
+
+    def score(self, assignment: Mapping[str, Spec]) -> Found:
+        key = (assignment[WEIGHT] == SPLIT, assignment[OUTPUT] == SPLIT)
+        return Found(assignment=tuple(assignment.items()), rank=self._costs[key])
+
+
+def test_neither_a_weight_nor_an_output_bars_the_way_to_the_other() -> None:
+    families = [
+        Choices(family=WEIGHT, shape=(8, 8), specs=((None, None), SPLIT), siblings="w", n_bytes=64),
+        Choices(family=OUTPUT, shape=(8, 8), specs=(NO_RULE, SPLIT), siblings="o", n_bytes=64),
+    ]
+    start = {WEIGHT: (None, None), OUTPUT: NO_RULE}
+    for best in ((True, False), (False, True)):
+        costs = {(False, False): 10.0, (True, True): 12.0, (True, False): 9.0, (False, True): 9.0}
+        scorer: Any = Table({**costs, best: 7.0})
+        found: Any = descend(scorer, families, [start])
+        assert found.rank == 7.0
