@@ -127,9 +127,10 @@ def search(
         best = descend(scorer, everything, [*points, alone] if alone else points)
     for choices in everything:
         _neighbours(scorer, best, choices)  # they are ranked too
-    free = output_choices(program, mesh, unbound_outputs or {})
-    beyond = descend(scorer, [*families, *free], [dict(best.assignment)]) if free else best
     names = {choices.family for choices in families}
+    free = output_choices(program, mesh, unbound_outputs or {})
+    bare = {name: spec for name, spec in best.assignment if name in names}
+    beyond = descend(scorer, [*families, *free], [dict(best.assignment), bare]) if free else best
     specs = {choices.family: choices.specs for choices in everything}
     worthy = [
         scored
