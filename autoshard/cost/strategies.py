@@ -188,9 +188,9 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
 def _sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
     """What it takes to add the result of an op to others, where a sum goes to the main memory.
 
-    A GPU's caches are not counted on: there every sum does.
+    On TPUs: what other compilers make of sums is not known, for they count no cycles.
     """
-    if not op.addends or not op.results:
+    if not (machine.is_tpu and op.addends and op.results):
         return 0.0
     chip = machine.chip
     shard = local_bytes(op.results[0].n_bytes, layouts[len(op.operands)], machine.axis_sizes)
