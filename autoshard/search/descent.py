@@ -152,6 +152,7 @@ def descend(
             _descend_from(scorer, order, start)
             for start in starts
             for order in (simple, outputs_first)
+            if order is simple or not scorer.is_spent
         ),
         key=lambda scored: scored.rank,
     )
