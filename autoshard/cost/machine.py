@@ -54,8 +54,7 @@ class Machine:
     @property
     def decomposes_sums(self) -> bool:
         """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
-        is_hidden = "collective-permute" in self.chip.overlapped_collectives
-        return self.chip.kind == "tpu" and is_hidden
+        return self.is_tpu and "collective-permute" in self.chip.overlapped_collectives
 
     @property
     def all_axes(self) -> int:

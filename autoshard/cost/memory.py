@@ -137,14 +137,12 @@ class PeakMemory:
         """
         op = self._program.ops[index]
         chained = self._program.chained_operands.get(index, {})
-        written = {
-            chained[array.identity]: local_bytes(
-                array.n_bytes, layout_of(array, cost.choice), self._axis_sizes
-            )
-            for array in op.operands
-            if array.identity in chained
-            and self._is_written(op, array, chained[array.identity], cost)
-        }
+        written: dict[Chain, int] = {}
+        for array in op.operands:
+            chain = chained.get(array.identity)
+            if chain is not None and self._is_written(op, array, chain, cost):
+                layout = layout_of(array, cost.choice)
+                written[chain] = local_bytes(array.n_bytes, layout, self._axis_sizes)
         kept = sum(n_bytes for chain, n_bytes in written.items() if chain.readers[0] == index)
         return kept, 0 if self._writes_chains else sum(written.values()) - kept
 

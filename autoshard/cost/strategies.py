@@ -162,7 +162,7 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     seconds = compute_seconds(op, choice, machine)
     if machine.is_tpu and _sums_batch(op, choice, transfers, machine):
         seconds *= _SUMMED_BATCH
-    if machine.is_tpu and machine.decomposes_sums and op.flops:
+    if machine.decomposes_sums and op.flops:
         may_ring = _uses_all_devices(choice, machine.axis_sizes) and all(
             transfer.kind != "all-gather" for transfer in transfers
         )
@@ -251,10 +251,10 @@ def _summed(
     """
     if may_ring and is_decomposed(transfer, compute, machine):
         return _as_ring(transfer, machine)
-    may_ring = may_ring and is_decomposed(transfer, compute, machine, _NOT_DECOMPOSED)
-    if not may_ring and _is_summed_whole(op, transfer, machine):
-        return as_all_reduce(transfer, machine)
-    return transfer
+    if may_ring and is_decomposed(transfer, compute, machine, _NOT_DECOMPOSED):
+        return transfer
+    whole = _is_summed_whole(op, transfer, machine)
+    return as_all_reduce(transfer, machine) if whole else transfer
 
 
 def _uses_all_devices(choice: Choice, axis_sizes: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
-from autoshard.graph.liveness import read_lives
+from autoshard.graph.liveness import Lives, read_lives
 from autoshard.graph.program import Argument, Array, Group, LayerOutput, Op, Place, Program
 
 __all__ = ["StepInput", "build_program"]
@@ -73,16 +73,7 @@ def build_program(
             op_of[position] = len(ops)
             ops.append(op)
     lives = read_lives(flat, op_of)
-    ops = [
-        replace(
-            op,
-            summed_batch=None
-            if index in lives.shared
-            else _summed_batch(op, ops[lives.results.get(index, index)]),
-            addends=tuple(lives.sums.get(index, ())),
-        )
-        for index, op in enumerate(ops)
-    ]
+    ops = _as_summed(ops, lives)
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
     layer_outputs = _layer_outputs(flat, numbering, templates or {})
@@ -295,6 +286,17 @@ def _op(
         if link.kind == "scatter"
         else sums.get(equation.results[0], equation.results[0]),
     )
+
+
+def _as_summed(ops: Sequence[Op], lives: Lives) -> list[Op]:
+    """The ops, told in which sums their results end."""
+    told = []
+    for index, op in enumerate(ops):
+        alone = index not in lives.shared
+        batch = _summed_batch(op, ops[lives.results.get(index, index)]) if alone else None
+        addends = tuple(lives.sums.get(index, ()))
+        told.append(replace(op, summed_batch=batch, addends=addends))
+    return told
 
 
 def _summed_batch(op: Op, last_reader: Op) -> int | None:

@@ -52,7 +52,7 @@ def tie_blocks(program: Program) -> tuple[tuple[int, ...], tuple[TiedOp, ...]]:
     ties = nx.Graph()
     ties.add_nodes_from(range(len(program.groups)))
     for op in program.ops:
-        look = (_look(op), op.backward)
+        look = _look(op)
         place = (re.sub(r"\d+", "*", op.layer), look, order[op.layer, look])
         order[op.layer, look] += 1
         first = places.setdefault(place, op)

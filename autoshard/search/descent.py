@@ -147,11 +147,12 @@ def descend(
     moves = list(_moves(families, scorer.mesh))
     simple = [move for move in moves if not move.is_pair]
     outputs_first = sorted(simple, key=lambda move: not move.is_output)
+    orders = [simple, outputs_first] if outputs_first != simple else [simple]
     best = min(
         (
             _descend_from(scorer, order, start)
             for start in starts
-            for order in (simple, outputs_first)
+            for order in orders
             if order is simple or not scorer.is_spent
         ),
         key=lambda scored: scored.rank,

@@ -129,8 +129,8 @@ def search(
         _neighbours(scorer, best, choices)  # they are ranked too
     names = {choices.family for choices in families}
     free = output_choices(program, mesh, unbound_outputs or {})
-    bare = {name: spec for name, spec in best.assignment if name in names}
-    beyond = descend(scorer, [*families, *free], [dict(best.assignment), bare]) if free else best
+    origins = [dict(best.assignment), _only(best, names)]
+    beyond = descend(scorer, [*families, *free], origins) if free else best
     specs = {choices.family: choices.specs for choices in everything}
     worthy = [
         scored
@@ -173,8 +173,12 @@ def _gains(scored: Scored, families: Collection[str], scorer: Scorer) -> bool:
     """Whether the rules for layer outputs, if any, make the layout better than it is without."""
     if not scored.n_outputs:
         return True
-    alone = {name: spec for name, spec in scored.assignment if name in families}
-    return scored.rank < scorer.score(alone).rank
+    return scored.rank < scorer.score(_only(scored, families)).rank
+
+
+def _only(scored: Scored, families: Collection[str]) -> dict[str, Spec]:
+    """A layout of these families alone, without its rules for layer outputs."""
+    return {name: spec for name, spec in scored.assignment if name in families}
 
 
 def _distinct(ranked: Sequence[Scored], top: int) -> tuple[Scored, ...]:
