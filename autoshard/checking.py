@@ -4,22 +4,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autoshard.errors import UsageError
+from autoshard.errors import PlanFileError, UsageError
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, as_mesh, round_up
 from autoshard.model.build import build, fold
+from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planning import make_program
 from autoshard.pricing import refused_outputs
-from autoshard.sharding_plan import plan_of
+from autoshard.sharding_plan import Plan, plan_of
 
 __all__ = ["check"]
 
 
 def check(
-    model: Any, layout: str, *, mesh: str | Mesh | None = None, axes: Sequence[str] | None = None
+    model: Any,
+    layout: str,
+    *,
+    mesh: str | Mesh | None = None,
+    axes: Sequence[str] | None = None,
+    seq_len: int | None = None,
 ) -> tuple[Finding, ...]:
     """What is wrong with a map for a model, errors first.
 
@@ -31,10 +37,11 @@ def check(
         mesh: where given, axis names and divisibility are checked too, those of layer outputs for
             a training step of 8 x 512 tokens; a plan file has its own mesh and step.
         axes: names of the mesh axes.
+        seq_len: tokens a sequence of that step, where not 512 or the plan's.
 
     Raises:
         UsageError: there is no such layout, or axes without a mesh.
-        LayoutError: the layout cannot be read.
+        LayoutError: the layout holds no map.
     """
     if mesh is None and axes is not None:
         raise UsageError("axes name those of a mesh: give the mesh too, such as 1x8")
@@ -42,18 +49,35 @@ def check(
     grid = as_mesh(mesh, axes) if mesh is not None else None
     grid = made.mesh if made and grid is None else grid
     workload = made.workload if made else Workload()
+    workload = replace(workload, seq_len=seq_len or workload.seq_len)
     abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    rules = made.rules if made else read_layout(layout, backbone=abstract.backbone, mesh=grid)
-    table = abstract.table()
+    table, unreadable = abstract.table(), list[str]()
+    rules = (
+        made.rules if made else read_layout(layout, abstract.backbone, grid, unreadable=unreadable)
+    )
     found = resolve(rules, table, grid)
-    knows_axes = all(finding.kind != "unknown-axis" for finding in found.findings)
+    findings = (*_reading_findings(unreadable), *found.findings, *_origin_findings(made, table))
+    knows_axes = all(finding.kind != "unknown-axis" for finding in findings)
     if grid is None or not found.outputs or not knows_axes:
-        return found.findings
+        return findings
     # Only a trace of the step tells the shapes of layer outputs.
     workload = replace(workload, batch=round_up(workload.batch, grid.sizes[grid.data_axis]))
     program = make_program(fold(abstract, periods=2), workload)
     refused = refused_outputs(found.outputs, table, grid, program)
-    return (*_output_findings(rules, refused, workload), *found.findings)
+    return (*_output_findings(rules, refused, workload), *findings)
+
+
+def _reading_findings(unreadable: Sequence[str]) -> Iterator[Finding]:
+    for message in unreadable:
+        yield Finding(kind="unreadable", rule=None, message=message)
+
+
+def _origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
+    try:
+        if plan:
+            plan.check_model(table)
+    except PlanFileError as error:
+        yield Finding(kind="other-model", rule=None, message=str(error))
 
 
 def _output_findings(

@@ -51,7 +51,8 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
         (
             click.option("--axes", help="Names of the mesh axes, data axis first, with commas."),
             click.option(
-                "--target", help="Chips, like tpu:v5e:2x4. [default: the smallest v5e slice]"
+                "--target",
+                help="Chips, like tpu:v5e:2x4, or attached. [default: the smallest v5e slice]",
             ),
             click.option(
                 "--slices",
@@ -216,7 +217,8 @@ def chips(form: str) -> None:
 @click.argument("layout")
 @click.option("--mesh", help="Check axis names and divisibility against this mesh, like 1x8.")
 @click.option("--axes", help="Names of the mesh axes, data axis first, joined by commas.")
-def check(model: str, layout: str, mesh: str | None, axes: str | None) -> None:
+@click.option("--seq-len", type=click.IntRange(min=1), help="As in plan, for layer outputs.")
+def check(model: str, layout: str, mesh: str | None, axes: str | None, seq_len: int | None) -> None:
     """Say what is wrong with a hand-written LAYOUT for MODEL.
 
     LAYOUT is a plan file, Python source with layout_map[...] = (...) lines (read, never run), or
@@ -225,7 +227,7 @@ def check(model: str, layout: str, mesh: str | None, axes: str | None) -> None:
     _set_backend()
     from autoshard.checking import check as find
 
-    findings = find(model, layout, mesh=mesh, axes=_names(axes))
+    findings = find(model, layout, mesh=mesh, axes=_names(axes), seq_len=seq_len)
     for finding in findings:
         click.echo(f"{finding.severity}: {finding.message}")
     if findings:

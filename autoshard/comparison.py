@@ -13,11 +13,10 @@ from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
 from autoshard.model.variables import ModelTable
-from autoshard.pipeline import prediction
 from autoshard.planning import Stopwatch, TracedModel, run_planner, trace_model
 from autoshard.pricing import make_pricer, score_rules
 from autoshard.records.comparison import ComparedLayout, Comparison, CostlyCollective
-from autoshard.records.parts import Versions
+from autoshard.records.parts import Prediction, Versions
 from autoshard.search.descent import Scorer
 from autoshard.setup import Setup, make_setup
 from autoshard.sharding_plan import Plan, plan_of
@@ -45,7 +44,7 @@ def compare(
             for the one that `autoshard.plan` finds.
         mesh: such as `1x8`, or a `Mesh`.
         on_progress: called with the name of each stage.
-        **options: `axes`, `target`, `workload`, `batch`, `seq_len`, `lora_rank`, `dtype`,
+        **options: `axes`, `target`, `slices`, `workload`, `batch`, `seq_len`, `lora_rank`, `dtype`,
             `optimizer`, `memory_limit` and `generate`, as for `autoshard.plan`.
 
     Returns:
@@ -110,7 +109,7 @@ def _compared(
 ) -> ComparedLayout:
     if isinstance(rules, str):
         return ComparedLayout(name=name, rules=(), failure=rules)
-    candidate = score_rules(name, rules, table, scorer.mesh, scorer)
+    candidate = score_rules(name, rules, table, scorer)
     layout = ComparedLayout(name=name, rules=rules, failure=candidate.failure)
     if candidate.scored is None:
         return layout
@@ -119,7 +118,7 @@ def _compared(
     causes = Causes(rules=rules, mesh=scorer.mesh, paths=tuple(table.templates))
     return replace(
         layout,
-        predicted=prediction(candidate.scored.cost),
+        predicted=Prediction.of(candidate.scored.cost),
         excess_bytes=candidate.scored.excess_bytes,
         whole_bytes=sum(family.n_bytes for family in whole),
         collectives=tuple(_costly(candidate.scored.cost, causes, table)),

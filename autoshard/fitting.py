@@ -37,7 +37,7 @@ def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) ->
     Args:
         model: what `autoshard.plan` takes.
         traced: the same, its step that of the setup.
-        setup: the request that nothing fits.
+        setup: the request for which no layout fits.
         watch: measures the stages.
     """
     found = []

@@ -102,7 +102,8 @@ def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
         raise MeshError(
             f"mesh '{text}' has {len(shape)} axes; name them with --axes, the data axis first"
         )
-    return Mesh(shape=shape, axis_names=tuple(axis_names or _AXIS_NAMES[len(shape)]))
+    names = _AXIS_NAMES[len(shape)] if axis_names is None else axis_names
+    return Mesh(shape=shape, axis_names=tuple(names))
 
 
 def as_mesh(mesh: "str | Mesh", axis_names: Sequence[str] | None = None) -> Mesh:

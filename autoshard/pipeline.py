@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from autoshard.cost.values import StepCost
 from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.fitting import Remedy, remedies
 from autoshard.hardware.collectives import wire_bytes
@@ -18,7 +17,6 @@ from autoshard.planning import Planning, Stopwatch, trace_model
 from autoshard.pricing import Candidate
 from autoshard.records.parts import (
     Alternative,
-    BytesPerDevice,
     Collective,
     Compiled,
     PlannedModel,
@@ -32,7 +30,7 @@ from autoshard.sharding_plan import Plan
 from autoshard.xla.collectives import merge_collectives
 from autoshard.xla.compiled import CompiledStep
 
-__all__ = ["Outcome", "inspect", "make_plan", "plan", "prediction"]
+__all__ = ["Outcome", "inspect", "make_plan", "plan"]
 
 Verify = Literal["none", "cpu", "target"]
 
@@ -110,7 +108,8 @@ def plan(
         mesh: such as `1x8`, or a `Mesh`.
         devices: instead of a mesh, how many devices; the shape of the mesh is then chosen too.
         axes: names of the mesh axes, the data axis first.
-        target: such as `tpu:v5e:2x4`; by default the smallest v5e slice of that many devices.
+        target: such as `tpu:v5e:2x4`, or `attached` for what JAX sees; by default the smallest v5e
+            slice of that many devices.
         slices: so many of that target, joined by the data-centre network (GPU nodes: InfiniBand).
         workload: `train`, `lora`, `prefill` or `decode`.
         batch: sequences of the global batch; by default 8, or what the data axis divides.
@@ -234,25 +233,6 @@ def _verdicts(
         return (), str(error)
 
 
-def prediction(cost: StepCost) -> Prediction:
-    """The part of a step's cost that a plan file holds."""
-    memory = cost.memory
-    return Prediction(
-        step_seconds=cost.step_seconds,
-        compute_seconds=cost.compute_seconds,
-        collective_seconds=cost.blocking_seconds + cost.overlapped_seconds,
-        collective_bytes=cost.collective_bytes,
-        peak_bytes_per_device=memory.peak_bytes,
-        bytes_per_device=BytesPerDevice(
-            weights=memory.weights,
-            gradients=memory.gradients,
-            optimizer=memory.optimizer,
-            activations=memory.activations,
-            kv_cache=memory.kv_cache,
-        ),
-    )
-
-
 def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, ...]) -> Plan:
     """The winner as a plan file's value, the others as alternatives, those compiled first."""
     said = {verdict.candidate.name: _compiled(verdict, planning) for verdict in verdicts}
@@ -265,7 +245,7 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
         rules=winner.rules,
         workload=planning.setup.workload,
         target=str(planning.setup.target),
-        predicted=prediction(winner.scored.cost),
+        predicted=Prediction.of(winner.scored.cost),
         compiled=said.get(winner.name),
         reasons=tuple(
             Reason(
@@ -280,7 +260,7 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
         alternatives=tuple(
             Alternative(
                 rules=candidate.rules,
-                predicted=prediction(candidate.scored.cost),
+                predicted=Prediction.of(candidate.scored.cost),
                 compiled=said.get(candidate.name),
             )
             for candidate in (*judged, *others)

@@ -68,7 +68,7 @@ class Planning:
         by_hand: what people write, told by shapes; a candidate where it is one, None where rules
             cannot tell it.
         rivals: maps that others published for this model.
-        without_generate: a better layout under which `generate` fails, or None.
+        without_generate: a better layout under which `generate` is slow or fails, or None.
         program: the op graph of the step.
     """
 
@@ -243,10 +243,7 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
         StepInput(
             role=argument.role,
             family=family_of.get(argument.layout_path or ""),
-            # A cache holds the keys and values of all blocks, in one array or in several.
-            count=folded.folding.depth_ratio
-            if argument.role == "cache"
-            else multiplicity(argument.layout_path or argument.path),
+            count=multiplicity(argument.layout_path or argument.path),
             trainable=argument.path in trainable and argument.role == "weight",
         )
         for argument in step.arguments

@@ -84,27 +84,24 @@ def published_maps(
             rules = rules_of()
         except AutoshardError:
             continue
-        yield score_rules(name, rules, table, setup.mesh, scorer)
+        yield score_rules(name, rules, table, scorer)
 
 
-def score_rules(
-    name: str, rules: LayoutRules, table: ModelTable, mesh: Mesh, scorer: Scorer
-) -> Candidate:
+def score_rules(name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer) -> Candidate:
     """Price a map that somebody wrote.
 
     Args:
         name: what a table calls it.
         rules: the map.
         table: the model's variables.
-        mesh: the mesh.
         scorer: prices assignments.
     """
     try:
-        resolution = resolve(rules, table, mesh).checked()
+        resolution = resolve(rules, table, scorer.mesh).checked()
     except LayoutError as error:
         return Candidate(name=name, rules=rules, scored=None, failure=str(error))
     outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
-    refused = refused_outputs(resolution.outputs, table, mesh, scorer.pricer.program)
+    refused = refused_outputs(resolution.outputs, table, scorer.mesh, scorer.pricer.program)
     failure = _uneven(resolution.outputs, table) or next(iter(refused.values()), "")
     if failure:
         return Candidate(name=name, rules=rules, scored=None, failure=failure)

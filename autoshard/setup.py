@@ -8,8 +8,9 @@ from autoshard.hardware.targets import Target, check_devices, default_target, pa
 from autoshard.mesh import Mesh, as_mesh, round_up
 from autoshard.model.workload import Workload
 from autoshard.units import parse_bytes
+from autoshard.xla.attached import attached_target
 
-__all__ = ["Setup", "limit_bytes", "make_setup"]
+__all__ = ["Setup", "limit_bytes", "make_setup", "named_target"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ def make_setup(
     """
     mesh = as_mesh(mesh, axes)
     if isinstance(target, str):
-        target = parse_target(target)
+        target = named_target(target, mesh)
     if slices is not None:
         if slices < 1:
             raise UsageError(f"slices is {slices}; give 1 or more")
@@ -90,6 +91,23 @@ def make_setup(
         memory_limit=limit_bytes(memory_limit, target),
         generate=generate,
     )
+
+
+def named_target(name: str, mesh: Mesh) -> Target:
+    """The target that a user names.
+
+    Args:
+        name: what `parse_target` reads; `cpu` for as many CPU devices as the mesh has; or
+            `attached` for what JAX sees.
+        mesh: the devices.
+
+    Raises:
+        UsageError: it is none of these, or the chip table does not know the attached devices.
+        XlaError: JAX cannot start.
+    """
+    if name == "attached":
+        return attached_target()
+    return parse_target(f"cpu:{mesh.n_devices}" if name == "cpu" else name)
 
 
 def limit_bytes(memory_limit: str | int | None, target: Target) -> int:

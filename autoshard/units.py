@@ -5,13 +5,30 @@ stand at the border.
 """
 
 import re
+from collections.abc import Sequence
 
 from autoshard.errors import UsageError
 
-__all__ = ["format_bytes", "format_count", "format_flops", "format_seconds", "parse_bytes"]
+__all__ = [
+    "format_bytes",
+    "format_count",
+    "format_flops",
+    "format_seconds",
+    "option_bytes",
+    "parse_bytes",
+]
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_BYTE_UNITS = (
+    ("TiB", 2**40, 2), ("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1), ("B", 1, 0),
+)  # fmt: skip
+_SECOND_UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))
+_COUNT_WORDS = (("trillion", 10**12), ("billion", 10**9), ("million", 10**6))
+_FLOP_UNITS = (
+    ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6),
+    ("kFLOP", 1e3), ("FLOP", 1.0),
+)  # fmt: skip
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
 
 
@@ -40,14 +57,23 @@ def parse_bytes(text: str) -> int:
 def format_bytes(n_bytes: float) -> str:
     """Print an amount of memory in the binary unit that leaves at least one digit.
 
-    >>> [format_bytes(n) for n in (0, 512, 1536, 16911433728)]
-    ['0 B', '512 B', '1.5 KiB', '15.75 GiB']
+    >>> [format_bytes(n) for n in (0, 512, 1536, 2**30 - 1, 16911433728)]
+    ['0 B', '512 B', '1.5 KiB', '1.00 GiB', '15.75 GiB']
     """
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(n_bytes) >= size:
-            digits = 2 if unit in ("GiB", "TiB") else 1
-            return f"{n_bytes / size:.{digits}f} {unit}"
-    return f"{n_bytes:.0f} B"
+    for unit, size, digits in _BYTE_UNITS:
+        amount = f"{n_bytes / size:.{digits}f}"
+        if abs(float(amount)) >= 1:
+            return f"{amount} {unit}"
+    return "0 B"
+
+
+def option_bytes(n_bytes: int) -> str:
+    """Write an amount of memory as an option takes it: no less than it is, and hardly more.
+
+    >>> option_bytes(1536), option_bytes(45325897868)
+    ('1536', '43227MiB')
+    """
+    return str(n_bytes) if n_bytes < 2**26 else f"{-(-n_bytes // 2**20)}MiB"
 
 
 def format_seconds(seconds: float) -> str:
@@ -56,34 +82,37 @@ def format_seconds(seconds: float) -> str:
     >>> [format_seconds(s) for s in (0, 2.5e-6, 0.01234, 0.9996, 95.5, 999.6)]
     ['0 s', '2.5 us', '12.3 ms', '1 s', '95.5 s', '1000 s']
     """
-    rounded = float(f"{seconds:.3g}")
-    if abs(rounded) >= 1000:
-        return f"{seconds:.0f} s"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if abs(rounded) >= size:
-            return f"{rounded / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
+    return _three_digits(seconds, _SECOND_UNITS) or "0 s"
 
 
 def format_count(count: float) -> str:
     """Print a number of parameters with its word.
 
-    >>> [format_count(n) for n in (512, 1363968, 8537680896)]
-    ['512', '1.36 million', '8.54 billion']
+    >>> [format_count(n) for n in (512, 1363968, 999_999_999, 8537680896)]
+    ['512', '1.36 million', '1.00 billion', '8.54 billion']
     """
-    for word, size in (("trillion", 10**12), ("billion", 10**9), ("million", 10**6)):
-        if abs(count) >= size:
-            return f"{count / size:.2f} {word}"
+    for word, size in _COUNT_WORDS:
+        amount = f"{count / size:.2f}"
+        if abs(float(amount)) >= 1:
+            return f"{amount} {word}"
     return f"{count:,.0f}"
 
 
 def format_flops(flops: float) -> str:
     """Print a number of floating point operations.
 
-    >>> [format_flops(n) for n in (512, 2.1e13, 1.7e18)]
-    ['512 FLOP', '21 TFLOP', '1.7 EFLOP']
+    >>> [format_flops(n) for n in (0, 512, 9.996e11, 2.1e13, 1.7e18)]
+    ['0 FLOP', '512 FLOP', '1 TFLOP', '21 TFLOP', '1.7 EFLOP']
     """
-    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if abs(flops) >= size:
-            return f"{flops / size:.3g} {prefix}FLOP"
-    return f"{flops:.0f} FLOP"
+    return _three_digits(flops, _FLOP_UNITS) or "0 FLOP"
+
+
+def _three_digits(amount: float, units: Sequence[tuple[str, float]]) -> str:
+    """An amount in the largest unit of which it is one or more, once rounded; "" for nothing."""
+    rounded = float(f"{amount:.3g}")
+    if abs(rounded) >= 1000 * units[0][1]:
+        return f"{amount / units[0][1]:.0f} {units[0][0]}"
+    for unit, size in units:
+        if abs(rounded) >= size * (1 - 1e-12):
+            return f"{rounded / size:.3g} {unit}"
+    return f"{rounded / units[-1][1]:.3g} {units[-1][0]}" if rounded else ""

@@ -18,8 +18,8 @@ from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.folding import Folding
 from autoshard.model.recipe import AbstractModel
-from autoshard.pipeline import prediction
 from autoshard.planning import make_program
 from autoshard.pricing import make_pricer, score_rules
 from autoshard.records.parts import Prediction, Versions
@@ -30,9 +30,8 @@ from autoshard.records.verification import (
     VerifiedCollective,
 )
 from autoshard.search.descent import Scorer
-from autoshard.setup import Setup, limit_bytes, make_setup
+from autoshard.setup import Setup, limit_bytes, make_setup, named_target
 from autoshard.sharding_plan import Plan, load, plan_of
-from autoshard.xla.attached import attached_target
 from autoshard.xla.cache import verdict_cache
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time, step_time_beside
@@ -42,7 +41,8 @@ from autoshard.xla.compiled import CompiledStep, CompileRequest
 
 __all__ = ["Subject", "subject_of", "verify"]
 
-_COMPILE_SECONDS = 1800.0
+# A whole model takes a compiler minutes: more than an hour of two cores has never led to anything.
+_PATIENCE_SECONDS = 1800.0
 _COMPILER_PACKAGES = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
 
@@ -99,9 +99,9 @@ def verify(
     on_progress("build the model")
     subject = subject_of(layout, model=model, target=target, memory_limit=memory_limit, **options)
     predicted = subject.predicted
-    if predicted is None and subject.setup.target.chip.kind != "cpu":
+    if (predicted is None or blocks) and subject.setup.target.chip.kind != "cpu":
         on_progress("predict")
-        predicted = _predict(subject)
+        predicted = _predict(subject, blocks)
     setup = subject.setup
     on_progress(f"compile for {setup.target}")
     request = CompileRequest(
@@ -115,7 +115,7 @@ def verify(
     known = verdict_cache(subject.model, reads=cache)
     with Child(child_environment(setup.target), memory_limit_bytes=MEMORY_LIMIT_BYTES) as child:
         try:
-            step = compile_in(child, request, timeout_seconds=_COMPILE_SECONDS, cache=known)
+            step = compile_in(child, request, timeout_seconds=_PATIENCE_SECONDS, cache=known)
         except OutOfMemoryError as error:
             return replace(_empty(subject, predicted), fits=False, refusal=str(error))
     return _judged(subject, step, predicted)
@@ -151,13 +151,12 @@ def subject_of(
             if plan
             else "a layout that is no plan needs its mesh, such as 1x8"
         )
-    setup = make_setup(**given, target=_named(target), memory_limit=memory_limit)
-    if target == "cpu":
-        setup = _retargeted(setup, "cpu", memory_limit)
+    setup = make_setup(**given, target=target, memory_limit=memory_limit)
     workload = setup.workload
     built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
     setup = replace(setup, workload=built.own(workload))
     rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
+    resolve(rules, built.table(), setup.mesh).checked()
     return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)
 
 
@@ -169,7 +168,8 @@ def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> 
     limit = limit_bytes(memory_limit, own)
     setup = Setup(mesh=plan.mesh, target=own, workload=workload, memory_limit=limit)
     if target is not None:
-        setup = _retargeted(setup, target, memory_limit)
+        new = named_target(target, setup.mesh)
+        setup = replace(setup, target=new, memory_limit=limit_bytes(memory_limit, new))
     same = setup.target == own or setup.target.chip.kind == "cpu"
     return Subject(
         name=plan.model.name,
@@ -180,28 +180,17 @@ def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> 
     )
 
 
-def _named(target: str | None) -> str | None:
-    """A target by its name: what JAX sees for `attached`, and None where the mesh decides."""
-    if target == "attached":
-        return str(attached_target())
-    return None if target == "cpu" else target
-
-
-def _retargeted(setup: Setup, target: str, memory_limit: str | int | None) -> Setup:
-    name = f"cpu:{setup.mesh.n_devices}" if target == "cpu" else _named(target)
-    assert name is not None
-    new = parse_target(name)
-    return replace(setup, target=new, memory_limit=limit_bytes(memory_limit, new))
-
-
-def _predict(subject: Subject) -> Prediction | None:
-    """The formulas' word on a map; None where they cannot lay it out."""
-    setup, table = subject.setup, subject.model.table()
-    resolve(subject.rules, table, setup.mesh).checked()
-    pricer = make_pricer(make_program(fold(subject.model, periods=2), setup.workload), setup)
+def _predict(subject: Subject, blocks: int | None) -> Prediction | None:
+    """The formulas' word on the program that is compiled; None where they cannot lay it out."""
+    setup, model = subject.setup, subject.model
+    folded = fold(model, periods=blocks or 2)
+    if blocks:
+        # The copy stands for itself alone, as it does for the compiler.
+        model = folded = replace(folded, folding=Folding())
+    pricer = make_pricer(make_program(folded, setup.workload), setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
-    scored = score_rules("the map", subject.rules, table, setup.mesh, scorer).scored
-    return prediction(scored.cost) if scored else None
+    scored = score_rules("the map", subject.rules, model.table(), scorer).scored
+    return Prediction.of(scored.cost) if scored else None
 
 
 def _empty(subject: Subject, predicted: Prediction | None) -> Verification:
@@ -257,7 +246,7 @@ def _seconds(step: CompiledStep, setup: Setup, predicted: Prediction | None) -> 
     kind = setup.target.chip.kind
     if kind == "tpu":
         time = step_time(step, setup.mesh)
-    elif kind == "gpu" and predicted is not None and step.is_whole:
+    elif kind == "gpu" and predicted is not None:
         time = step_time_beside(step, predicted.compute_seconds, setup.mesh)
     else:
         return None

@@ -75,6 +75,18 @@ def bert() -> Any:
     )
 
 
+def bart() -> Any:
+    """Encoder and decoder."""
+    return import_keras_hub().models.BartBackbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=2,
+        num_heads=8,
+        hidden_dim=64,
+        intermediate_dim=128,
+        max_sequence_length=32,
+    )
+
+
 def vit() -> Any:
     return import_keras_hub().models.ViTBackbone(
         image_shape=(32, 32, 3),

@@ -45,10 +45,10 @@ ROOMS = (
 )
 # A library belongs to the rooms named here; importing it elsewhere, even in a function, is wrong.
 LIBRARIES = {
-    "keras": {"model", "layout", "sharding_plan", "xla", "pipeline"},
-    "keras_hub": {"model", "xla"},
-    "keras_nlp": {"model", "xla"},
-    "jax": {"model", "graph", "sharding_plan", "xla", "pipeline", "execution"},
+    "keras": {"model"},
+    "keras_hub": {"model"},
+    "keras_nlp": set(),
+    "jax": {"model", "sharding_plan", "xla", "execution"},
     "networkx": {"graph", "search"},
     "scipy": {"search"},
     "platformdirs": {"xla"},

@@ -8,6 +8,7 @@ from test_cost_step import cost_of
 from test_graph_rules import program_of
 
 from autoshard.cost.lifetimes import alive, lifetimes
+from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import WHOLE
 
 KIB = 1024
@@ -104,3 +105,17 @@ def test_a_chain_takes_the_place_of_what_one_equation_reads() -> None:
     plain = program_of(lambda x, a, b: jnp.tanh(x @ a) @ b, (64, 256), (256, 1024), (1024, 256))
     ((_, made),) = plain.chained_operands[1].items()
     assert made.takes_place
+
+
+def test_a_cache_that_is_joined_from_parts_is_there_twice() -> None:
+    def step(cache: Any, new: Any) -> Any:
+        return jnp.stack([cache[:, block] + new for block in range(2)], axis=1)
+
+    shape = (64, 2, 1024, 1024)
+    structs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (64, 1024, 1024))]
+    inputs = [StepInput(role="cache", family=None), StepInput(role="data", family=None)]
+    program = build_program(jax.make_jaxpr(step)(*structs), inputs, [0])
+    assert [argument.is_rebuilt for argument in program.arguments] == [True, False]
+    memory = cost_of(program, WHOLE, WHOLE).memory
+    assert memory.kv_cache == 4 * 64 * 2 * KIB**2
+    assert memory.activations >= memory.kv_cache + 4 * 64 * KIB**2

@@ -40,7 +40,7 @@ def matmul(sizes: Sequence[int], dims: Dims) -> Op:
         reduced=frozenset({CONTRACTED}),
         shifted=frozenset(),
         gathered=frozenset(),
-        flops=2.0 * math.prod(sizes),
+        flops=2 * math.prod(sizes),
         layer="",
         backward=False,
         count=1,

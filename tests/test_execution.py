@@ -91,8 +91,10 @@ def test_another_token_is_wrong_where_the_choice_was_clear_and_ends_the_comparis
 
 def test_losses_and_weights_are_compared() -> None:
     losses = {"losses": np.array([2.0, 1.0])}
-    (close,) = compare("fit", {"losses": np.array([2.0, 1.006])}, losses, COARSE, 0)
-    (far,) = compare("fit", {"losses": np.array([2.0, 1.007])}, losses, COARSE, 0)
+    close, moved = compare("fit", {"losses": np.array([2.0, 1.006])}, losses, COARSE, 0)
+    far, _ = compare("fit", {"losses": np.array([2.0, 1.007])}, losses, COARSE, 0)
+    _, still = compare("fit", {"losses": np.array([2.0, 2.0])}, losses, COARSE, 0)
+    assert (moved.holds, still.holds) == (True, False)
     assert close.allowed == pytest.approx(2 * 0.003318, abs=1e-5)
     assert close.holds
     assert not far.holds

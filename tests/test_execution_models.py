@@ -23,8 +23,8 @@ from autoshard.model.workload import Workload
 
 BATCH = 4
 MESHES = ("1x8", "2x4")
-MODELS = ("gemma", "gemma4", "llama", "mixtral", "bert", "vit")
-GENERATING = ("gemma", "gemma4", "llama", "mixtral")
+MODELS = ("gemma", "gemma4", "llama", "mixtral", "bart", "bert", "vit")
+GENERATING = ("gemma", "gemma4", "llama", "mixtral", "bart")
 RUNS = [
     (model, part)
     for model in MODELS

@@ -27,6 +27,18 @@ def test_a_matmul_reduces_the_contracting_dimension_and_passes_the_others() -> N
     assert link.reduced == {k}
 
 
+def test_pooling_keeps_the_dimensions_that_its_window_covers_whole() -> None:
+    window = {"window_dimensions": (1, 2, 2, 1)}
+    link = link_of("reduce_window_max", [(8, 16, 16, 4)], [(8, 8, 8, 4)], window)
+    assert link is not None
+    assert link.operands == link.results == ((0, None, None, 3),)
+    gradient = link_of(
+        "select_and_scatter_add", [(8, 8, 8, 4), (8, 16, 16, 4)], [(8, 16, 16, 4)], window
+    )
+    assert gradient is not None
+    assert gradient.operands == ((0, None, None, 3), (0, None, None, 3))
+
+
 def test_a_batched_matmul_shares_its_batch_dimension_among_all_three() -> None:
     numbers = {"dimension_numbers": (((2,), (1,)), ((0,), (0,)))}
     link = link_of("dot_general", [(3, 4, 8), (3, 8, 6)], [(3, 4, 6)], numbers)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from autoshard.errors import MeshError, UnknownNameError
 from autoshard.hardware.chips import get_chip
 from autoshard.hardware.collectives import KINDS, seconds, wire_bytes
-from autoshard.hardware.links import AxisLink, axis_links, device_coordinates, group_link, ring_link
+from autoshard.hardware.links import AxisLink, device_coordinates, group_link, ring_link
 from autoshard.hardware.targets import default_target, parse_target
 from autoshard.mesh import Mesh, parse_mesh
 
@@ -17,7 +17,7 @@ GB = 1e9
 
 
 def link(mesh: str, target: str, axis: str = "model") -> AxisLink:
-    return axis_links(parse_mesh(mesh), parse_target(target))[axis]
+    return group_link((axis,), parse_mesh(mesh), parse_target(target))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_an_unknown_collective_is_refused() -> None:
 
 def test_a_target_of_another_size_is_refused() -> None:
     with pytest.raises(MeshError, match="mesh 1x4 has 4 devices and target tpu:v5e:2x4 has 8"):
-        axis_links(parse_mesh("1x4"), parse_target("tpu:v5e:2x4"))
+        group_link(("model",), parse_mesh("1x4"), parse_target("tpu:v5e:2x4"))
 
 
 @given(
@@ -190,7 +190,8 @@ def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather(n_bytes: int, size:
 def test_every_mesh_has_links_no_faster_than_all_links_of_a_chip(shape: tuple[int, ...]) -> None:
     mesh = Mesh(shape=shape, axis_names=("a", "b", "c")[: len(shape)])
     target = default_target(mesh)
-    for name, found in axis_links(mesh, target).items():
+    for name in mesh.axis_names:
+        found = group_link((name,), mesh, target)
         assert found.size == mesh.sizes[name]
         assert found.kind == "local" or found.bytes_per_second <= 4 * 45 * GB
         assert math.isfinite(found.bytes_per_second) and found.bytes_per_second > 0

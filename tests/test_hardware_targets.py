@@ -12,10 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoshard.errors import MeshError, UnknownNameError, UsageError
-from autoshard.hardware.chips import known_chips
+from autoshard.hardware.chips import get_chip, known_chips
 from autoshard.hardware.gpu_config import gpu_target_config
 from autoshard.hardware.links import device_coordinates
-from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
+from autoshard.hardware.targets import (
+    Target,
+    check_devices,
+    default_target,
+    parse_target,
+    target_of,
+)
 from autoshard.mesh import Mesh, parse_mesh
 
 
@@ -125,53 +131,39 @@ def test_a_mesh_of_another_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_devices", "expected", "is_offered"),
+    ("n_devices", "expected"),
     [
-        (1, "tpu:v5e:1x1", True),
-        (4, "tpu:v5e:2x2", True),
-        (8, "tpu:v5e:2x4", True),
-        (128, "tpu:v5e:8x16", True),
-        (2, "tpu:v5e:1x2", False),
-        (3, "tpu:v5e:1x3", False),
-        (6, "tpu:v5e:2x3", False),
-        (12, "tpu:v5e:3x4", False),
-        (512, "tpu:v5e:16x16:2", True),
-        (384, "tpu:v5e:8x16:3", True),  # 128 is the largest slice that divides 384
+        (1, "tpu:v5e:1x1"),
+        (4, "tpu:v5e:2x2"),
+        (8, "tpu:v5e:2x4"),
+        (128, "tpu:v5e:8x16"),
+        (2, "tpu:v5e:1x2"),
+        (3, "tpu:v5e:1x3"),
+        (6, "tpu:v5e:2x3"),
+        (12, "tpu:v5e:3x4"),
+        (512, "tpu:v5e:16x16:2"),
+        (384, "tpu:v5e:8x16:3"),  # 128 is the largest slice that divides 384
     ],
 )
-def test_the_default_target_is_the_smallest_v5e_slice(
-    n_devices: int, expected: str, is_offered: bool
-) -> None:
-    target = default_target(line(n_devices))
-    assert (str(target), target.is_offered) == (expected, is_offered)
+def test_the_default_target_is_the_smallest_v5e_slice(n_devices: int, expected: str) -> None:
+    assert str(default_target(line(n_devices))) == expected
 
 
 @given(st.integers(1, 3000))
 def test_every_mesh_has_a_default_target_of_its_size(n_devices: int) -> None:
-    for attached in ((), ("TPU v3",), ("NVIDIA H100 80GB HBM3",)):
-        assert default_target(line(n_devices), attached).n_devices == n_devices
+    assert default_target(line(n_devices)).n_devices == n_devices
 
 
-@pytest.mark.parametrize(
-    ("attached", "expected"),
-    [
-        (["TPU v3"] * 8, "tpu:v3:2x2"),
-        (["TPU v5 lite"] * 8, "tpu:v5e:2x4"),
-        (["TPU7x"] * 8, "tpu:tpu7x:2x2x1"),
-        (["NVIDIA H100 80GB HBM3"] * 8, "gpu:h100-sxm:8"),
-        (["cpu"] * 8, "tpu:v5e:2x4"),
-        (["some new chip"] * 8, "tpu:v5e:2x4"),
-        (["TPU v3", "TPU v4"], "tpu:v5e:2x4"),
-    ],
-)
-def test_attached_accelerators_are_the_default_target(attached: list[str], expected: str) -> None:
-    assert str(default_target(line(8), attached)) == expected
+@pytest.mark.parametrize("chip", ["tpu:v3", "gpu:h100-sxm"])
+@pytest.mark.parametrize("n_devices", [2, 6, 8, 384])
+def test_every_chip_has_a_target_of_each_size(chip: str, n_devices: int) -> None:
+    assert target_of(get_chip(chip), n_devices).n_devices == n_devices
 
 
 def test_more_gpus_than_a_node_holds_become_nodes() -> None:
-    kind = ["NVIDIA H100 80GB HBM3"]
-    assert str(default_target(line(16), kind)) == "gpu:h100-sxm:2x8"
-    assert str(default_target(line(12), kind)) == "gpu:h100-sxm:2x6"
+    chip = get_chip("gpu:h100-sxm")
+    assert str(target_of(chip, 16)) == "gpu:h100-sxm:2x8"
+    assert str(target_of(chip, 12)) == "gpu:h100-sxm:2x6"
 
 
 def test_slices_that_hosts_do_not_tile_get_one_chip_a_host() -> None:

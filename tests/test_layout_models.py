@@ -134,6 +134,8 @@ def test_a_plan_for_low_rank_factors_is_checked_with_them(gemma_plan: Plan, tmp_
     )
     lora.save(tmp_path / "plan.json")
     assert check("gemma_7b_en", str(tmp_path / "plan.json")) == ()
+    kinds = [finding.kind for finding in check("gemma_2b_en", str(tmp_path / "plan.json"))]
+    assert "other-model" in kinds
     # As a map for the model without factors the rule takes nothing.
     (tmp_path / "map.py").write_text(lora.to_python())
     (finding,) = check("gemma_7b_en", str(tmp_path / "map.py"), mesh="1x8")
@@ -185,3 +187,14 @@ def gemma_plan() -> Plan:
             bytes_per_device=BytesPerDevice(),
         ),
     )
+
+
+def test_one_rule_that_cannot_be_read_does_not_hide_what_is_wrong_with_others() -> None:
+    source = """
+layout_map["decoder_block_["] = ("model", None)
+layout_map["token_embedding/embeddings"] = None
+layout_map["token_embedding/embedings"] = ("model", None)
+"""
+    findings = check(small_gemma_backbone, source, mesh="1x8")
+    assert [finding.kind for finding in findings] == ["unreadable", "unreadable", "takes-nothing"]
+    assert "line 2: rule 'decoder_block_[' is not a regular expression" in findings[0].message

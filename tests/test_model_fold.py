@@ -35,7 +35,7 @@ def test_a_repetition_accounts_for_every_block(
 def test_the_middle_period_stands_for_all_but_two() -> None:
     # Gemma 3 1B: 26 blocks, five local and one global, and two local ones at the end.
     stack = BlockStack(template="decoder_block_*", n_blocks=26, period=6, traced=20)
-    assert (stack.n_periods, stack.remainder) == (4, 2)
+    assert (stack.n_periods, stack.traced_periods) == (4, 3)
     assert [stack.multiplicity(i) for i in range(20)] == [1] * 6 + [2] * 6 + [1] * 8
     assert stack.real_block(12) == 18
     folding = Folding(blocks=(stack,))

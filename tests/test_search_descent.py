@@ -28,8 +28,9 @@ class Table:
         self._costs = costs
 
     def score(self, assignment: Mapping[str, Spec]) -> Found:
-        key = (assignment[WEIGHT] == SPLIT, assignment[OUTPUT] == SPLIT)
-        return Found(assignment=tuple(assignment.items()), rank=self._costs[key])
+        key = (assignment.get(WEIGHT) == SPLIT, assignment.get(OUTPUT) == SPLIT)
+        laid = tuple(item for item in assignment.items() if item[1] != NO_RULE)
+        return Found(assignment=laid, rank=self._costs[key])
 
 
 def test_neither_a_weight_nor_an_output_bars_the_way_to_the_other() -> None:
@@ -43,3 +44,19 @@ def test_neither_a_weight_nor_an_output_bars_the_way_to_the_other() -> None:
         scorer: Any = Table({**costs, best: 7.0})
         found: Any = descend(scorer, families, [start])
         assert found.rank == 7.0
+
+
+def test_of_outputs_laid_out_together_those_that_gain_nothing_lose_their_rule() -> None:
+    class OneGains(Table):
+        def score(self, assignment: Mapping[str, Spec]) -> Found:
+            laid = tuple(item for item in assignment.items() if item[1] != NO_RULE)
+            seconds = 5.0 if ("first/output", SPLIT) in laid else 10.0
+            return Found(assignment=laid, rank=seconds * (1 + 0.01 * len(laid)))
+
+    families = [
+        Choices(family=name, shape=(8, 8), specs=(NO_RULE, SPLIT), siblings="o", n_bytes=64)
+        for name in ("first/output", "second/output")
+    ]
+    scorer: Any = OneGains({})
+    found: Any = descend(scorer, families, [{choices.family: NO_RULE for choices in families}])
+    assert found.assignment == (("first/output", SPLIT),)

@@ -1,8 +1,16 @@
 """FLOPs of matmuls, counted before the program is split; out-of-memory messages, in a sentence."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
+from autoshard.model.build import build
+from autoshard.model.fold import fold
+from autoshard.model.folding import Folding
+from autoshard.model.step import make_step, trace
+from autoshard.model.workload import Workload
+from autoshard.planning import make_program
 from autoshard.xla.exhausted import exhausted_sentence
 from autoshard.xla.flops import matmul_flops
 
@@ -69,3 +77,12 @@ def test_a_message_of_another_form_is_quoted():
     assert exhausted_sentence("RESOURCE_EXHAUSTED: too much.\nmore", "tpu:v4:2x2x1") == (
         "the step does not fit tpu:v4:2x2x1: too much."
     )
+
+
+def test_the_op_graph_counts_what_the_traced_program_does() -> None:
+    workload = Workload(kind="prefill", batch=2)
+    # Pictures come in by a convolution.
+    model = fold(build("vit_base_patch16_224_imagenet"), periods=2)
+    closed = trace(make_step(model, workload))
+    program = make_program(replace(model, folding=Folding()), workload)
+    assert sum(op.flops for op in program.ops) == matmul_flops(closed)

@@ -1,6 +1,7 @@
 """Peak bytes a device: argument + temporary + output - alias, as the target's compiler counts.
 
-- Arguments (weights, optimizer slots, state, cache) are exact: the bytes of each shard.
+- Arguments (weights, optimizer slots, state, cache) are exact: the bytes of each shard. A cache
+  that is joined from what the blocks return is there twice in the end.
 - What an op makes is held until it is read last; from the forward to the backward half, once for
   each block that the op stands for. Fused ops make nothing (see `autoshard.graph.liveness`).
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
@@ -12,7 +13,7 @@
 - Small arrays that the step makes live on the chip, as many as find place there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -29,6 +30,9 @@ __all__ = ["OpBytes", "PeakMemory"]
 
 # What `PeakMemory.op_bytes` says of an op.
 OpBytes = tuple[int, int, int, int]
+
+# Group, bytes of the whole array, and how many like it the whole model has.
+_Held = tuple[int | None, int, int | Fraction]
 
 # What the TPU compiler puts into a core's vector memory: so much of it, and no array that is more
 # than this share. Seen in its programs: nothing of the first 100 MB of what is alive on a v5e
@@ -53,10 +57,15 @@ class PeakMemory:
         self._writes_chains = chip.kind == "gpu"
         self._lifetimes = lifetimes(program)
         self._returned = {(out.group, out.n_bytes) for out in program.outputs}
-        self._held: dict[str, list[tuple[int | None, int, int | Fraction]]] = {}
+        self._held: dict[str, list[_Held]] = {}
         for argument in program.arguments:
             entry = (argument.group, argument.n_bytes, argument.count)
             self._held.setdefault(argument.role, []).append(entry)
+        self._rebuilt = [
+            (argument.group, argument.n_bytes, argument.count)
+            for argument in program.arguments
+            if argument.is_rebuilt
+        ]
         self._held["output"] = [(out.group, out.n_bytes, out.count) for out in program.outputs]
         has_backward = any(op.backward for op in program.ops)
         self._gradients = [
@@ -85,6 +94,9 @@ class PeakMemory:
             + alive(chained * times.chain_copies, times.own, times.chains_read)
             + working
         ).max(initial=0.0)
+        rebuilt = self._sum(self._rebuilt, layouts)
+        if rebuilt > _ON_CHIP_SHARE * self._vmem:
+            temporary += rebuilt
         return Memory(
             weights=self._all("weight", layouts) + self._all("state", layouts),
             gradients=max(gradients, default=0),
@@ -160,11 +172,11 @@ class PeakMemory:
         )
 
     def _all(self, role: str, layouts: Sequence[Layout]) -> int:
+        return self._sum(self._held.get(role, ()), layouts)
+
+    def _sum(self, arrays: Iterable[_Held], layouts: Sequence[Layout]) -> int:
         return int(
-            sum(
-                self._shard(n_bytes, group, layouts) * count
-                for group, n_bytes, count in self._held.get(role, ())
-            )
+            sum(self._shard(n_bytes, group, layouts) * count for group, n_bytes, count in arrays)
         )
 
     def _shard(self, n_bytes: int, group: int | None, layouts: Sequence[Layout]) -> int:

@@ -329,8 +329,7 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     )
     peak = machine.chip.flops_per_second(dtype)
     efficiency = matmul_efficiency(machine.chip, *_matmul_shape(op, choice, sizes), dtype)
-    parts = math.prod(n for factor, n in zip(choice, sizes, strict=True) if factor != WHOLE)
-    return max(moving, op.flops / parts / (peak * efficiency))
+    return max(moving, op.flops / _n_parts(choice, sizes) / (peak * efficiency))
 
 
 def _in_eight_bits(op: Op, array: Array) -> bool:
@@ -339,8 +338,13 @@ def _in_eight_bits(op: Op, array: Array) -> bool:
     return array.n_bytes == elements
 
 
+def _n_parts(choice: Choice, axis_sizes: Sequence[int]) -> int:
+    """Into how many parts a choice splits an op."""
+    return math.prod(n for factor, n in zip(choice, axis_sizes, strict=True) if factor != WHOLE)
+
+
 def _matmul_shape(op: Op, choice: Choice, axis_sizes: Sequence[int]) -> tuple[int, int, int]:
-    """Rows (batch factors among them), contracted and columns of one device's matmul."""
+    """Rows (batch and space among them), contracted and columns of one device's matmul."""
     local = list(op.factor_sizes)
     for factor, n in zip(choice, axis_sizes, strict=True):
         if factor != WHOLE:
@@ -348,6 +352,6 @@ def _matmul_shape(op: Op, choice: Choice, axis_sizes: Sequence[int]) -> tuple[in
     left, right = set(op.operands[0].factors), set(op.operands[-1].factors)
     columns = right - left - {None}
     n = math.prod(local[f] for f in columns if f is not None)
-    k = math.prod(local[f] for f in op.reduced)
-    m = math.prod(local) // (n * k)
+    k = op.window * math.prod(local[f] for f in op.reduced)
+    m = op.flops // (2 * n * k * _n_parts(choice, axis_sizes))
     return m, k, n

@@ -37,7 +37,7 @@ def compare(
         )
     if part == "generate":
         return (_tokens(found["tokens"], reference, tolerance, n_prompt),)
-    return (_losses(found["losses"], reference["losses"], tolerance),)
+    return _losses(found["losses"], reference["losses"], tolerance)
 
 
 def _weights(found: Any, reference: Any) -> Agreement:
@@ -101,9 +101,17 @@ def _tokens(tokens: Any, reference: Arrays, tolerance: Tolerance, n_prompt: int)
     )
 
 
-def _losses(found: Any, reference: Any, tolerance: Tolerance) -> Agreement:
-    return Agreement(
-        figure="loss of a step, largest relative difference",
-        found=float(np.max(np.abs(found - reference) / np.abs(reference))),
-        allowed=2 * tolerance.relative,
+def _losses(found: Any, reference: Any, tolerance: Tolerance) -> tuple[Agreement, Agreement]:
+    return (
+        Agreement(
+            figure="loss of a step, largest relative difference",
+            found=float(np.max(np.abs(found - reference) / np.abs(reference))),
+            allowed=2 * tolerance.relative,
+        ),
+        Agreement(
+            figure="steps that left the loss as it was",
+            found=int(np.sum(np.diff(found) == 0)),
+            allowed=max(0, len(found) - 2),
+            note="at least one has to move it",
+        ),
     )

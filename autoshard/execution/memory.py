@@ -87,8 +87,7 @@ def _held(variable: Any, rules: LayoutRules, mesh: Mesh | None) -> _Held:
     copies = 1.0
     if mesh is not None:
         spec = match(rules, path) or ()
-        sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
-        copies = mesh.n_devices / math.prod(sizes[axis] for axis in spec if axis is not None)
+        copies = mesh.n_devices / math.prod(mesh.sizes[axis] for axis in spec if axis is not None)
     n_elements = math.prod(shape)
     n_bytes = n_elements * dtype_bytes(str(variable.dtype))
     return _Held(n_elements=n_elements, n_bytes=n_bytes, copies=copies)

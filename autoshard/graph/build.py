@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+from autoshard.graph.caches import cache_count, rebuilt_arguments
 from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
@@ -25,7 +26,8 @@ class StepInput:
     Attributes:
         role: `weight`, `slot`, `state`, `cache` or `data`.
         family: the family whose spec it follows, or None.
-        count: how many like it the whole model has, for this one of the folded copy.
+        count: how many like it the whole model has, for this one of the folded copy; of a cache
+            `build_program` finds out itself.
         trainable: whether the step computes a gradient for it.
     """
 
@@ -55,6 +57,10 @@ def build_program(
         The program, with the arrays grouped and only the ops that can move or compute something.
     """
     flat = read_jaxpr(closed)
+    inputs = [
+        replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
+        for identity, info in zip(flat.inputs, inputs, strict=True)
+    ]
     owners = {
         identity: _owner(i, info)
         for i, (identity, info) in enumerate(zip(flat.inputs, inputs, strict=True))
@@ -136,6 +142,7 @@ def _ends(
         if replaced is None and identity is not None
     )
     donated = {index for index in replaces if index is not None}
+    rebuilt = rebuilt_arguments(flat, replaces)
     arguments = tuple(
         Argument(
             role=info.role,
@@ -146,6 +153,7 @@ def _ends(
             n_bytes=flat.arrays[identity].n_bytes,
             count=info.count,
             donated=index in donated,
+            is_rebuilt=index in rebuilt,
             trainable=info.trainable,
         )
         for index, (identity, info) in enumerate(zip(flat.inputs, inputs, strict=True))
@@ -206,7 +214,7 @@ def _replacements(
             operands=(identity,),
             results=(target,),
             link=link,
-            flops=0.0,
+            flops=0,
             layer="",
             backward=False,
         )
@@ -278,6 +286,7 @@ def _op(
         shifted=factors.of(link.shifted),
         gathered=factors.of(link.gathered),
         flops=equation.flops,
+        window=equation.window,
         layer=equation.layer,
         backward=equation.backward,
         count=count,

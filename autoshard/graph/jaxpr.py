@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoshard.graph.link import Label, Link
+from autoshard.graph.flops import equation_flops, window_size
+from autoshard.graph.link import Link
 from autoshard.graph.rules import link_of, unknown_link
 from autoshard.model.outputs import MARK
 
@@ -46,6 +47,7 @@ class Equation:
         operands, results: identities of the arrays; literals are left out.
         link: its factors; `link.operands` matches `operands`.
         flops: floating point operations, multiply-add counting two; 0 for what is not a matmul.
+        window: elements of a convolution's filter along space; 1 for any other equation.
         layer: path of the layer, without the transformations around it.
         backward: whether the transposed (gradient) program holds it.
     """
@@ -54,7 +56,8 @@ class Equation:
     operands: tuple[int, ...]
     results: tuple[int, ...]
     link: Link
-    flops: float
+    flops: int
+    window: int = 1
     layer: str
     backward: bool
 
@@ -160,7 +163,8 @@ class _Reader:
                     link,
                     operands=tuple(link.operands[i] for i, _ in present if i < len(link.operands)),
                 ),
-                flops=_flops(link, shapes),
+                flops=equation_flops(equation),
+                window=window_size(equation),
                 layer=layer,
                 backward=backward,
             )
@@ -186,17 +190,6 @@ class _Closed:
 
 def _identity(variable: Any, known: dict[Any, int | None]) -> int | None:
     return None if hasattr(variable, "val") else known.get(variable)
-
-
-def _flops(link: Link, shapes: list[tuple[int, ...]]) -> float:
-    """2 x the product of every factor of a contraction; 0 for any other op."""
-    if link.kind != "contraction":
-        return 0.0
-    sizes: dict[Label, int] = {}
-    for labels, shape in zip(link.operands, shapes, strict=False):
-        sizes.update(zip(labels, shape, strict=True))
-    sizes.pop(None, None)
-    return 2.0 * math.prod(sizes.values())
 
 
 def _layer(stack: str) -> tuple[str, bool]:

@@ -64,6 +64,7 @@ class Op:
         reduced, shifted, gathered: the factors that do not just pass through (see
             `autoshard.graph.link.Link`).
         flops: multiply-adds count two; 0 for ops that only move data.
+        window: elements of a convolution's filter along space; 1 for a matmul.
         layer: path of the layer that made it, for example `decoder_block_1/attention/query`.
         backward: whether it belongs to the gradient.
         count: how many times the whole model runs it, for this one of the folded copy.
@@ -83,11 +84,12 @@ class Op:
     reduced: frozenset[int]
     shifted: frozenset[int]
     gathered: frozenset[int]
-    flops: float
+    flops: int
     layer: str
     backward: bool
     count: int
     sum_into: int
+    window: int = 1
     summed_batch: int | None = None
     addends: tuple[int, ...] = ()
 
@@ -133,6 +135,7 @@ class Argument:
         n_bytes: bytes of the whole array.
         count: how many like it the whole model has; of a cache the part that it is of the whole.
         donated: whether a result takes its place in memory.
+        is_rebuilt: whether that result is joined from parts, which are all there before it.
         trainable: whether the step computes a gradient for it.
     """
 
@@ -144,6 +147,7 @@ class Argument:
     n_bytes: int
     count: int | Fraction
     donated: bool
+    is_rebuilt: bool
     trainable: bool
 
 

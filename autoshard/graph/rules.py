@@ -147,6 +147,26 @@ def _conv(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> L
     )
 
 
+def _pool(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The dimensions that the window covers one by one pass through, the others stay whole."""
+    whole = [dim for dim, size in enumerate(params["window_dimensions"]) if size != 1]
+    return Link(
+        kind="reduction",
+        operands=tuple(numbered(shape, whole) for shape in operands),
+        results=tuple(numbered(shape, whole) for shape in results),
+    )
+
+
+def _tile(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The dimensions that are repeated stay whole, the others pass through."""
+    whole = [dim for dim, n in enumerate(params["reps"]) if n != 1]
+    return Link(
+        kind="broadcast",
+        operands=(numbered(operands[0], whole),),
+        results=(numbered(results[0], whole),),
+    )
+
+
 def _cut(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """Cutting and padding at places known beforehand: where sizes differ, shards shift.
 
@@ -298,6 +318,17 @@ LINK_RULES: Mapping[str, Rule] = {
     ),
     **dict.fromkeys(("argmax", "argmin"), _argminmax),
     **dict.fromkeys(("pad", "slice", "split"), _cut),
+    **dict.fromkeys(
+        (
+            "reduce_window_max",
+            "reduce_window_min",
+            "reduce_window_sum",
+            "reduce_window",
+            "select_and_scatter_add",
+            "select_and_gather_add",
+        ),
+        _pool,
+    ),
     **dict.fromkeys(("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "sort"), _scan),
     **dict.fromkeys(
         ("iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "empty"), _source
@@ -314,6 +345,7 @@ LINK_RULES: Mapping[str, Rule] = {
     "reshape": _reshape,
     "rev": _reverse,
     "squeeze": _squeeze_like,
+    "tile": _tile,
     "stack": _stack,
     "top_k": _top_k,
     "transpose": _transpose,

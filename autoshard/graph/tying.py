@@ -1,10 +1,9 @@
 """Ties the repeated blocks of a traced copy: what stands at one place in each is one decision.
 
-The copy holds a first, a middle and a last block; the middle one stands for all between. Ops of
-different blocks correspond where the layer (block numbers aside), the direction, the op itself and
-its place among such ops of the layer are the same. Their arrays' groups are then tied. This is by
-block and place, never by what an op merely looks like: look-alikes elsewhere may want another
-layout.
+The copy holds two periods of blocks; the first stands for all but the last. Ops of different blocks
+correspond where the layer (block numbers aside), the direction, the op itself and its place among
+such ops of the layer are the same. Their arrays' groups are then tied. This is by block and place,
+never by what an op merely looks like: look-alikes elsewhere may want another layout.
 """
 
 import re
@@ -36,6 +35,7 @@ def _look(op: Op) -> tuple[object, ...]:
         op.shifted,
         op.gathered,
         op.flops,
+        op.window,
         op.backward,
     )
 

@@ -37,7 +37,7 @@ from autoshard.hardware.chips import Chip
 from autoshard.hardware.targets import HOST_EDGE, Target, check_devices
 from autoshard.mesh import Mesh
 
-__all__ = ["AxisLink", "axis_links", "device_coordinates", "group_link", "ring_link"]
+__all__ = ["AxisLink", "device_coordinates", "group_link", "ring_link"]
 
 _Place = tuple[int, tuple[int, ...], int]
 
@@ -62,15 +62,6 @@ class AxisLink:
     latency_seconds: float
     launch_seconds: float = 0.0
     kind: str
-
-
-def axis_links(mesh: Mesh, target: Target) -> dict[str, AxisLink]:
-    """The links of every mesh axis.
-
-    Raises:
-        MeshError: the mesh and the target have different numbers of devices.
-    """
-    return {name: group_link((name,), mesh, target) for name in mesh.axis_names}
 
 
 def group_link(axes: Sequence[str], mesh: Mesh, target: Target) -> AxisLink:

@@ -9,11 +9,10 @@ gpu:h100-sxm:2x8    two nodes of eight
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoshard.errors import MeshError, UsageError
-from autoshard.hardware.chips import Chip, get_chip, known_chips
+from autoshard.hardware.chips import Chip, get_chip
 from autoshard.hardware.gpu_config import gpu_target_config
 from autoshard.mesh import Mesh
 
@@ -71,11 +70,6 @@ class Target:
     def devices_per_slice(self) -> int:
         """Devices of one slice or node."""
         return math.prod(self.topology) * self.chip.devices_per_chip
-
-    @property
-    def is_offered(self) -> bool:
-        """Whether such a slice can be had; the compiler accepts others too, for planning."""
-        return not self.chip.slices or self.topology in self.chip.slices
 
     def topology_options(self) -> dict[str, object]:
         """The arguments by which `jax.experimental.topologies.get_topology_desc` makes the machine.
@@ -155,28 +149,20 @@ def check_devices(mesh: Mesh, target: Target) -> None:
         )
 
 
-def default_target(mesh: Mesh, attached: Sequence[str] = ()) -> Target:
-    """The target of a mesh for which none was named.
+def default_target(mesh: Mesh) -> Target:
+    """The target of a mesh for which none was named: the smallest slice of TPU v5e.
 
-    The attached accelerators where the table knows them, otherwise TPU v5e; of that chip the
-    smallest offered slice of as many devices as the mesh has. Where no slice has that many, more
-    than the largest become several slices, and fewer (2, 3, 6, 12, ...) the most nearly square
-    slice: nobody rents it out (`is_offered` is false), but costs are defined and its compiler
-    compiles for it.
+    Where no slice on offer has as many devices as the mesh, more than the largest become several
+    slices, and fewer (2, 3, 6, 12, ...) the most nearly square slice: nobody rents it out, but
+    costs are defined and its compiler compiles for it.
 
     Args:
         mesh: the mesh.
-        attached: `device_kind` of each attached device, as JAX prints it.
 
     >>> [str(default_target(Mesh(shape=(n,), axis_names=("model",)))) for n in (1, 8, 6, 512)]
     ['tpu:v5e:1x1', 'tpu:v5e:2x4', 'tpu:v5e:2x3', 'tpu:v5e:16x16:2']
     """
-    kinds = set(attached)
-    found = [chip for chip in known_chips() if kinds and kinds <= set(chip.jax_device_kinds)]
-    chip = found[0] if found and found[0].kind != "cpu" else get_chip(_DEFAULT_CHIP)
-    if mesh.n_devices % chip.devices_per_chip:
-        chip = get_chip(_DEFAULT_CHIP)
-    return target_of(chip, mesh.n_devices)
+    return target_of(get_chip(_DEFAULT_CHIP), mesh.n_devices)
 
 
 def target_of(chip: Chip, n_devices: int) -> Target:

@@ -20,7 +20,11 @@ __all__ = ["kerashub_rules", "parse_layout", "read_layout"]
 
 
 def read_layout(
-    layout: str | os.PathLike[str], backbone: object = None, mesh: Mesh | None = None
+    layout: str | os.PathLike[str],
+    backbone: object = None,
+    mesh: Mesh | None = None,
+    *,
+    unreadable: list[str] | None = None,
 ) -> LayoutRules:
     """Read a map.
 
@@ -28,6 +32,7 @@ def read_layout(
         layout: the word `kerashub`, a path to Python source, or such source itself.
         backbone: the KerasHub backbone, or its class, that `kerashub` asks; else not needed.
         mesh: gives `kerashub` its axis names; `batch` and `model` by default.
+        unreadable: as for `parse_layout`.
 
     Raises:
         UsageError: there is no such file, or `kerashub` without a backbone.
@@ -37,7 +42,7 @@ def read_layout(
     if layout == "kerashub":
         return kerashub_rules(backbone, mesh)
     if isinstance(layout, str) and ("\n" in layout or "layout_map[" in layout):
-        return parse_layout(layout, "the given text")
+        return parse_layout(layout, "the given text", unreadable=unreadable)
     path = Path(layout)
     try:
         text = path.read_text(encoding="utf-8")
@@ -49,15 +54,18 @@ def read_layout(
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise PlanFileError(f"cannot read {path}: {reason}") from None
-    return parse_layout(text, str(path))
+    return parse_layout(text, str(path), unreadable=unreadable)
 
 
-def parse_layout(text: str, name: str = "the layout") -> LayoutRules:
+def parse_layout(
+    text: str, name: str = "the layout", *, unreadable: list[str] | None = None
+) -> LayoutRules:
     """Read Python source.
 
     Args:
         text: what a file holds.
         name: what an error calls it.
+        unreadable: where given, is told why a rule cannot be read, and the others are returned.
 
     Raises:
         LayoutError: the source holds no map, or a rule that cannot be read.
@@ -73,8 +81,11 @@ def parse_layout(text: str, name: str = "the layout") -> LayoutRules:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise LayoutError(f"{name}{line} is not Python source: {reason}") from None
-    rules = _Source(tree, name).rules()
-    if not rules:
+    problems = unreadable if unreadable is not None else []
+    rules = _Source(tree, name).rules(problems)
+    if problems and unreadable is None:
+        raise LayoutError(problems[0])
+    if not rules and not problems:
         raise LayoutError(f"{name} holds no rule; expected lines like layout_map[...] = (...)")
     return rules
 
@@ -141,7 +152,8 @@ class _Source:
             elif _makes_map(value):
                 self._maps.add(target.id)
 
-    def rules(self) -> LayoutRules:
+    def rules(self, unreadable: list[str]) -> LayoutRules:
+        """The rules; why others cannot be read is added to `unreadable`."""
         rules: list[Rule] = []
         first: ast.Subscript | None = None
         is_another = False
@@ -155,10 +167,18 @@ class _Source:
                     f"{self._name} holds two maps, the first from line {first.lineno} on and "
                     f"another from line {target.lineno} on; give each a file of its own"
                 )
-            rules.append(
-                Rule(pattern=self._string(target.slice, "a pattern"), spec=self._spec(value))
-            )
+            try:
+                rules.append(self._rule(target, value))
+            except LayoutError as error:
+                unreadable.append(str(error))
         return tuple(rules)
+
+    def _rule(self, target: ast.Subscript, value: ast.expr) -> Rule:
+        pattern, spec = self._string(target.slice, "a pattern"), self._spec(value)
+        try:
+            return Rule(pattern=pattern, spec=spec)
+        except LayoutError as error:
+            raise LayoutError(f"{self._name}, line {target.lineno}: {error}") from None
 
     def _string(self, node: ast.expr, what: str) -> str:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -30,8 +30,10 @@ FindingKind = Literal[
     "takes-output",
     "split-family",
     "output-shape",
+    "unreadable",
+    "other-model",
 ]
-_WARNINGS = ("takes-nothing", "takes-output", "split-family")
+_WARNINGS = ("other-model", "takes-nothing", "takes-output", "split-family")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

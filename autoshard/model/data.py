@@ -1,6 +1,6 @@
 """Seeded data to run a model on: its inputs, and what `fit` holds its outputs against."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Array
 from autoshard.model.workload import Workload
 
-__all__ = ["Targets", "prompt_data", "run_data", "targets_of"]
+__all__ = ["Targets", "prompt_data", "run_data", "targets_of", "token_name"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +52,25 @@ def run_data(model: AbstractModel, workload: Workload, seed: int) -> Any:
 
 
 def prompt_data(model: AbstractModel, workload: Workload, n_prompt: int, seed: int) -> Any:
-    """Inputs of `generate`: `n_prompt` tokens, and room for the rest of the sequence."""
+    """Inputs of `generate`: `n_prompt` tokens, and room for the rest of the sequence.
+
+    What an encoder reads stays as it is.
+    """
     data = run_data(model, workload, seed)
+    for name, array in data.items():
+        is_cut = array.shape[:2] == (workload.batch, workload.seq_len)
+        if is_cut and not name.startswith("encoder_"):
+            array[:, n_prompt:] = 0
+    return data
 
-    def cut(array: Array) -> Array:
-        if array.shape[:2] != (workload.batch, workload.seq_len):
-            return array
-        array[:, n_prompt:] = 0
-        return array
 
-    return import_keras().tree.map_structure(cut, data)
+def token_name(data: Mapping[str, Any]) -> str:
+    """Which of a model's inputs are the tokens that `generate` goes on with.
+
+    >>> token_name({"encoder_token_ids": 0, "decoder_token_ids": 0}), token_name({"token_ids": 0})
+    ('decoder_token_ids', 'token_ids')
+    """
+    return "decoder_token_ids" if "decoder_token_ids" in data else "token_ids"
 
 
 def targets_of(model: AbstractModel, data: Any, seed: int) -> Targets:
@@ -78,7 +87,7 @@ def targets_of(model: AbstractModel, data: Any, seed: int) -> Targets:
     """
     keras = import_keras()
     if model.generates:
-        tokens = data["token_ids"]
+        tokens = data[token_name(data)]
         return Targets(
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             values=np.roll(tokens, -1, axis=1),

@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 __all__ = ["BlockStack", "Folding", "find_repetition"]
 
@@ -46,11 +45,6 @@ class BlockStack:
         return (self.n_blocks - self.lead) // self.period
 
     @property
-    def remainder(self) -> int:
-        """Blocks behind the last whole period."""
-        return (self.n_blocks - self.lead) % self.period
-
-    @property
     def traced_periods(self) -> int:
         """Whole periods of the folded model."""
         return (self.traced - self.lead) // self.period
@@ -78,16 +72,6 @@ class Folding:
     """
 
     blocks: tuple[BlockStack, ...] = ()
-
-    @property
-    def depth_ratio(self) -> Fraction:
-        """Blocks of the real model for each one traced: by how much what they share grows."""
-        traced = sum(stack.traced for stack in self.blocks)
-        return (
-            Fraction(sum(stack.n_blocks for stack in self.blocks), traced)
-            if traced
-            else Fraction(1)
-        )
 
     def multiplicity(self, path: str) -> int:
         """How many layers of the real model a layer, variable or output of this model stands for.

@@ -1,6 +1,6 @@
 """What a person calls a model -> the recipe to build it.
 
-Taken are: a preset of the catalogue; `package.module:callable`; a local preset directory, a
+It may be: a preset of the catalogue; `package.module:callable`; a local preset directory, a
 `.keras` file or a `config.json`; a `kaggle://` or `hf://` handle; a Keras model; a callable.
 """
 

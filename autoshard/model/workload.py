@@ -67,6 +67,12 @@ class Workload:
         """Whether the step has gradients and an optimizer."""
         return self.kind in ("train", "lora")
 
+    @property
+    def is_still(self) -> bool:
+        """Whether the step moves no weight: Adam's `beta_2` of 0.999 is 1 in bfloat16."""
+        rounds = self.dtype == "bfloat16" and self.optimizer in ("adam", "adamw")
+        return self.kind == "train" and rounds
+
     def to_json(self) -> dict[str, Any]:
         """The workload as JSON values, in the order of the fields."""
         return dataclasses.asdict(self)

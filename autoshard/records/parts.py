@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from autoshard.cost.values import StepCost
 from autoshard.installed import installed_version
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Spec
@@ -118,6 +119,25 @@ class Prediction:
     collective_bytes: int
     peak_bytes_per_device: int
     bytes_per_device: BytesPerDevice
+
+    @classmethod
+    def of(cls, cost: StepCost) -> "Prediction":
+        """The part of a step's cost that a plan file holds."""
+        memory = cost.memory
+        return cls(
+            step_seconds=cost.step_seconds,
+            compute_seconds=cost.compute_seconds,
+            collective_seconds=cost.blocking_seconds + cost.overlapped_seconds,
+            collective_bytes=cost.collective_bytes,
+            peak_bytes_per_device=memory.peak_bytes,
+            bytes_per_device=BytesPerDevice(
+                weights=memory.weights,
+                gradients=memory.gradients,
+                optimizer=memory.optimizer,
+                activations=memory.activations,
+                kv_cache=memory.kv_cache,
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

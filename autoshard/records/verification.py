@@ -91,7 +91,7 @@ class Verification:
         flops_per_device: operations of one device as the compiler counts them, where it does.
         model_flops: those of the model's matmuls, all devices together, nothing twice.
         repeated_share: the part of all devices' operations that repeats another's, or recomputes.
-        predicted: what the formulas say of the whole model's step, where they were asked.
+        predicted: what the formulas say of the same step and blocks, where they were asked.
         versions: the packages.
         compiler: the compiler's own package and version.
     """

@@ -17,7 +17,7 @@ from autoshard.pricing import Candidate
 from autoshard.search.candidates import legal_specs
 from autoshard.settling import Verdict
 from autoshard.sharding_plan import Plan
-from autoshard.units import format_bytes, format_count, format_seconds
+from autoshard.units import format_bytes, format_count, format_seconds, option_bytes
 from autoshard.xla.collectives import Collective
 from autoshard.xla.partitioned import target_collectives
 
@@ -74,6 +74,11 @@ def _head(outcome: Outcome) -> str:
         f"{format_bytes(setup.memory_limit)} a device",
         f"workload {kind}: batch {work.batch} x {work.seq_len} tokens{optimizer}",
     ]
+    if work.is_still:
+        lines.append(
+            f"note: Keras' {work.optimizer} moves no weight in bfloat16, where its beta_2 of 0.999 "
+            "is 1: give it beta_2=0.99, or plan for mixed_bfloat16"
+        )
     if outcome.planning.unknown:
         names = ", ".join(outcome.planning.unknown)
         lines.append(f"warning: no rule for {names}: taken to need whole operands")
@@ -93,7 +98,7 @@ def _misfit(outcome: Outcome) -> str:
         return f"DOES NOT FIT {limit} a device, by the target's compiler: {said}"
     lines = [
         f"DOES NOT FIT {limit} a device: this is the nearest plan; it needs {format_bytes(peak)} "
-        f"(--memory-limit {peak} would do)"
+        f"(--memory-limit {option_bytes(peak)} would do)"
     ]
     lines += [
         f"  fits with {remedy.change}: step {format_seconds(remedy.step_seconds)}, "
@@ -166,15 +171,11 @@ def _shapes(outcome: Outcome) -> Iterator[str]:
     yield tabulate(rows, headers=headers, disable_numparse=True) + (
         f"\n(the best layout of each shape, batch {batch})"
     )
-    lines = [
-        (
-            str(one.mesh),
-            format_seconds(one.scored.cost.step_seconds),
-            format_bytes(one.scored.cost.memory.peak_bytes),
-            f"--mesh {one.mesh} --batch {batch} --memory-limit {one.scored.cost.memory.peak_bytes}",
-        )
-        for one in tradeoffs(outcome.shapes)
-    ]
+    lines = []
+    for one in tradeoffs(outcome.shapes):
+        seconds, peak = one.scored.cost.step_seconds, one.scored.cost.memory.peak_bytes
+        options = f"--mesh {one.mesh} --batch {batch} --memory-limit {option_bytes(peak)}"
+        lines.append((str(one.mesh), format_seconds(seconds), format_bytes(peak), options))
     yield tabulate(lines, headers=("mesh", "step", "memory", "asked for with")) + (
         "\n(no layout found is both faster and smaller than one of these)"
     )
@@ -243,8 +244,8 @@ def _differences(outcome: Outcome) -> Iterator[str]:
             yield f"{candidate.name}\n{_changes(winner, candidate.rules)}"
     if planning.without_generate:
         yield (
-            "without generate (taken with --no-generate: fit and predict run under it, generate "
-            f"does not)\n{_changes(winner, planning.without_generate.rules)}"
+            "without generate (taken with --no-generate: under it generate, which sees one token "
+            f"at a time, is slow or fails)\n{_changes(winner, planning.without_generate.rules)}"
         )
 
 

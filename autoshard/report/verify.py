@@ -117,21 +117,14 @@ def _comparison(found: Verification) -> Iterator[str]:
         said_wire = format_bytes(predicted.collective_bytes) if predicted else ""
         rows.append(("bytes on the wire, a device", format_bytes(wire), said_wire))
     if rows:
-        yield tabulate(rows, headers=("", "compiled", "predicted"), disable_numparse=True) + (
-            _notes(found)
-        )
+        headers = ("", "compiled", "predicted")
+        yield tabulate(rows, headers=headers, disable_numparse=True) + _note(found)
 
 
-def _notes(found: Verification) -> str:
-    notes = []
-    if found.step_seconds is not None:
-        notes.append(
-            "collectives by the ring formulas over the mesh's links; overlap is taken as perfect"
-        )
-    partial = found.blocks is not None and found.blocks != found.n_blocks
-    if partial and found.predicted is not None:
-        notes.append(f"the prediction is of all {found.n_blocks} blocks")
-    return f"\n({'; '.join(notes)})" if notes else ""
+def _note(found: Verification) -> str:
+    if found.step_seconds is None:
+        return ""
+    return "\n(collectives by the ring formulas over the mesh's links; overlap is taken as perfect)"
 
 
 def _flops(found: Verification) -> Iterator[str]:

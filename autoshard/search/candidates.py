@@ -30,7 +30,6 @@ __all__ = [
     "fixed_layouts",
     "legal_specs",
     "output_choices",
-    "replicated",
     "split_by_hand",
 ]
 
@@ -70,11 +69,6 @@ class Choices:
     def is_output(self) -> bool:
         """Whether it is a layer output, which may go without a rule."""
         return self.specs[0] == NO_RULE
-
-
-def replicated(shape: Sequence[int]) -> Spec:
-    """The spec that splits nothing."""
-    return (None,) * len(shape)
 
 
 def legal_specs(shape: Sequence[int], mesh: Mesh) -> Iterator[Spec]:

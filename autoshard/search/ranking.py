@@ -132,9 +132,11 @@ def search(
     origins = [dict(best.assignment), _only(best, names)]
     beyond = descend(scorer, [*families, *free], origins) if free else best
     specs = {choices.family: choices.specs for choices in everything}
+    for scored in [one for one in scorer.seen.values() if _keeps(one, specs)]:
+        scorer.score(_only(scored, names))  # what its rules for outputs have to beat
     worthy = [
         scored
-        for scored in list(scorer.seen.values())
+        for scored in scorer.seen.values()
         if _keeps(scored, specs) and _gains(scored, names, scorer)
     ]
     ranked = sorted(worthy, key=lambda scored: scored.rank)

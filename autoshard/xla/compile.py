@@ -79,17 +79,15 @@ def compile_deep(
     child: Child,
     request: CompileRequest,
     *,
-    periods: int = 2,
     timeout_seconds: float,
 ) -> CompiledStep:
-    """The whole model's program, from copies with `periods` and twice as many periods of blocks.
+    """The whole model's program, from copies with two and four periods of blocks.
 
     A model that is no deeper is compiled as it is.
 
     Args:
         child: as for `compile_in`.
         request: what to compile; its `repeats` is not used.
-        periods: periods of blocks in the shallower copy.
         timeout_seconds: the limit of each compilation.
 
     Raises:
@@ -102,10 +100,10 @@ def compile_deep(
         copy = request.with_repeats(periods)
         return compile_in(child, copy, timeout_seconds=timeout_seconds)
 
-    small = compiled(periods)
+    small = compiled(2)
     if small.is_whole:
         return small
-    large = compiled(2 * periods)
+    large = compiled(4)
     return large if large.is_whole else extrapolate(small, large)
 
 

@@ -56,7 +56,7 @@ def predicted_cost(
     `as_partitioned` leaves out what the TPU compiler makes of the partitioner's collectives.
     """
     table, scorer = shallow_scorer(model, mesh, workload, as_partitioned)
-    scored = score_rules("", rules, table, scorer.mesh, scorer).scored
+    scored = score_rules("", rules, table, scorer).scored
     return None if scored is None else scored.cost
 
 

@@ -2,8 +2,8 @@
 
     python examples/benchmarks/scaling.py [PRESET] [--workload train]
 
-Seconds are measured, after one plan that nobody times: imports are nobody's. Keras builds the model
-block by block; trace and search see a copy with two periods of blocks, whatever the depth.
+Seconds are measured, after one plan that is not timed, so that imports are not. Keras builds the
+model block by block; trace and search see a copy with two periods of blocks, whatever the depth.
 """
 
 import argparse
