@@ -1,5 +1,6 @@
 """The public functions: each runs the stages it needs and returns a value."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -118,13 +119,16 @@ def plan(
         dtype: Keras dtype policy.
         optimizer: Keras optimizer, by name.
         memory_limit: bytes a device, or a text like `15GiB`; by default the chip's usable memory.
-        generate: False to allow rules for layer outputs under which `generate` fails.
+        generate: False to allow rules for layer outputs under which `generate` is slow or fails.
         verify: `none`, `cpu` (XLA's partitioner) or `target` (the target's compiler).
 
     Raises:
         NothingFitsError: no layout keeps the memory limit.
         UsageError: a value is wrong.
         XlaError: the verification failed.
+
+    Warns:
+        UserWarning: the plan may not be what it seems: see `Planning.doubts`.
     """
     outcome = make_plan(
         model,
@@ -151,6 +155,8 @@ def plan(
             f"bytes a device; {_nearest(outcome)}"
             + "".join(f"; {remedy.change} would fit" for remedy in outcome.remedies)
         )
+    for doubt in outcome.planning.doubts():
+        warnings.warn(doubt, stacklevel=2)
     return outcome.plan
 
 

@@ -1,5 +1,6 @@
 """The planner's stages one after the other: trace, graph, search, rules. No compiler runs here."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Planning:
         table: the variables of the model.
         task: class of the Keras model whose step was traced.
         unknown: primitives of the step that have no rule.
+        numbered: layers in the rules whose names Keras made up.
         result: the search.
         candidates: the best layouts that a LayoutMap can express, best first.
         by_hand: what people write, told by shapes; a candidate where it is one, None where rules
@@ -76,12 +78,26 @@ class Planning:
     table: ModelTable
     task: str
     unknown: tuple[str, ...]
+    numbered: tuple[str, ...]
     result: SearchResult
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
     program: Program
     by_hand: Candidate | None
     without_generate: Candidate | None
+
+    def doubts(self) -> Iterator[str]:
+        """Why the plan may not be what it seems, a line each."""
+        if self.numbered:
+            yield (
+                f"Keras made up {', '.join(self.numbered)}, and numbers such names as a process "
+                "makes layers: name the layers, or another run may not find them"
+            )
+        if self.unknown:
+            yield (
+                f"{', '.join(self.unknown)}: how layouts pass through this is not known, so that "
+                "it is taken to need whole operands, and may be predicted far too slow and large"
+            )
 
     def cache_specs(self, scored: Scored) -> tuple[Spec, ...]:
         """How a layout lays out each array of a KV cache.
@@ -177,6 +193,7 @@ def run_planner(
         table=table,
         task=folded.task,
         unknown=pricer.program.unknown,
+        numbered=_numbered(traced.whole, candidates[0].rules),
         result=result,
         candidates=candidates,
         rivals=rivals,
@@ -184,6 +201,12 @@ def run_planner(
         without_generate=beyond,
         program=traced.program,
     )
+
+
+def _numbered(model: AbstractModel, rules: LayoutRules) -> tuple[str, ...]:
+    """The layers that rules call by a name that Keras made up."""
+    words = {word for rule in rules for word in re.findall(r"\w+", rule.pattern)}
+    return tuple(sorted(words & model.numbered_layers()))
 
 
 def _cache_specs(program: Program, scored: Scored, mesh: Mesh) -> Iterator[Spec]:

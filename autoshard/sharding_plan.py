@@ -23,7 +23,7 @@ from autoshard.errors import (
     UnknownNameError,
 )
 from autoshard.layout.distribution import keras_layout_map
-from autoshard.layout.rules import LayoutRules, format_rules, match
+from autoshard.layout.rules import LayoutRules, format_rules, hits, match
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.build import build
 from autoshard.model.keras_import import import_keras
@@ -282,15 +282,24 @@ keras.distribution.set_distribution(distribution)
         return table
 
     def check_model(self, table: ModelTable) -> None:
-        """Make sure that the plan was made for this model.
+        """Make sure that the plan was made for this model, and that its rules find their layers.
 
         Raises:
-            PlanFileError: it was not; the text names the first variable that differs.
+            PlanFileError: it was not, and the text names the first variable that differs; or a rule
+                takes nothing, as Keras numbers layers without a name over the whole process.
         """
         if table.fingerprint != self.model.fingerprint:
             raise PlanFileError(
                 f"the plan was made for {self.model.name}, and {table.name} differs from it: "
                 f"{self.model.difference(table)}; plan for this model"
+            )
+        paths = [*(variable.path for variable in table.variables), *table.output_paths]
+        idle = [rule for rule in self.rules if not any(hits(rule.pattern, path) for path in paths)]
+        if idle:
+            raise PlanFileError(
+                f"rule '{idle[0].pattern}' takes nothing of {table.name}, where the first variable "
+                f"is '{paths[0]}': Keras numbers layers without a name in the order in which a "
+                "process makes them; name them, and plan again"
             )
 
 

@@ -85,7 +85,8 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
         (
             'layout_map["a("] = ("model",)',
             "the layout, line 1: rule 'a(' is not a regular expression: missing ), unterminated "
-            "subpattern at position 1; escape the character with a backslash if it is part of the path",
+            "subpattern at position 1; escape the character with a backslash if it is part of the "
+            "path",
         ),
     ],
 )

@@ -79,6 +79,21 @@ class AbstractModel:
         """The workload with the dtype that the model came with, if it came with one."""
         return replace(workload, dtype=self.dtype or workload.dtype)
 
+    def numbered_layers(self) -> frozenset[str]:
+        """Names that Keras gave to layers, for want of one: of their class, and a number.
+
+        KerasHub names its layers, some after their class.
+        """
+        from keras.src.utils.naming import to_snake_case
+
+        if type(self.backbone).__module__.startswith("keras_hub."):
+            return frozenset()
+        return frozenset(
+            layer.name
+            for layer in self.model._flatten_layers()
+            if re.fullmatch(rf"{to_snake_case(type(layer).__name__)}(_\d+)?", layer.name)
+        )
+
     def table(self) -> ModelTable:
         """The variables, sorted into families."""
         weights = self.model.weights

@@ -79,9 +79,7 @@ def _head(outcome: Outcome) -> str:
             f"note: Keras' {work.optimizer} moves no weight in bfloat16, where its beta_2 of 0.999 "
             "is 1: give it beta_2=0.99, or plan for mixed_bfloat16"
         )
-    if outcome.planning.unknown:
-        names = ", ".join(outcome.planning.unknown)
-        lines.append(f"warning: no rule for {names}: taken to need whole operands")
+    lines += [f"warning: {doubt}" for doubt in outcome.planning.doubts()]
     if not outcome.fits:
         lines.append(_misfit(outcome))
     if outcome.failure:
