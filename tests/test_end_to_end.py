@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import autoshard
+from autoshard.errors import PlanFileError
 from autoshard.model.keras_import import import_keras_hub
 from autoshard.sharding_plan import Plan
 
@@ -128,3 +129,15 @@ def test_generate_runs_and_equals_the_unsharded_model(plan: Plan, keras: Any) ->
         results.append(np.asarray(model.generate(prompt, stop_token_ids=None)["token_ids"]))
     assert (results[0][:, :8] == tokens).all()
     assert (results[0] == results[1]).all()
+
+
+def test_layers_without_names_are_told_and_another_model_with_them_is_refused(keras: Any) -> None:
+    def unnamed() -> Any:
+        dense = [keras.layers.Dense(512), keras.layers.Dense(512), keras.layers.Dense(10)]
+        return keras.Sequential([keras.Input((64,)), *dense])
+
+    with pytest.warns(UserWarning, match="Keras made up dense"):
+        plan = autoshard.plan(unnamed(), "2x4")
+    assert plan.rules
+    with pytest.raises(PlanFileError, match="takes nothing of sequential"):
+        plan.partition_specs(unnamed())

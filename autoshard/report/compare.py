@@ -91,7 +91,7 @@ def _collectives(layout: ComparedLayout) -> Iterator[str]:
         )
         for item in layout.collectives[:_SHOWN]
     ]
-    headers = ("costliest collectives", "size", "time", "", "layer", "cause")
+    headers = ("costliest collectives", "size", "time", "overlap", "layer", "cause")
     yield tabulate(rows, headers=headers, disable_numparse=True)
     rest = layout.collectives[_SHOWN:]
     if rest:
