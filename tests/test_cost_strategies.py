@@ -139,3 +139,16 @@ def result_dims(op: Op, operand: int, dim: int) -> tuple[tuple[int], ...]:
         (array.factors.index(factor),) if factor in array.factors else (WHOLE,)
         for array in op.arrays
     )
+
+
+def test_sums_over_one_axis_after_the_other_are_one_over_both() -> None:
+    gradient = program_of(lambda x, y: jnp.einsum("bsd,bsv->dv", x, y), (8, 512, 256), (8, 512, 64))
+    split, whole = (0, 1), (WHOLE, WHOLE)
+    machine = Machine.of(parse_mesh("2x4"), TARGET)
+    (folded,) = price_op(gradient.ops[0], (split, split, whole), machine).transfers
+    assert (folded.kind, folded.axis) == ("all-reduce", machine.all_axes)
+    as_partitioned = replace(machine, as_partitioned=True)
+    first, second = price_op(gradient.ops[0], (split, split, whole), as_partitioned).transfers
+    assert {first.axis, second.axis} == {0, 1}
+    assert first.n_bytes == second.n_bytes == folded.n_bytes == 256 * 64 * 4
+    assert folded.seconds < first.seconds + second.seconds

@@ -52,6 +52,11 @@ class Machine:
         return self.chip.kind == "tpu" and not self.as_partitioned
 
     @property
+    def folds_sums(self) -> bool:
+        """Whether the chip's compiler makes one all-reduce of several, one after the other."""
+        return self.chip.kind != "cpu" and not self.as_partitioned
+
+    @property
     def decomposes_sums(self) -> bool:
         """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
         return self.is_tpu and "collective-permute" in self.chip.overlapped_collectives

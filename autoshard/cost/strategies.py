@@ -19,7 +19,14 @@ from dataclasses import dataclass, replace
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition, partition_matmul
-from autoshard.cost.transfers import Transfer, as_all_reduce, layout_of, local_bytes, op_transfers
+from autoshard.cost.transfers import (
+    Transfer,
+    as_all_reduce,
+    folded_sums,
+    layout_of,
+    local_bytes,
+    op_transfers,
+)
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.propagation import splits_evenly
 from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
@@ -158,7 +165,7 @@ def _factor(op: Op, position: int, layouts: Sequence[Layout], axis: int) -> int:
 def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Machine) -> OpCost:
     """Price one choice with what is permuted for it."""
     choice = partition.choice
-    transfers = op_transfers(op, partition, layouts, machine)
+    transfers = folded_sums(op_transfers(op, partition, layouts, machine), machine)
     seconds = compute_seconds(op, choice, machine)
     if machine.is_tpu and _sums_batch(op, choice, transfers, machine):
         seconds *= _SUMMED_BATCH

@@ -20,6 +20,7 @@ __all__ = [
     "Transfer",
     "array_transfers",
     "as_all_reduce",
+    "folded_sums",
     "layout_of",
     "local_bytes",
     "n_parts",
@@ -105,6 +106,19 @@ def as_all_reduce(transfer: Transfer, machine: Machine) -> Transfer:
     return _transfer(
         "all-reduce", transfer.axis, transfer.n_bytes, machine, transfer.operand, transfer.target
     )
+
+
+def folded_sums(transfers: Sequence[Transfer], machine: Machine) -> list[Transfer]:
+    """With the all-reduces of one result, axis after axis, as one over all axes.
+
+    The compilers of TPUs and GPUs fold them (XLA's `all_reduce_folder.cc`), the partitioner does
+    not.
+    """
+    sums = [one for one in transfers if one.operand is None and one.kind == "all-reduce"]
+    if not machine.folds_sums or len(sums) < 2 or len(sums) != len(machine.axis_sizes):
+        return list(transfers)
+    folded = as_all_reduce(replace(sums[0], axis=machine.all_axes), machine)
+    return [*(one for one in transfers if one not in sums), folded]
 
 
 def _by_idle_devices(

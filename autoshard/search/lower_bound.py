@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import candidate_choices, compute_seconds, is_decomposed
-from autoshard.cost.transfers import array_transfers, local_bytes
+from autoshard.cost.transfers import array_transfers, folded_sums, local_bytes
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.propagation import splits_evenly
 from autoshard.graph.tying import tie_blocks
@@ -233,7 +233,9 @@ class _Builder:
         """
         row = []
         for layout in layouts:
-            moves = array_transfers(op, array, operand, choice, layout, self.machine)
+            moves = folded_sums(
+                array_transfers(op, array, operand, choice, layout, self.machine), self.machine
+            )
             blocking = sum(
                 move.seconds
                 for move in moves

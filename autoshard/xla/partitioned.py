@@ -8,6 +8,7 @@ data axis.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from autoshard.cost.values import StepCost, step_seconds
@@ -79,7 +80,7 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
         key = (item.kind, item.axis, item.n_bytes, item.backward)
         foreseen[key] += item.count
         beside_compute[key] += item.count * item.overlapped
-    collectives = target_collectives(step, mesh.data_axis)
+    collectives = list(_folded(target_collectives(step, mesh.data_axis), foreseen, mesh))
     found: Counter[_Key] = Counter()
     for one in collectives:
         found[_key(one)] += one.count
@@ -99,6 +100,19 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
         hidden += share * seconds
         blocking += (1 - share) * seconds
     return step_seconds(cost.compute_seconds, blocking, hidden)
+
+
+def _folded(
+    collectives: Iterable[Collective], foreseen: Mapping[_Key, int], mesh: Mesh
+) -> Iterator[Collective]:
+    """With the all-reduces, axis after axis, that the target is foreseen to do over all at once."""
+    axes = mesh.parallel_axes
+    for one in collectives:
+        kind, axis, n_bytes, backward = _key(one)
+        if axis not in axes or (kind, ",".join(axes), n_bytes, backward) not in foreseen:
+            yield one
+        elif axis == axes[0]:
+            yield replace(one, axis=",".join(axes), group_size=mesh.n_devices)
 
 
 def _key(one: Collective) -> _Key:
