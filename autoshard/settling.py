@@ -18,13 +18,14 @@ from autoshard.errors import (
     XlaError,
 )
 from autoshard.hardware.targets import Target, parse_target
+from autoshard.host import available_bytes
 from autoshard.planning import Planning
 from autoshard.pricing import Candidate
 from autoshard.setup import Setup
 from autoshard.units import format_bytes
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time
-from autoshard.xla.compile import MEMORY_LIMIT_BYTES, compile_deep, compile_in
+from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.partitioned import partitioned_seconds
 
@@ -35,6 +36,7 @@ _N_SETTLED = 3
 _NEAR = 1.25
 # A step of at most so many times another's is taken to be as fast.
 _SAME = 1.01
+# Within which one candidate has to compile: several times what whole models took on two cores.
 _COMPILE_SECONDS = {"cpu": 150.0, "tpu": 580.0, "gpu": 580.0}
 
 
@@ -91,7 +93,7 @@ def settle(
     seconds = _COMPILE_SECONDS[compiler.chip.kind]
     with Child(
         child_environment(compiler),
-        memory_limit_bytes=MEMORY_LIMIT_BYTES,
+        memory_limit_bytes=available_bytes(),
     ) as child:
         verdicts = []
         for candidate in worth_compiling(planning, compiler):

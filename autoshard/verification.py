@@ -11,6 +11,7 @@ from typing import Any
 from autoshard.errors import OutOfMemoryError, UsageError
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target, parse_target
+from autoshard.host import available_bytes
 from autoshard.installed import installed_version
 from autoshard.layout.causes import Causes
 from autoshard.layout.reading import read_layout
@@ -36,12 +37,12 @@ from autoshard.xla.cache import verdict_cache
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time, step_time_beside
 from autoshard.xla.collectives import merge_collectives
-from autoshard.xla.compile import MEMORY_LIMIT_BYTES, compile_in
+from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
 __all__ = ["Subject", "subject_of", "verify"]
 
-# A whole model takes a compiler minutes: more than an hour of two cores has never led to anything.
+# Who asks for one program waits longer than who asks for several.
 _PATIENCE_SECONDS = 1800.0
 _COMPILER_PACKAGES = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
@@ -113,7 +114,7 @@ def verify(
         repeats=blocks,
     )
     known = verdict_cache(subject.model, reads=cache)
-    with Child(child_environment(setup.target), memory_limit_bytes=MEMORY_LIMIT_BYTES) as child:
+    with Child(child_environment(setup.target), memory_limit_bytes=available_bytes()) as child:
         try:
             step = compile_in(child, request, timeout_seconds=_PATIENCE_SECONDS, cache=known)
         except OutOfMemoryError as error:

@@ -17,6 +17,7 @@ ROOMS = (
     "errors",
     "units",
     "installed",
+    "host",
     "mesh",
     "hardware",
     "model",

@@ -13,12 +13,14 @@ import pytest
 from test_cli import environment, run
 from test_execution_models import asked, described, ran, split_all
 
+from autoshard import host
 from autoshard.errors import ChildError, ChildTimeoutError
-from autoshard.execution import memory, running
+from autoshard.execution import running
 from autoshard.execution.children import execute, run_environment
 from autoshard.execution.comparison import compare
-from autoshard.execution.memory import available_bytes, needed_bytes
+from autoshard.execution.memory import needed_bytes
 from autoshard.execution.tolerance import Tolerance, tolerance_of
+from autoshard.host import available_bytes
 from autoshard.layout.rules import format_rules
 from autoshard.mesh import parse_mesh
 from autoshard.model.build import build
@@ -131,8 +133,8 @@ def test_free_pages_that_single_processors_keep_are_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zones = "Node 0, zone Normal\n  pages free 7\n  pagesets\n    cpu: {}\n      count:    {}\n"
-    monkeypatch.setattr(memory, "_PROC", tmp_path)
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host, "_PROC", tmp_path)
+    monkeypatch.setattr(host, "_CGROUP", tmp_path)
     assert available_bytes() is None
     (tmp_path / "meminfo").write_text("MemTotal: 3000 kB\nMemAvailable: 2000 kB\n")
     assert available_bytes() == 2000 * 1024

@@ -1,4 +1,4 @@
-"""The memory of a run on virtual devices of one machine: what it needs, and what there is.
+"""The memory that a run on virtual devices of one machine needs.
 
 All devices share the machine's memory, so a run needs
 
@@ -14,9 +14,7 @@ converted at once, and a run needs three times as much.
 """
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from autoshard.execution.requests import Part
@@ -29,13 +27,11 @@ from autoshard.model.slots import make_slots
 from autoshard.model.variables import dtype_bytes
 from autoshard.model.workload import Workload
 
-__all__ = ["available_bytes", "needed_bytes"]
+__all__ = ["needed_bytes"]
 
 _LIBRARY_BYTES = 2**30
 _FLOAT32_BYTES = 4
 _OUTPUT_BYTES = 16
-_PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,43 +96,3 @@ def _output_elements(model: AbstractModel, workload: Workload) -> int:
         workload.batch * math.prod(size or workload.seq_len for size in shape[1:])
         for shape in shapes
     )
-
-
-def available_bytes() -> int | None:
-    """Memory that a new process can have without anything being swapped out.
-
-    What the kernel says is available and what its processors keep for themselves, or what is left
-    of the control group's limit if that is less; None where the system has no `/proc`.
-    """
-    try:
-        lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = next(line for line in lines if line.startswith("MemAvailable:"))
-    return min([int(found.split()[1]) * 1024 + _per_cpu_bytes(), *_group_bytes()])
-
-
-def _per_cpu_bytes() -> int:
-    """Free pages on the lists of single processors.
-
-    Pages that a process gives back go there first: after a large one has ended, up to an eighth of
-    all memory for each processor. `MemAvailable` leaves them out, and whoever asks gets them.
-    """
-    try:
-        lines = (_PROC / "zoneinfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    counts = [line.split()[1] for line in lines if line.strip().startswith("count:")]
-    return sum(map(int, counts)) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _group_bytes() -> tuple[int, ...]:
-    try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = (_CGROUP / "memory.current").read_text(encoding="ascii").strip()
-        kept = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return ()
-    # Files that were read lately count as used, and are given up when memory is asked for.
-    files = next((int(line.split()[1]) for line in kept if line.startswith("inactive_file ")), 0)
-    return () if limit == "max" else (int(limit) - int(used) + files,)

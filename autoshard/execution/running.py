@@ -12,9 +12,10 @@ from typing import Any
 from autoshard.errors import AutoshardError, ModelError, UsageError
 from autoshard.execution.children import execute
 from autoshard.execution.comparison import compare
-from autoshard.execution.memory import available_bytes, needed_bytes
+from autoshard.execution.memory import needed_bytes
 from autoshard.execution.requests import Outcome, Part, RunRequest
 from autoshard.execution.tolerance import tolerance_of
+from autoshard.host import available_bytes
 from autoshard.mesh import round_up
 from autoshard.model.blocks import find_stacks
 from autoshard.model.build import build

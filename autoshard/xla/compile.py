@@ -28,10 +28,7 @@ from autoshard.xla.lowering import lower
 from autoshard.xla.names import layer_paths
 from autoshard.xla.normalise import COMPILER_OPTIONS, cpu_normaliser
 
-__all__ = ["MEMORY_LIMIT_BYTES", "compile_deep", "compile_in", "compile_lowered", "compile_step"]
-
-MEMORY_LIMIT_BYTES = 16 * 2**30
-"""What a child that compiles may take."""
+__all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step"]
 
 # Steps that a child keeps for the next layout: of one model, shallow, deeper and whole.
 _KEPT_STEPS = 4
