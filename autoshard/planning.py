@@ -55,6 +55,10 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+# Of all floating point operations; cutting pictures into patches takes a hundredth.
+_MANY_CONVOLUTIONS = 0.1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
     """What the planner found.
@@ -97,6 +101,13 @@ class Planning:
             yield (
                 f"{', '.join(self.unknown)}: how layouts pass through this is not known, so that "
                 "it is taken to need whole operands, and may be predicted far too slow and large"
+            )
+        matmuls = [(op.flops * op.count, op.window > 1) for op in self.program.ops]
+        convolved = sum(flops for flops, is_convolution in matmuls if is_convolution)
+        if convolved > _MANY_CONVOLUTIONS * sum(flops for flops, _ in matmuls):
+            yield (
+                "convolutions are priced as the matmuls they are made of: time and memory will be "
+                "several times what is predicted"
             )
 
     def cache_specs(self, scored: Scored) -> tuple[Spec, ...]:

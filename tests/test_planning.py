@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from autoshard.graph.program import Program
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
+from autoshard.model.keras_import import import_keras
 from autoshard.planning import Planning, run_planner, trace_model
 from autoshard.pricing import make_pricer, score_rules
 from autoshard.search.candidates import family_choices
@@ -22,7 +24,7 @@ from autoshard.search.lower_bound import relax
 from autoshard.setup import Setup, make_setup
 
 
-def plan(model: str, setup: Setup) -> Planning:
+def plan(model: Any, setup: Setup) -> Planning:
     return run_planner(trace_model(model, setup.workload), setup)
 
 
@@ -263,3 +265,17 @@ def test_weights_that_the_step_does_not_read_are_split_for_their_memory() -> Non
     tower = choices["image_encoder/encoder_block_*/ffw_linear/dense/kernel"]
     assert tower.specs == (("batch", "model"),)
     assert len(choices["decoder_block_*/ffw_linear/kernel"].specs) > 1
+
+
+def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning) -> None:
+    def network() -> Any:
+        layers = import_keras().layers
+        pictures = import_keras().Input((32, 32, 8))
+        found = layers.Conv2D(16, 3, name="first")(pictures)
+        found = layers.Flatten()(layers.MaxPooling2D()(found))
+        return import_keras().Model(pictures, layers.Dense(10, name="last")(found))
+
+    found = plan(network, make_setup("8x1"))
+    assert found.unknown == ()
+    assert ["convolutions" in doubt for doubt in found.doubts()] == [True]
+    assert list(gemma.doubts()) == []

@@ -360,5 +360,5 @@ def _matmul_shape(op: Op, choice: Choice, axis_sizes: Sequence[int]) -> tuple[in
     columns = right - left - {None}
     n = math.prod(local[f] for f in columns if f is not None)
     k = op.window * math.prod(local[f] for f in op.reduced)
-    m = op.flops // (2 * n * k * _n_parts(choice, axis_sizes))
+    m = max(1, op.flops // (2 * n * k * _n_parts(choice, axis_sizes)))
     return m, k, n
