@@ -16,7 +16,7 @@ from autoshard.xla.collectives import Collective, merge_collectives
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.extrapolate import extrapolate
-from autoshard.xla.partitioned import target_collectives, total_wire_bytes
+from autoshard.xla.partitioned import _folded, target_collectives, total_wire_bytes
 
 SECONDS = 240
 MEGATRON = (
@@ -323,3 +323,20 @@ def test_the_gpu_compiler_decides_as_the_others_do_and_states_memory():
     weights = (512 * 64 + 2 * (4 * 64 * 128 + 3 * 64 * 128)) // 8 + 5 * 64
     tokens_and_mask = 8 * 32 * 4 + 8 * 32 * 4
     assert abs(step.argument_bytes - 2 * weights - tokens_and_mask) < 2048
+
+
+def test_all_reduces_that_the_target_folds_are_one_and_nothing_else_is():
+    mesh = parse_mesh("2x4")
+    (one,) = program(2, 4, 0).collectives[:1]
+    sums, moves = (
+        [
+            replace(one, kind=kind, axis=axis, phase="backward", n_bytes=64)
+            for axis in mesh.axis_names
+        ]
+        for kind in ("all-reduce", "collective-permute")
+    )
+    foreseen = {(kind, "batch,model", 64, True): 1 for kind in ("all-reduce", "collective-permute")}
+    folded, *others = _folded([*sums, *moves], foreseen, mesh)
+    assert (folded.kind, folded.axis, folded.group_size) == ("all-reduce", "batch,model", 8)
+    assert others == moves
+    assert list(_folded(sums, {}, mesh)) == sums

@@ -108,11 +108,11 @@ def _folded(
     """With the all-reduces, axis after axis, that the target is foreseen to do over all at once."""
     axes = mesh.parallel_axes
     for one in collectives:
-        kind, axis, n_bytes, backward = _key(one)
-        if axis not in axes or (kind, ",".join(axes), n_bytes, backward) not in foreseen:
+        whole = replace(one, axis=",".join(axes), group_size=mesh.n_devices)
+        if one.kind != "all-reduce" or one.axis not in axes or _key(whole) not in foreseen:
             yield one
-        elif axis == axes[0]:
-            yield replace(one, axis=",".join(axes), group_size=mesh.n_devices)
+        elif one.axis == axes[0]:
+            yield whole
 
 
 def _key(one: Collective) -> _Key:
