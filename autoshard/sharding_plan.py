@@ -23,7 +23,8 @@ from autoshard.errors import (
     UnknownNameError,
 )
 from autoshard.layout.distribution import keras_layout_map
-from autoshard.layout.rules import LayoutRules, format_rules, hits, match
+from autoshard.layout.resolve import resolve
+from autoshard.layout.rules import LayoutRules, format_rules, match
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.build import build
 from autoshard.model.keras_import import import_keras
@@ -293,13 +294,13 @@ keras.distribution.set_distribution(distribution)
                 f"the plan was made for {self.model.name}, and {table.name} differs from it: "
                 f"{self.model.difference(table)}; plan for this model"
             )
-        paths = [*(variable.path for variable in table.variables), *table.output_paths]
-        idle = [rule for rule in self.rules if not any(hits(rule.pattern, path) for path in paths)]
-        if idle:
+        findings = resolve(self.rules, table).findings
+        idle = next((one.rule for one in findings if one.kind == "takes-nothing"), None)
+        if idle is not None:
             raise PlanFileError(
-                f"rule '{idle[0].pattern}' takes nothing of {table.name}, where the first variable "
-                f"is '{paths[0]}': Keras numbers layers without a name in the order in which a "
-                "process makes them; name them, and plan again"
+                f"rule '{idle}' takes nothing of {table.name}, where the first variable is "
+                f"'{table.variables[0].path}': Keras numbers layers without a name in the order in "
+                "which a process makes them; name them, and plan again"
             )
 
 

@@ -24,7 +24,7 @@ _BYTE_UNITS = (
     ("TiB", 2**40, 2), ("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1), ("B", 1, 0),
 )  # fmt: skip
 _SECOND_UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))
-_COUNT_WORDS = (("trillion", 10**12), ("billion", 10**9), ("million", 10**6))
+_COUNT_WORDS = (("trillion", 10**12, 2), ("billion", 10**9, 2), ("million", 10**6, 2))
 _FLOP_UNITS = (
     ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6),
     ("kFLOP", 1e3), ("FLOP", 1.0),
@@ -60,11 +60,7 @@ def format_bytes(n_bytes: float) -> str:
     >>> [format_bytes(n) for n in (0, 512, 1536, 2**30 - 1, 16911433728)]
     ['0 B', '512 B', '1.5 KiB', '1.00 GiB', '15.75 GiB']
     """
-    for unit, size, digits in _BYTE_UNITS:
-        amount = f"{n_bytes / size:.{digits}f}"
-        if abs(float(amount)) >= 1:
-            return f"{amount} {unit}"
-    return "0 B"
+    return _fixed_digits(n_bytes, _BYTE_UNITS) or "0 B"
 
 
 def option_bytes(n_bytes: int) -> str:
@@ -91,11 +87,7 @@ def format_count(count: float) -> str:
     >>> [format_count(n) for n in (512, 1363968, 999_999_999, 8537680896)]
     ['512', '1.36 million', '1.00 billion', '8.54 billion']
     """
-    for word, size in _COUNT_WORDS:
-        amount = f"{count / size:.2f}"
-        if abs(float(amount)) >= 1:
-            return f"{amount} {word}"
-    return f"{count:,.0f}"
+    return _fixed_digits(count, _COUNT_WORDS) or f"{count:,.0f}"
 
 
 def format_flops(flops: float) -> str:
@@ -105,6 +97,15 @@ def format_flops(flops: float) -> str:
     ['0 FLOP', '512 FLOP', '1 TFLOP', '21 TFLOP', '1.7 EFLOP']
     """
     return _three_digits(flops, _FLOP_UNITS) or "0 FLOP"
+
+
+def _fixed_digits(amount: float, units: Sequence[tuple[str, int, int]]) -> str:
+    """An amount in the largest unit of which it is one or more, once rounded; "" below all."""
+    for unit, size, digits in units:
+        rounded = f"{amount / size:.{digits}f}"
+        if abs(float(rounded)) >= 1:
+            return f"{rounded} {unit}"
+    return ""
 
 
 def _three_digits(amount: float, units: Sequence[tuple[str, float]]) -> str:

@@ -31,6 +31,17 @@ GEMMA = {
 }
 
 
+# Of what reads with an encoder.
+ENCODER = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 2,
+    "num_heads": 8,
+    "hidden_dim": 64,
+    "intermediate_dim": 128,
+    "max_sequence_length": 32,
+}
+
+
 def gemma() -> Any:
     return import_keras_hub().models.GemmaBackbone(**GEMMA)
 
@@ -65,26 +76,12 @@ def mixtral() -> Any:
 
 def bert() -> Any:
     """Not causal, and with dropout, whose seeds are state."""
-    return import_keras_hub().models.BertBackbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=2,
-        num_heads=8,
-        hidden_dim=64,
-        intermediate_dim=128,
-        max_sequence_length=32,
-    )
+    return import_keras_hub().models.BertBackbone(**ENCODER)
 
 
 def bart() -> Any:
     """Encoder and decoder."""
-    return import_keras_hub().models.BartBackbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=2,
-        num_heads=8,
-        hidden_dim=64,
-        intermediate_dim=128,
-        max_sequence_length=32,
-    )
+    return import_keras_hub().models.BartBackbone(**ENCODER)
 
 
 def vit() -> Any:

@@ -58,14 +58,12 @@ class PeakMemory:
         self._lifetimes = lifetimes(program)
         self._returned = {(out.group, out.n_bytes) for out in program.outputs}
         self._held: dict[str, list[_Held]] = {}
+        self._rebuilt: list[_Held] = []
         for argument in program.arguments:
             entry = (argument.group, argument.n_bytes, argument.count)
             self._held.setdefault(argument.role, []).append(entry)
-        self._rebuilt = [
-            (argument.group, argument.n_bytes, argument.count)
-            for argument in program.arguments
-            if argument.is_rebuilt
-        ]
+            if argument.is_rebuilt:
+                self._rebuilt.append(entry)
         self._held["output"] = [(out.group, out.n_bytes, out.count) for out in program.outputs]
         has_backward = any(op.backward for op in program.ops)
         self._gradients = [

@@ -164,7 +164,7 @@ def _ends(
 def _layer_outputs(
     flat: FlatJaxpr, numbering: _Numbering, templates: Mapping[str, str]
 ) -> tuple[LayerOutput, ...]:
-    made_by = {result: equation for equation in flat.equations for result in equation.results}
+    made_by = flat.made_by()
     return tuple(
         LayerOutput(
             template=templates.get(mark.path, mark.path),

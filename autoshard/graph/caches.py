@@ -49,7 +49,7 @@ def rebuilt_arguments(flat: FlatJaxpr, replaces: Sequence[int | None]) -> frozen
         flat: the step.
         replaces: for each result, the index of the argument whose memory it takes, or None.
     """
-    made_by = {result: equation for equation in flat.equations for result in equation.results}
+    made_by = flat.made_by()
     return frozenset(
         argument
         for identity, argument in zip(flat.outputs, replaces, strict=True)

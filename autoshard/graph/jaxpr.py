@@ -97,6 +97,10 @@ class FlatJaxpr:
     unknown: tuple[str, ...]
     marks: tuple[Mark, ...] = ()
 
+    def made_by(self) -> dict[int, Equation]:
+        """Identity of an array -> the equation that makes it; without those that are there."""
+        return {result: equation for equation in self.equations for result in equation.results}
+
 
 class _Reader:
     """Walks nested jaxprs, keeping the numbering of arrays."""
