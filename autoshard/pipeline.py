@@ -259,6 +259,7 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
                 spec=reason.spec,
                 next_best=reason.next_best,
                 cost_seconds=None if reason.next_best is None else reason.cost_seconds,
+                cost_bytes=None if reason.next_best is None else reason.cost_bytes,
                 fits=reason.fits,
             )
             for reason in planning.result.reasons(winner.scored)

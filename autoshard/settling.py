@@ -59,6 +59,12 @@ class Verdict:
     error: str = ""
 
     @property
+    def weighed_seconds(self) -> float:
+        """The time of the step as the search's ranking compares it."""
+        assert self.candidate.scored is not None
+        return self.candidate.scored.weigh(self.step_seconds)
+
+    @property
     def misfit(self) -> str:
         """What the target's compiler says of the memory where that is too little, else ""."""
         if self.fits is not False:
@@ -100,12 +106,12 @@ def settle(
             on_progress(f"compile {candidate.name} for {compiler}, shallow")
             deep = partial(compile_deep, child, timeout_seconds=seconds)
             verdicts.append(_verdict(model, planning, candidate, compiler, deep))
-        verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.step_seconds))
+        verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.weighed_seconds))
         whole: list[Verdict] = []
         refused: list[Verdict] = []
         for shallow in verdicts:
-            best = min((one.step_seconds for one in whole), default=math.inf)
-            if shallow.compiled is None or best <= _SAME * shallow.step_seconds:
+            best = min((one.weighed_seconds for one in whole), default=math.inf)
+            if shallow.compiled is None or best <= _SAME * shallow.weighed_seconds:
                 break
             on_progress(f"compile {shallow.candidate.name} for {compiler}, all blocks")
             by_child = partial(compile_in, child, timeout_seconds=seconds)
@@ -114,7 +120,7 @@ def settle(
             (whole if fine else refused).append(verdict)
     rest = verdicts[len(whole) + len(refused) :]
     if whole:
-        whole.sort(key=lambda verdict: verdict.step_seconds)
+        whole.sort(key=lambda verdict: verdict.weighed_seconds)
         return (*whole, *rest, *refused)
     refused = refused or verdicts
     refused.sort(key=lambda verdict: verdict.fits is not False)

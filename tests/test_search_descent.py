@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autoshard.cost.values import Memory, StepCost
 from autoshard.mesh import Spec, parse_mesh
 from autoshard.search.candidates import NO_RULE, Choices
-from autoshard.search.descent import descend
+from autoshard.search.descent import Scored, descend
 
 WEIGHT, OUTPUT = "layer/kernel", "layer/output"
 SPLIT = ("model", None)
@@ -60,3 +61,19 @@ def test_of_outputs_laid_out_together_those_that_gain_nothing_lose_their_rule() 
     scorer: Any = OneGains({})
     found: Any = descend(scorer, families, [{choices.family: NO_RULE for choices in families}])
     assert found.assignment == (("first/output", SPLIT),)
+
+
+def test_half_the_memory_is_worth_a_little_time_and_not_more() -> None:
+    def scored(seconds: float, peak_bytes: int) -> Scored:
+        cost = StepCost(
+            compute_seconds=seconds,
+            blocking_seconds=0.0,
+            overlapped_seconds=0.0,
+            traffic=(),
+            memory=Memory(weights=peak_bytes),
+        )
+        return Scored(assignment=(), cost=cost, excess_bytes=0)
+
+    whole = scored(1.0, 2**31)
+    assert scored(1.005, 2**30).rank < whole.rank < scored(1.01, 2**30).rank
+    assert scored(1.0, 2**31 - 1).rank < whole.rank

@@ -78,6 +78,12 @@ def ranked(planning: Planning) -> list[LayoutRules]:
     return [candidate.rules for candidate in planning.candidates[:3]]
 
 
+@pytest.fixture
+def in_order(ranked) -> Compiler:
+    """A compiler that agrees with the ranking."""
+    return lambda request: program((10 + ranked.index(request.rules)) * 10**7)
+
+
 def names(verdicts: list[Verdict]) -> list[str]:
     return [verdict.candidate.name for verdict in verdicts]
 
@@ -88,16 +94,24 @@ def test_the_fastest_by_the_compiler_comes_first(verdicts, ranked) -> None:
     assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
 
 
-def test_a_winner_that_is_too_big_when_whole_makes_room_for_the_next(verdicts, ranked) -> None:
+def test_a_winner_that_is_too_big_when_whole_makes_room_for_the_next(
+    verdicts, ranked, in_order
+) -> None:
     def whole(request: CompileRequest) -> CompiledStep:
         if request.rules == ranked[0]:
             raise OutOfMemoryError("it needs 17 GiB")
-        return program(2 * 10**8)
+        return in_order(request)
 
-    found = verdicts(lambda r: program(10**8 + ranked.index(r.rules)), whole)
+    found = verdicts(in_order, whole)
     assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
     assert found[-1].fits is False
     assert found[-1].compiled is None
+
+
+def test_of_two_that_are_as_fast_the_smaller_wins(planning, verdicts, ranked) -> None:
+    memory = {c.rules: c.scored.cost.memory.peak_bytes for c in planning.candidates}
+    found = verdicts(lambda _: program(10**8), lambda _: program(10**8))
+    assert found[0].candidate.rules == min(ranked, key=memory.__getitem__)
 
 
 def test_a_winner_that_is_slower_when_whole_is_held_against_the_next(verdicts, ranked) -> None:
@@ -116,22 +130,22 @@ def test_where_none_fits_when_whole_the_first_says_so(verdicts) -> None:
     assert [verdict.fits for verdict in found] == [False, False, False]
 
 
-def test_one_refused_layout_leaves_the_verdicts_of_the_others(verdicts, ranked) -> None:
+def test_one_refused_layout_leaves_the_verdicts_of_the_others(verdicts, ranked, in_order) -> None:
     def shallow(request: CompileRequest) -> CompiledStep:
         if request.rules == ranked[0]:
             raise XlaError("no such layout")
-        return program(10**8)
+        return in_order(request)
 
-    found = verdicts(shallow, lambda _: program(10**8))
+    found = verdicts(shallow, in_order)
     assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
     assert found[-1].error == "no such layout"
 
 
-def test_a_refused_layout_hides_none_that_is_too_big(verdicts, ranked) -> None:
+def test_a_refused_layout_hides_none_that_is_too_big(verdicts, ranked, in_order) -> None:
     def shallow(request: CompileRequest) -> CompiledStep:
         if request.rules == ranked[0]:
             raise XlaError("no such layout")
-        return replace(program(10**8), argument_bytes=2**50)
+        return replace(in_order(request), argument_bytes=2**50)
 
     found = verdicts(shallow, shallow)
     assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
@@ -163,11 +177,11 @@ def test_the_split_by_hand_is_not_compiled_where_it_is_far_behind_or_too_big(pla
         assert worth_compiling(changed, TARGET) == planned.candidates[:3]
 
 
-def test_the_split_by_hand_can_win(planned, compiled_by) -> None:
+def test_the_split_by_hand_can_win(planned, compiled_by, in_order) -> None:
     hand = planned.by_hand
 
     def compiled(request: CompileRequest) -> CompiledStep:
-        return program(10**8 if request.rules == hand.rules else 2 * 10**8)
+        return program(10**7) if request.rules == hand.rules else in_order(request)
 
     compiled_by(compiled, compiled)
     outcome = make_plan("gemma_2b_en", "2x4", workload="prefill", target=TARGET, verify="target")
@@ -232,7 +246,7 @@ def test_a_layout_that_only_compiles_shallow_is_no_winner(verdicts, ranked) -> N
             raise XlaError("no such program")
         return program(10**8)
 
-    found = verdicts(lambda r: program(10**8 + ranked.index(r.rules)), whole)
+    found = verdicts(lambda r: program((10 + ranked.index(r.rules)) * 10**7), whole)
     assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
 
 

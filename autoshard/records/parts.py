@@ -192,6 +192,7 @@ class Reason:
         spec: the choice.
         next_best: the best other choice, None where no other is legal.
         cost_seconds: how much longer the step would take with that, by the formulas.
+        cost_bytes: how much higher the peak would be, by the formulas.
         fits: whether it would fit the memory with that, by the formulas.
     """
 
@@ -199,6 +200,7 @@ class Reason:
     spec: Spec
     next_best: Spec | None
     cost_seconds: float | None
+    cost_bytes: int | None
     fits: bool
 
 

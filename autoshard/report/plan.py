@@ -1,7 +1,7 @@
 """A plan and how it came about, as text."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tabulate import tabulate
 
@@ -16,6 +16,7 @@ from autoshard.planning import Planning
 from autoshard.pricing import Candidate
 from autoshard.search.candidates import legal_specs
 from autoshard.settling import Verdict
+from autoshard.records.parts import Reason
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_count, format_seconds, option_bytes
 from autoshard.xla.collectives import Collective
@@ -313,17 +314,29 @@ def reasons_text(plan: Plan) -> str:
     """
     rows = []
     for reason in plan.reasons:
-        split = any(reason.spec)
-        other = ""
-        cost = "not read by this step" if split else "too small for a rule, or no other is legal"
-        if reason.next_best is not None and reason.cost_seconds is not None:
-            other = format_spec(reason.next_best)
-            word = "slower" if reason.cost_seconds >= 0 else "faster"
-            cost = f"{format_seconds(abs(reason.cost_seconds))} {word}"
-            cost += "" if reason.fits else ", does not fit"
-        rows.append((reason.family, format_spec(reason.spec), other, cost))
-    headers = ("family", "spec", "next best, all else equal", "predicted step")
-    return tabulate(rows, headers=headers, disable_numparse=True)
+        rows.append((reason.family, format_spec(reason.spec), *_next_best(reason)))
+    headers = ("family", "spec", "next best, all else equal", "step", "memory")
+    table = tabulate(rows, headers=headers, disable_numparse=True)
+    return f"{table}\n(step and memory: what the next best would add, predicted by formulas)"
+
+
+def _next_best(reason: Reason) -> tuple[str, str, str]:
+    """The next best spec of a family, and what it would add to the step and to the peak."""
+    if reason.next_best is None or reason.cost_seconds is None or reason.cost_bytes is None:
+        why = "none: not read by this step" if any(reason.spec) else "none legal or worth a rule"
+        return why, "", ""
+    return (
+        format_spec(reason.next_best),
+        _signed(reason.cost_seconds, format_seconds),
+        _signed(reason.cost_bytes, format_bytes) + ("" if reason.fits else ", does not fit"),
+    )
+
+
+def _signed(amount: float, text: Callable[[float], str]) -> str:
+    """An amount that is added or saved, "same" where it is neither."""
+    if not amount:
+        return "same"
+    return f"{'+' if amount > 0 else '-'}{text(abs(amount))}"
 
 
 def _timings(outcome: Outcome) -> str:

@@ -41,8 +41,9 @@ class Reason:
         spec: what it got.
         next_best: the best other spec, all else equal; None where no other is legal or worth a
             rule.
-        cost_seconds: what the step would take longer with `next_best`; negative where that is
-            faster but does not fit.
+        cost_seconds: how much longer the step would take with `next_best`; negative where that is
+            faster.
+        cost_bytes: how much more memory it would take; negative where that takes less.
         fits: whether the step fits the memory with `next_best`.
     """
 
@@ -50,6 +51,7 @@ class Reason:
     spec: Spec
     next_best: Spec | None
     cost_seconds: float
+    cost_bytes: int
     fits: bool
 
 
@@ -214,13 +216,21 @@ def _reason(scorer: Scorer, best: Scored, choices: Choices) -> Reason:
     spec = dict(best.assignment).get(choices.family, NO_RULE)
     others = _neighbours(scorer, best, choices)
     if not others:
-        return Reason(family=choices.family, spec=spec, next_best=None, cost_seconds=0.0, fits=True)
+        return Reason(
+            family=choices.family,
+            spec=spec,
+            next_best=None,
+            cost_seconds=0.0,
+            cost_bytes=0,
+            fits=True,
+        )
     found, other = min(others, key=lambda pair: pair[0].rank)
     return Reason(
         family=choices.family,
         spec=spec,
         next_best=other,
         cost_seconds=found.cost.step_seconds - best.cost.step_seconds,
+        cost_bytes=found.cost.memory.peak_bytes - best.cost.memory.peak_bytes,
         fits=found.excess_bytes == 0,
     )
 
