@@ -14,9 +14,9 @@ from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import Outcome
 from autoshard.planning import Planning
 from autoshard.pricing import Candidate
+from autoshard.records.parts import Reason
 from autoshard.search.candidates import legal_specs
 from autoshard.settling import Verdict
-from autoshard.records.parts import Reason
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_count, format_seconds, option_bytes
 from autoshard.xla.collectives import Collective
