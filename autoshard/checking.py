@@ -48,9 +48,10 @@ def check(
     made = plan_of(layout)
     grid = as_mesh(mesh, axes) if mesh is not None else None
     grid = made.mesh if made and grid is None else grid
-    workload = made.workload if made else Workload()
+    workload = made.workload if made else Workload(dtype=None)
     workload = replace(workload, seq_len=seq_len or workload.seq_len)
     abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    workload = abstract.own(workload)
     table, unreadable = abstract.table(), list[str]()
     rules = (
         made.rules if made else read_layout(layout, abstract.backbone, grid, unreadable=unreadable)

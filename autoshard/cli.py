@@ -79,7 +79,7 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--lora-rank", type=click.IntRange(min=1), help="Rank of the low-rank factors."
             ),
             click.option(
-                "--dtype", default="bfloat16", show_default=True, help="Keras dtype policy."
+                "--dtype", help="Keras dtype policy. [default: bfloat16, or what the model has]"
             ),
             click.option("--optimizer", default="adam", show_default=True, help="Keras optimizer."),
             click.option(
@@ -167,7 +167,7 @@ def plan(
 @click.argument("model")
 @click.option("--layer", help="Only the variables under this layer, a line each.")
 @click.option("--lora-rank", type=click.IntRange(min=1), help="Rank of low-rank factors to add.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="Keras dtype policy.")
+@click.option("--dtype", help="Keras dtype policy. [default: bfloat16, or what the model has]")
 @click.option(
     "--format",
     "form",
@@ -175,7 +175,9 @@ def plan(
     default="text",
     show_default=True,
 )
-def inspect(model: str, layer: str | None, lora_rank: int | None, dtype: str, form: str) -> None:
+def inspect(
+    model: str, layer: str | None, lora_rank: int | None, dtype: str | None, form: str
+) -> None:
     """Print the variable table of MODEL, built without its weights."""
     _set_backend()
     from autoshard.pipeline import inspect as read_table

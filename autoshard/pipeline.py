@@ -68,14 +68,15 @@ class Outcome:
         return self.winner.fits
 
 
-def inspect(model: Any, *, lora_rank: int | None = None, dtype: str = "bfloat16") -> ModelTable:
+def inspect(model: Any, *, lora_rank: int | None = None, dtype: str | None = None) -> ModelTable:
     """The variable table of a model, built without weights.
 
     Args:
         model: a preset name, `package.module:callable`, a local preset or configuration, a
             `kaggle://` or `hf://` handle, a Keras model, or a callable that returns one.
         lora_rank: rank of low-rank factors to add, or None.
-        dtype: Keras dtype policy.
+        dtype: Keras dtype policy; by default that of the model where one is made already, or
+            bfloat16.
 
     Raises:
         UnknownNameError: there is no such model.
@@ -96,7 +97,7 @@ def plan(
     batch: int | None = None,
     seq_len: int = 512,
     lora_rank: int | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     optimizer: str = "adam",
     memory_limit: str | int | None = None,
     generate: bool = True,
@@ -116,7 +117,7 @@ def plan(
         batch: sequences of the global batch; by default 8, or what the data axis divides.
         seq_len: tokens a sequence.
         lora_rank: rank of the low-rank factors.
-        dtype: Keras dtype policy.
+        dtype: as for `inspect`.
         optimizer: Keras optimizer, by name.
         memory_limit: bytes a device, or a text like `15GiB`; by default the chip's usable memory.
         generate: False to allow rules for layer outputs under which `generate` is slow or fails.

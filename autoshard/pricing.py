@@ -15,7 +15,7 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, Spec, divides, format_spec
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import QUANTIZED
+from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED
 from autoshard.search.descent import Scored, Scorer
 from autoshard.setup import Setup
 
@@ -57,7 +57,7 @@ class Candidate:
 
 def make_pricer(program: Program, setup: Setup) -> StepPricer:
     """What prices layouts of a program on the mesh and chips of a setup."""
-    dtype = setup.workload.dtype
+    dtype = setup.workload.dtype or DEFAULT_DTYPE
     machine = Machine.of(setup.mesh, setup.target, _MATMUL_DTYPES.get(dtype, dtype))
     return StepPricer(program, machine)
 

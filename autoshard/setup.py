@@ -42,7 +42,7 @@ def make_setup(
     batch: int | None = None,
     seq_len: int = 512,
     lora_rank: int | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     optimizer: str = "adam",
     memory_limit: str | int | None = None,
     generate: bool = True,

@@ -271,9 +271,9 @@ keras.distribution.set_distribution(distribution)
         model = self.model.name if model is None else model
         # A name or a callable is built as the workload has it, a model stays as it is.
         made = isinstance(model, str) or not hasattr(model, "weights")
-        lora_rank = self.workload.lora_rank if made else None
+        asked: dict[str, Any] = {"dtype": self.workload.dtype, "lora_rank": self.workload.lora_rank}
         try:
-            abstract = build(model, dtype=self.workload.dtype, lora_rank=lora_rank)
+            abstract = build(model, **asked) if made else build(model)
         except UnknownNameError:
             raise ModelError(
                 f"the plan was made for the model '{self.model.name}', which no name finds again: "

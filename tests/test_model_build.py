@@ -26,9 +26,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small_gemma() -> Any:
+def small_gemma(**options: Any) -> Any:
     return import_keras_hub().models.GemmaCausalLM(
-        backbone=import_keras_hub().models.GemmaBackbone(**SMALL), preprocessor=None
+        backbone=import_keras_hub().models.GemmaBackbone(**SMALL, **options), preprocessor=None
     )
 
 
@@ -120,8 +120,18 @@ def test_a_model_with_values_keeps_them() -> None:
     assert fold(model).folding.blocks[0].n_blocks == 5
     assert all(v._value is not None for v in given.weights)
     assert model.dtype == "float32"
-    assert trace_model(given, Workload()).workload.dtype == "float32"
-    assert build(f"{__name__}:small_gemma").dtype is None
+    assert trace_model(given, Workload(dtype=None)).workload.dtype == "float32"
+    with pytest.raises(UsageError, match="made with dtype float32, and bfloat16 is asked for"):
+        build(given, dtype="bfloat16")
+
+
+def test_a_callable_makes_what_it_would_without_us_unless_a_dtype_is_asked_for() -> None:
+    name = f"{__name__}:small_gemma"
+    assert build(name).dtype == build(name).table().dtype == "float32"
+    assert build(name, dtype="bfloat16").table().dtype == "bfloat16"
+    assert build("gemma_2b_en").dtype is None
+    with pytest.raises(UsageError, match="made with dtype float32"):
+        build(lambda: small_gemma(dtype="float32"), dtype="bfloat16")
 
 
 def test_a_model_that_is_no_backbone_is_taken_whole() -> None:

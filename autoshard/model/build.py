@@ -19,17 +19,15 @@ from autoshard.model.recipe import (
     wrap,
 )
 from autoshard.model.references import recipe_of
-from autoshard.model.workload import DTYPES, QUANTIZED
+from autoshard.model.workload import DEFAULT_DTYPE, DTYPES, QUANTIZED
 
 __all__ = ["AbstractModel", "build", "fold"]
-
-_SOURCE_DTYPE = "bfloat16"
 
 
 def build(
     reference: "str | Callable[[], Any] | Any",
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     lora_rank: int | None = None,
     repeats: int | None = None,
 ) -> AbstractModel:
@@ -37,25 +35,30 @@ def build(
 
     Args:
         reference: a preset's name, `package.module:callable`, a preset directory, a `.keras` or
-            `config.json` file, a `kaggle://` or `hf://` handle; or a Keras model, which keeps its
-            own dtype (as a file does that is no KerasHub model's), or a callable that returns one.
+            `config.json` file, a `kaggle://` or `hf://` handle; or a Keras model, or a callable
+            that returns one.
         dtype: Keras dtype policy; `int8` stores the weights that Keras can quantize in eight bits
-            and computes all else in bfloat16.
+            and computes all else in bfloat16. None for the policy that a model, what a callable
+            returns, or a file has; bfloat16 for KerasHub's presets, handles and files.
         lora_rank: give the backbone low-rank factors of this rank and freeze the rest.
         repeats: keep only so many periods of each stack of repeated blocks; all by default.
 
     Raises:
         UnknownNameError: there is no model of that name.
-        UsageError: the callable cannot be imported, or the model takes no low-rank factors.
+        UsageError: the callable cannot be imported, or the model takes no low-rank factors, or has
+            another dtype policy than `dtype`.
         ModelError: Keras cannot build the model without values.
     """
     keras = import_keras()
     if isinstance(reference, keras.Model):
-        model = _with_dtype(_given(reference, lora_rank))
+        model = _with_own_dtype(_given(reference, lora_rank), dtype)
     elif dtype == QUANTIZED:
-        model = _quantized(build(reference, dtype=_SOURCE_DTYPE), lora_rank)
+        model = _quantized(build(reference), lora_rank)
     else:
-        model = _rebuildable(build_recipe(recipe_of(reference, dtype, lora_rank)))
+        recipe = recipe_of(reference, dtype, lora_rank)
+        model = _rebuildable(build_recipe(recipe))
+        if recipe.has_dtype:
+            model = _with_own_dtype(model, dtype)
     return model if repeats is None else fold(model, periods=repeats)
 
 
@@ -68,11 +71,11 @@ def _quantized(model: AbstractModel, lora_rank: int | None) -> AbstractModel:
     recipe = model.recipe
     if recipe is None or recipe.config is None:
         raise UsageError(f"{QUANTIZED} needs a KerasHub backbone, which '{model.name}' is not")
-    policies = keras.dtype_policies.DTypePolicyMap(default_policy=_SOURCE_DTYPE)
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=DEFAULT_DTYPE)
     layers = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding)
     for path, layer in layers_by_path(model.backbone).items():
         if isinstance(layer, layers):
-            policies[path] = keras.dtype_policies.get(f"{QUANTIZED}_from_{_SOURCE_DTYPE}")
+            policies[path] = keras.dtype_policies.get(f"{QUANTIZED}_from_{DEFAULT_DTYPE}")
     dtype = keras.saving.serialize_keras_object(policies)
     config = {**recipe.config, "dtype": dtype}
     return _rebuildable(build_recipe(replace(recipe, config=config, lora_rank=lora_rank)))
@@ -100,7 +103,7 @@ def _given(model: Any, lora_rank: int | None) -> AbstractModel:
     return replace(given, recipe=recipe, output_paths=twin.output_paths) if same else given
 
 
-def _with_dtype(model: AbstractModel) -> AbstractModel:
+def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
     """With the dtype policy of most parameters, if it is one that a step can be asked for."""
     sizes: Counter[str] = Counter()
     for layer in layers_by_path(model.model).values():
@@ -109,7 +112,14 @@ def _with_dtype(model: AbstractModel) -> AbstractModel:
             name = QUANTIZED if name.startswith(QUANTIZED) else name
             sizes[name] += sum(math.prod(weight.shape) for weight in layer.weights)
     name = max(sizes, key=sizes.__getitem__, default="")
-    return replace(model, dtype=name) if name in DTYPES else model
+    if name not in DTYPES:
+        return model
+    if asked not in (None, name):
+        raise UsageError(
+            f"'{model.name}' is made with dtype {name}, and {asked} is asked for; leave that out, "
+            "or make it so"
+        )
+    return replace(model, dtype=name)
 
 
 def _rebuildable(model: AbstractModel) -> AbstractModel:
@@ -117,8 +127,6 @@ def _rebuildable(model: AbstractModel) -> AbstractModel:
     recipe = model.recipe
     if recipe is None or (recipe.config is not None and "class_name" not in recipe.config):
         return model
-    if recipe.config is not None:
-        model = _with_dtype(model)
     better = _recipe_from(model, recipe.lora_rank)
     return replace(model, recipe=better) if better else model
 

@@ -15,7 +15,7 @@ from autoshard.model.abstract import abstract_scope, recording_scope
 from autoshard.model.folding import Folding
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
-from autoshard.model.workload import Workload
+from autoshard.model.workload import DEFAULT_DTYPE, Workload
 
 __all__ = [
     "AbstractModel",
@@ -40,6 +40,7 @@ class Recipe:
         config: what `make` is given, a copy each time; None where nothing can be changed in it.
         task_class: the task around the backbone; None to take the backbone's CausalLM, if any.
         lora_rank: rank of the low-rank factors, or None.
+        has_dtype: whether what `make` builds has a dtype policy of its own, whatever was asked for.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Recipe:
     config: Mapping[str, Any] | None
     task_class: Any = None
     lora_rank: int | None = None
+    has_dtype: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +78,8 @@ class AbstractModel:
     dtype: str | None = None
 
     def own(self, workload: Workload) -> Workload:
-        """The workload with the dtype that the model came with, if it came with one."""
-        return replace(workload, dtype=self.dtype or workload.dtype)
+        """The workload with the dtype that the model came with, or else the one asked for."""
+        return replace(workload, dtype=self.dtype or workload.dtype or DEFAULT_DTYPE)
 
     def numbered_layers(self) -> frozenset[str]:
         """Names that Keras gave to layers, for want of one: of their class, and a number.

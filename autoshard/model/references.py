@@ -17,18 +17,20 @@ from autoshard.errors import ModelError, UsageError
 from autoshard.model import catalogue
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.recipe import Recipe, one_line
+from autoshard.model.workload import DEFAULT_DTYPE
 
 __all__ = ["recipe_of"]
 
 
 def recipe_of(
-    reference: str | os.PathLike[str] | Callable[[], Any], dtype: str, lora_rank: int | None
+    reference: str | os.PathLike[str] | Callable[[], Any], dtype: str | None, lora_rank: int | None
 ) -> Recipe:
     """Read a reference.
 
     Args:
         reference: a model's name, a path, or a callable that returns a Keras model.
-        dtype: Keras dtype policy to build it with.
+        dtype: Keras dtype policy to build it with, where it has none of its own; None for the
+            default, and for what a callable makes under Keras' own.
         lora_rank: rank of the low-rank factors, or None.
 
     Raises:
@@ -60,7 +62,7 @@ def recipe_of(
             "KerasHub does not have; upgrade keras-hub"
         )
     # A quantized preset says of each layer what it is stored as, and keeps that.
-    config = {"dtype": dtype, **preset.config()}
+    config = {"dtype": dtype or DEFAULT_DTYPE, **preset.config()}
     return Recipe(
         name=reference, make=backbone_class.from_config, config=config, lora_rank=lora_rank
     )
@@ -81,10 +83,11 @@ def _imported(reference: str) -> Callable[[], Any]:
 
 
 @contextmanager
-def _default_dtype(dtype: str) -> Iterator[None]:
+def _default_dtype(dtype: str | None) -> Iterator[None]:
+    """Keras' default dtype policy inside; None leaves it as it is."""
     keras = import_keras()
     before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(dtype)
+    keras.config.set_dtype_policy(dtype or before)
     try:
         yield
     finally:
@@ -92,7 +95,7 @@ def _default_dtype(dtype: str) -> Iterator[None]:
 
 
 def _from_callable(
-    name: str, function: Callable[[], Any], dtype: str, lora_rank: int | None
+    name: str, function: Callable[[], Any], dtype: str | None, lora_rank: int | None
 ) -> Recipe:
     keras = import_keras()
 
@@ -103,20 +106,22 @@ def _from_callable(
             raise UsageError(f"'{name}' returned {type(model).__name__}, not a Keras model")
         return model
 
-    return Recipe(name=name, make=make, config=None, lora_rank=lora_rank)
+    return Recipe(name=name, make=make, config=None, lora_rank=lora_rank, has_dtype=True)
 
 
-def _from_preset(handle: str, dtype: str, lora_rank: int | None) -> Recipe:
+def _from_preset(handle: str, dtype: str | None, lora_rank: int | None) -> Recipe:
     """A handle or a preset directory: Keras' own loader reads its configuration alone."""
     keras_hub = import_keras_hub()
 
     def make(config: dict[str, Any]) -> Any:
-        return keras_hub.models.Backbone.from_preset(handle, load_weights=False, dtype=dtype)
+        return keras_hub.models.Backbone.from_preset(
+            handle, load_weights=False, dtype=dtype or DEFAULT_DTYPE
+        )
 
     return Recipe(name=handle, make=make, config=None, lora_rank=lora_rank)
 
 
-def _from_file(path: Path, dtype: str, lora_rank: int | None) -> Recipe:
+def _from_file(path: Path, dtype: str | None, lora_rank: int | None) -> Recipe:
     keras = import_keras()
     import_keras_hub()
     try:
@@ -134,10 +139,13 @@ def _from_file(path: Path, dtype: str, lora_rank: int | None) -> Recipe:
             "of another library give its directory"
         )
     settings = config.get("config")
-    if str(config.get("registered_name")).startswith("keras_hub>") and isinstance(settings, dict):
-        settings["dtype"] = dtype
+    is_backbone = str(config.get("registered_name")).startswith("keras_hub>")
+    if is_backbone and isinstance(settings, dict):
+        settings["dtype"] = dtype or DEFAULT_DTYPE
 
     def make(config: dict[str, Any]) -> Any:
         return keras.saving.deserialize_keras_object(config)
 
-    return Recipe(name=str(path), make=make, config=config, lora_rank=lora_rank)
+    return Recipe(
+        name=str(path), make=make, config=config, lora_rank=lora_rank, has_dtype=not is_backbone
+    )

@@ -6,14 +6,15 @@ from typing import Any, Literal, get_args
 
 from autoshard.errors import UnknownNameError, UsageError
 
-__all__ = ["DTYPES", "KINDS", "OPTIMIZERS", "QUANTIZED", "Kind", "Workload"]
+__all__ = ["DEFAULT_DTYPE", "DTYPES", "KINDS", "OPTIMIZERS", "QUANTIZED", "Kind", "Workload"]
 
 Kind = Literal["train", "lora", "prefill", "decode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 # Weights in eight bits, all else in bfloat16.
 QUANTIZED = "int8"
-DTYPES = ("bfloat16", "float16", "float32", "mixed_bfloat16", QUANTIZED)
+DEFAULT_DTYPE = "bfloat16"
+DTYPES = (DEFAULT_DTYPE, "float16", "float32", "mixed_bfloat16", QUANTIZED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,8 @@ class Workload:
             base frozen), `prefill` (forward with logits), `decode` (one token against a cache).
         batch: sequences in the global batch, at least 1.
         seq_len: tokens a sequence, at least 1; for `decode` the length of the cache.
-        dtype: Keras dtype policy of the model; `int8` for weights in eight bits.
+        dtype: Keras dtype policy of the model, `int8` for weights in eight bits; None for the
+            model's own, until that is built.
         optimizer: Keras optimizer of `train` and `lora`, by name.
         lora_rank: rank of the low-rank factors; `lora` needs one, `prefill` and `decode` may have
             one, `train` has none.
@@ -34,7 +36,7 @@ class Workload:
     kind: Kind = "train"
     batch: int = 8
     seq_len: int = 512
-    dtype: str = "bfloat16"
+    dtype: str | None = DEFAULT_DTYPE
     optimizer: str = "adam"
     lora_rank: int | None = None
 
@@ -44,6 +46,8 @@ class Workload:
             ("dtype", self.dtype, DTYPES),
             ("optimizer", self.optimizer, OPTIMIZERS),
         ):
+            if what == "dtype" and name is None:
+                continue
             if not isinstance(name, str):
                 raise UsageError(f"{what} is {name!r}; give its name, one of {', '.join(known)}")
             if name not in known:
