@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.errors import AutoshardError, UsageError
+from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.causes import Causes
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import resolve
@@ -48,11 +48,11 @@ def compare(
             `optimizer`, `memory_limit` and `generate`, as for `autoshard.plan`.
 
     Returns:
-        The layouts, best first. A map that Keras refuses is among them, with the reason.
+        The layouts, best first. What cannot be read and what Keras refuses are among them, with
+        the reason.
 
     Raises:
         UsageError: there is no such file, or a value is wrong.
-        PlanFileError: a plan file is broken.
     """
     if not layouts:
         raise UsageError("name at least one layout to compare")
@@ -88,20 +88,18 @@ def _rules(
     setup: Setup,
     on_progress: Callable[[str], None],
 ) -> LayoutRules | str:
-    """The rules of a layout, or why there are none: KerasHub ships no map, or refuses the mesh."""
-    plan = plan_of(layout)
-    if plan is not None:
-        return plan.rules
-    assert not isinstance(layout, Plan)
+    """The rules of a layout, or why there are none: no map ships, or a file cannot be read."""
     if layout == _PLANNED:
         watch = Stopwatch(progress=on_progress)
         return run_planner(traced, setup, top=1, watch=watch).candidates[0].rules
     try:
+        plan = plan_of(layout)
+        if plan is not None:
+            return plan.rules
+        assert not isinstance(layout, Plan)
         return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh)
-    except AutoshardError as error:
-        if layout == "kerashub":
-            return str(error)
-        raise
+    except (LayoutError, PlanFileError) as error:
+        return str(error)
 
 
 def _compared(

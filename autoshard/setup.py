@@ -12,6 +12,9 @@ from autoshard.xla.attached import attached_target
 
 __all__ = ["Setup", "limit_bytes", "make_setup", "named_target"]
 
+# A limit below is one whose unit was forgotten.
+_LEAST_BYTES = 1000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
@@ -118,13 +121,15 @@ def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
         target: the chips.
 
     Raises:
-        UsageError: it is not a number of bytes above 0.
+        UsageError: it is not a number of bytes, or so few that a unit must be missing.
     """
     if memory_limit is None:
         return target.chip.hbm_bytes
     n_bytes = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    if n_bytes < 1:
-        raise UsageError(f"a memory limit of {n_bytes} bytes holds nothing; give 1 or more")
+    if n_bytes < _LEAST_BYTES:
+        raise UsageError(
+            f"a memory limit of {n_bytes} bytes holds no model; give a unit, as in 15GiB"
+        )
     return n_bytes
 
 

@@ -46,6 +46,8 @@ def plan_small(*options: str) -> Result:
         (("plan", SMALL, "--mesh", "1x8", "--target", "tpu:v5e:2x2"), 2, "8"),
         (("plan", SMALL, "--mesh", "1x8", "--workload", "sleep"), 2, "unknown workload"),
         (("plan", SMALL, "--mesh", "1x8", "--memory-limit", "much"), 2, "not an amount of memory"),
+        (("plan", SMALL, "--mesh", "1x8", "--memory-limit", "15"), 2, "a unit, as in 15GiB"),
+        (("plan", "mine.py", "--mesh", "1x8"), 2, "as in mine:make_model"),
         (("plan", SMALL, "--mesh", "1x8", "-o", ""), 2, "output file is empty"),
         (("inspect", "gemma_2b_en", "--layer", "decoder_blok_0"), 2, "decoder_block_0"),
         (("inspect", "tests"), 1, "it has no config.json"),

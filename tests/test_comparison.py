@@ -47,6 +47,16 @@ def test_a_map_that_keras_refuses_comes_last_with_its_reason() -> None:
     assert "(64, 64)" in found.layouts[1].failure
 
 
+def test_files_that_cannot_be_read_hide_no_other(tmp_path: Path) -> None:
+    for name, text in (("broken.json", "{"), ("empty.py", "x = 1")):
+        (tmp_path / name).write_text(text)
+    files = [tmp_path / "broken.json", tmp_path / "empty.py"]
+    found = compare(small_gemma_backbone, [*files, WHOLE], **OPTIONS)
+    assert [bool(layout.failure) for layout in found.layouts] == [False, True, True]
+    with pytest.raises(UsageError, match="there is no layout"):
+        compare(small_gemma_backbone, [WHOLE, str(tmp_path / "none.py")], **OPTIONS)
+
+
 def test_a_rule_that_takes_nothing_is_pointed_at() -> None:
     found = compare(small_gemma_backbone, [WHOLE], **OPTIONS)
     assert "warning: rule 'nothing'" in comparison_text(found)

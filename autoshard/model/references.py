@@ -52,6 +52,11 @@ def recipe_of(
         return _from_preset(reference, dtype, lora_rank)
     if path.suffix in (".keras", ".json"):
         return _from_file(path, dtype, lora_rank)
+    if path.suffix == ".py":
+        raise UsageError(
+            f"'{reference}' is Python source: name a callable in it that returns the model, as in "
+            f"{path.stem}:make_model"
+        )
     if ":" in reference:
         return _from_callable(reference, _imported(reference), dtype, lora_rank)
     preset = catalogue.get(reference)
