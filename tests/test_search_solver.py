@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoshard.errors import UsageError
-from autoshard.search import components, solver
+from autoshard.search import components, reduction, solver
 from autoshard.search.iopddl import read_iopddl
 from autoshard.search.problem import Edge, Node, Problem, cost_of, peak_usage
 from autoshard.search.solver import solve
@@ -89,6 +89,17 @@ def test_bounds_before_the_program_and_lazy_memory_rows_change_no_answer(problem
         patch.setattr(solver, "_LARGE", -1)
         patch.setattr(components, "_ALL_MEMORY_ENTRIES", -1)
         assert_solved(problem, solve(problem))
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.sampled_from([0, 10**6]))
+def test_a_bound_that_is_not_exact_is_one_however_much_was_compared(problem, costly):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction, "_COSTLY", costly)
+        solution = solve(problem, exact=False)
+    expected = least_cost(problem)
+    assert solution.bound <= expected * (1 + 1e-6) + 1e-12
+    assert not solution.feasible or solution.cost >= expected * (1 - 1e-6)
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,7 @@
 """What a step runs on."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 from autoshard.hardware.chips import Chip
@@ -11,7 +12,7 @@ from autoshard.mesh import Mesh
 __all__ = ["Machine"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """The chips and the links between them, mesh axis by mesh axis.
 
@@ -41,7 +42,7 @@ class Machine:
             matmul_dtype=matmul_dtype,
         )
 
-    @property
+    @cached_property
     def axis_sizes(self) -> tuple[int, ...]:
         """Devices along each axis."""
         return tuple(link.size for link in self.links[:-1])

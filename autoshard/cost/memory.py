@@ -50,7 +50,7 @@ class PeakMemory:
         chip: what it runs on.
     """
 
-    def __init__(self, program: Program, axis_sizes: Sequence[int], chip: Chip) -> None:
+    def __init__(self, program: Program, axis_sizes: tuple[int, ...], chip: Chip) -> None:
         self._program = program
         self._axis_sizes = axis_sizes
         self._vmem = chip.vmem_bytes

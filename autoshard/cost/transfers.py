@@ -10,6 +10,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition
@@ -62,12 +63,13 @@ class Transfer:
     in_ring: bool = False
 
 
-def local_bytes(n_bytes: int, layout: Layout, axis_sizes: Sequence[int]) -> int:
+def local_bytes(n_bytes: int, layout: Layout, axis_sizes: tuple[int, ...]) -> int:
     """Bytes of one device's shard."""
     return -(-n_bytes // n_parts(layout, axis_sizes))
 
 
-def n_parts(layout: Layout, axis_sizes: Sequence[int]) -> int:
+@cache
+def n_parts(layout: Layout, axis_sizes: tuple[int, ...]) -> int:
     """Into how many shards a layout cuts an array."""
     return math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
 
@@ -256,7 +258,7 @@ def _moves(
             gather = _transfer("all-gather", axis, n_bytes, machine, position, want)
             on_tpu = machine.chip.kind == "tpu"
             early = array.is_held or (on_tpu and op.backward and sizes[axis] > 2)
-            yield replace(gather, overlapped=gather.overlapped and early)
+            yield gather if early else replace(gather, overlapped=False)
         else:
             n_bytes = local_bytes(array.n_bytes, have, sizes)
             yield _transfer("all-to-all", axis, n_bytes, machine, position, want)

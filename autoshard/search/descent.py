@@ -4,8 +4,8 @@ Exhaustive where the assignments are few; otherwise descent from several starts 
 problem's answer first), moving the families of one sibling group or one family at a time until no
 move is better, once weights before the outputs of layers and once after them; from the best, two
 sibling groups at a time too; then again from the best with two sibling groups shaken; the last two
-only as far as the size of the program lets that end in about a minute. The outputs of layers move
-alone, but one start lays out two groups of them.
+only as far as the size of the program lets that end in some twenty seconds. The outputs of layers
+move alone, but one start lays out two groups of them.
 """
 
 import itertools
@@ -47,7 +47,7 @@ _MEMORY_POWER = 0.01
 _PAIRED = 16
 
 # So many looks at ops, of all layouts together, after which no more pairs are tried and no shakes.
-_MOST_LOOKS = 20_000_000
+_MOST_LOOKS = 5_000_000
 
 # So often the best is shaken and descended from again.
 _SHAKES = 8

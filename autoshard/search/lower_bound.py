@@ -26,7 +26,13 @@ from dataclasses import dataclass
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import candidate_choices, compute_seconds, is_decomposed
-from autoshard.cost.transfers import array_transfers, folded_sums, local_bytes
+from autoshard.cost.transfers import (
+    Transfer,
+    array_transfers,
+    folded_sums,
+    layout_of,
+    local_bytes,
+)
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.propagation import splits_evenly
 from autoshard.graph.tying import tie_blocks
@@ -95,7 +101,7 @@ class _Builder:
         self.nodes: list[Node] = []
         self.edges: list[Edge] = []
         self.family_nodes: list[int] = []
-        self._moves: dict[tuple[object, ...], dict[object, list[tuple[float, float]]]] = {}
+        self._moves: dict[tuple[object, ...], dict[Layout, tuple[float, float]]] = {}
         self.stands_for, ops = tie_blocks(self.program)
         self.node_of: list[int] = [-1] * len(self.program.groups)
         self.layouts_of: list[tuple[Layout, ...]] = [()] * len(self.program.groups)
@@ -186,27 +192,10 @@ class _Builder:
         share: float,
     ) -> None:
         """What moving one array costs, by the op's choice and the group's layout."""
-        factors = [factor for factor in array.factors if factor is not None]
-        dims = {factor: (array.factors.index(factor), factor in op.reduced) for factor in factors}
-        reduced = frozenset(op.reduced)
         layouts = self.layouts_of[group]
-        like = (
-            op.kind,
-            op.backward,
-            array.n_bytes,
-            array.factors,
-            array.is_held,
-            operand is None,
-            layouts,
-        )
-        # Arrays that look alike share their rows, by all of a choice that its moves depend on.
-        known = self._moves.setdefault(like, {})
         serial, parallel = [], []
         for choice in choices:
-            made = tuple(dims.get(factor, (WHOLE, factor in reduced)) for factor in choice)
-            row = known.get(made)
-            if row is None:
-                row = known[made] = self.move_seconds(op, array, operand, choice, layouts)
+            row = self.move_seconds(op, array, operand, choice, layouts)
             serial.append(tuple(seconds * share for seconds, _ in row))
             parallel.append(tuple(seconds * share for _, seconds in row))
         if any(map(any, parallel)):
@@ -227,23 +216,38 @@ class _Builder:
         choice: Choice,
         layouts: Sequence[Layout],
     ) -> list[tuple[float, float]]:
-        """The two sums of moving an array between a choice and each layout.
+        """The two sums of moving an array between a choice and each layout; remembered.
 
         What compute might hide is taken to be hidden.
         """
-        row = []
+        partial = [factor in op.reduced for factor in choice] if operand is None else []
+        looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None
+        # All that the moves depend on beside the layout.
+        like = (
+            layout_of(array, choice),
+            tuple(partial),
+            looked_up,
+            op.backward,
+            array.n_bytes,
+            array.is_held,
+            operand is None,
+        )
+        known = self._moves.setdefault(like, {})
         for layout in layouts:
-            moves = folded_sums(
-                array_transfers(op, array, operand, choice, layout, self.machine), self.machine
-            )
-            blocking = sum(
-                move.seconds
-                for move in moves
-                if not (move.overlapped or is_decomposed(move, math.inf, self.machine))
-            )
-            written = sum(move.memory_seconds for move in moves)
-            row.append((blocking + written, sum(move.seconds for move in moves)))
-        return row
+            if layout not in known:
+                moves = array_transfers(op, array, operand, choice, layout, self.machine)
+                known[layout] = self.sums_of(folded_sums(moves, self.machine))
+        return [known[layout] for layout in layouts]
+
+    def sums_of(self, moves: Sequence[Transfer]) -> tuple[float, float]:
+        """What transfers add to the two sums."""
+        blocking = sum(
+            move.seconds
+            for move in moves
+            if not (move.overlapped or is_decomposed(move, math.inf, self.machine))
+        )
+        written = sum(move.memory_seconds for move in moves)
+        return blocking + written, sum(move.seconds for move in moves)
 
     def add_node(self, costs: tuple[float, ...], usages: tuple[float, ...] = ()) -> int:
         """A node whose costs are compute: they do not count in the parallel sum."""

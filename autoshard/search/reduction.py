@@ -33,9 +33,16 @@ Mask = npt.NDArray[np.bool_]
 # add up to along a cycle of replacements, so such cycles cannot happen.
 _CLEARLY = 1000.0
 
+# Comparing the strategies of one node by more numbers than this costs a bound more than it gains.
+_COSTLY = 2_000_000
 
-def reduce_graph(graph: ChoiceGraph) -> None:
+
+def reduce_graph(graph: ChoiceGraph, *, thorough: bool = True) -> None:
     """Apply every rule until none changes the graph.
+
+    Args:
+        graph: changed in place.
+        thorough: False to leave `_drop_dominated` out for the nodes of the largest tables.
 
     Raises:
         NothingFitsError: the problem has no feasible choice.
@@ -49,7 +56,7 @@ def reduce_graph(graph: ChoiceGraph) -> None:
         if graph.heavy:
             node = next(iter(graph.heavy))
             del graph.heavy[node]
-            if not _eliminate_series(graph, node):
+            if not _eliminate_series(graph, node) and (thorough or not _is_costly(graph, node)):
                 _drop_dominated(graph, node)
         if not (graph.light or graph.heavy):
             _bound_memory(graph)
@@ -100,6 +107,13 @@ def _merge_follower(graph: ChoiceGraph, node: int, parent: int) -> bool:
         return False
     graph.merge(node, parent, finite.argmax(axis=1))
     return True
+
+
+def _is_costly(graph: ChoiceGraph, node: int) -> bool:
+    """Whether comparing a node's strategies takes long: three axes make hundreds of layouts."""
+    n_sums, n = graph.costs[node].shape
+    widest = max((table.shape[2] for table in graph.tables[node].values()), default=1)
+    return bool(n_sums * n * n * widest > _COSTLY)
 
 
 def _drop_dominated(graph: ChoiceGraph, node: int) -> None:

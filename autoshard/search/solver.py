@@ -82,7 +82,7 @@ def solve(
     search = _Search(problem, gap, time_limit)
     try:
         graph = ChoiceGraph.of(problem)
-        reduce_graph(graph)
+        reduce_graph(graph, thorough=exact)
         search.n_nodes, search.n_edges = len(graph.alive), len(graph.edges())
         if not exact:
             search.relax(graph)
