@@ -257,6 +257,7 @@ keras.distribution.set_distribution(distribution)
         Raises:
             PlanFileError: the plan was made for another model.
             ModelError: the model cannot be built.
+            UsageError: the model is made with another dtype than the plan's.
         """
         from jax.sharding import PartitionSpec
 

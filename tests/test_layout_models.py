@@ -160,11 +160,11 @@ def test_axes_are_those_of_a_mesh() -> None:
 
 
 def test_partition_specs_of_a_callable_have_the_low_rank_factors(gemma_plan: Plan) -> None:
-    table = build(small_gemma_backbone, dtype="bfloat16", lora_rank=4).table()
+    table = build(small_gemma_backbone, lora_rank=4).table()
     lora = replace(
         gemma_plan,
         model=PlannedModel.of(table),
-        workload=Workload(kind="lora", lora_rank=4),
+        workload=Workload(kind="lora", lora_rank=4, dtype="float32"),
     )
     specs = lora.partition_specs(small_gemma_backbone)
     assert len(specs) == len(table.variables)
