@@ -20,7 +20,7 @@ import numpy as np
 
 from autoshard.cost.lifetimes import Bytes, alive, lifetimes
 from autoshard.cost.strategies import OpCost
-from autoshard.cost.transfers import layout_of, local_bytes, n_parts
+from autoshard.cost.transfers import layout_of, local_bytes
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import Array, Chain, Layout, Op, Program
@@ -71,7 +71,6 @@ class PeakMemory:
             for argument in program.arguments
             if has_backward and argument.role == "weight" and argument.trainable
         ]
-        self._parts: dict[Layout, int] = {}
 
     def peak(self, layouts: Sequence[Layout], ops: Bytes) -> Memory:
         """The peak under a layout.
@@ -178,10 +177,4 @@ class PeakMemory:
         )
 
     def _shard(self, n_bytes: int, group: int | None, layouts: Sequence[Layout]) -> int:
-        if group is None:
-            return n_bytes
-        layout = layouts[group]
-        parts = self._parts.get(layout)
-        if parts is None:
-            parts = self._parts[layout] = n_parts(layout, self._axis_sizes)
-        return -(-n_bytes // parts)
+        return n_bytes if group is None else local_bytes(n_bytes, layouts[group], self._axis_sizes)

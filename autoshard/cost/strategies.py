@@ -25,6 +25,7 @@ from autoshard.cost.transfers import (
     folded_sums,
     layout_of,
     local_bytes,
+    n_parts,
     op_transfers,
 )
 from autoshard.graph.program import WHOLE, Array, Layout, Op
@@ -336,7 +337,7 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     )
     peak = machine.chip.flops_per_second(dtype)
     efficiency = matmul_efficiency(machine.chip, *_matmul_shape(op, choice, sizes), dtype)
-    return max(moving, op.flops / _n_parts(choice, sizes) / (peak * efficiency))
+    return max(moving, op.flops / n_parts(choice, sizes) / (peak * efficiency))
 
 
 def _in_eight_bits(op: Op, array: Array) -> bool:
@@ -345,12 +346,7 @@ def _in_eight_bits(op: Op, array: Array) -> bool:
     return array.n_bytes == elements
 
 
-def _n_parts(choice: Choice, axis_sizes: Sequence[int]) -> int:
-    """Into how many parts a choice splits an op."""
-    return math.prod(n for factor, n in zip(choice, axis_sizes, strict=True) if factor != WHOLE)
-
-
-def _matmul_shape(op: Op, choice: Choice, axis_sizes: Sequence[int]) -> tuple[int, int, int]:
+def _matmul_shape(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> tuple[int, int, int]:
     """Rows (batch and space among them), contracted and columns of one device's matmul."""
     local = list(op.factor_sizes)
     for factor, n in zip(choice, axis_sizes, strict=True):
@@ -360,5 +356,5 @@ def _matmul_shape(op: Op, choice: Choice, axis_sizes: Sequence[int]) -> tuple[in
     columns = right - left - {None}
     n = math.prod(local[f] for f in columns if f is not None)
     k = op.window * math.prod(local[f] for f in op.reduced)
-    m = max(1, op.flops // (2 * n * k * _n_parts(choice, axis_sizes)))
+    m = max(1, op.flops // (2 * n * k * n_parts(choice, axis_sizes)))
     return m, k, n

@@ -70,7 +70,7 @@ def local_bytes(n_bytes: int, layout: Layout, axis_sizes: tuple[int, ...]) -> in
 
 @cache
 def n_parts(layout: Layout, axis_sizes: tuple[int, ...]) -> int:
-    """Into how many shards a layout cuts an array."""
+    """Into how many shards a layout cuts an array, or a choice an op."""
     return math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
 
 
