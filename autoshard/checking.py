@@ -51,7 +51,6 @@ def check(
     workload = made.workload if made else Workload(dtype=None)
     workload = replace(workload, seq_len=seq_len or workload.seq_len)
     abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    workload = abstract.own(workload)
     table, unreadable = abstract.table(), list[str]()
     rules = (
         made.rules if made else read_layout(layout, abstract.backbone, grid, unreadable=unreadable)
@@ -62,7 +61,8 @@ def check(
     if grid is None or not found.outputs or not knows_axes:
         return findings
     # Only a trace of the step tells the shapes of layer outputs.
-    workload = replace(workload, batch=round_up(workload.batch, grid.sizes[grid.data_axis]))
+    batch = round_up(workload.batch, grid.sizes[grid.data_axis])
+    workload = replace(abstract.own(workload), batch=batch)
     program = make_program(fold(abstract, periods=2), workload)
     refused = refused_outputs(found.outputs, table, grid, program)
     return (*_output_findings(rules, refused, workload), *findings)

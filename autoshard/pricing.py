@@ -15,17 +15,13 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, Spec, divides, format_spec
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED
+from autoshard.model.workload import QUANTIZED
 from autoshard.search.descent import Scored, Scorer
 from autoshard.setup import Setup
 
 __all__ = ["Candidate", "make_pricer", "published_maps", "refused_outputs", "score_rules"]
 
-_MATMUL_DTYPES = {
-    "mixed_bfloat16": "bfloat16",
-    "mixed_float16": "float16",
-    QUANTIZED: "bfloat16",
-}
+_MATMUL_DTYPES = {"mixed_bfloat16": "bfloat16", QUANTIZED: "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +53,8 @@ class Candidate:
 
 def make_pricer(program: Program, setup: Setup) -> StepPricer:
     """What prices layouts of a program on the mesh and chips of a setup."""
-    dtype = setup.workload.dtype or DEFAULT_DTYPE
-    machine = Machine.of(setup.mesh, setup.target, _MATMUL_DTYPES.get(dtype, dtype))
+    policy = setup.workload.policy
+    machine = Machine.of(setup.mesh, setup.target, _MATMUL_DTYPES.get(policy, policy))
     return StepPricer(program, machine)
 
 

@@ -134,6 +134,14 @@ def test_a_callable_makes_what_it_would_without_us_unless_a_dtype_is_asked_for()
         build(lambda: small_gemma(dtype="float32"), dtype="bfloat16")
 
 
+def test_a_dtype_in_which_no_step_is_planned_can_be_read_but_not_planned() -> None:
+    model = build(lambda: small_gemma(dtype="mixed_float16"))
+    assert model.dtype == "mixed_float16"
+    assert model.table().dtype == "float32"
+    with pytest.raises(UsageError, match=r"made with dtype mixed_float16.* one of bfloat16"):
+        model.own(Workload(dtype=None))
+
+
 def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
     model = build(plain_network)
     assert model.task == "Functional"

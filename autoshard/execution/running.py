@@ -22,7 +22,7 @@ from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.values import stores_values
-from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED, Workload
+from autoshard.model.workload import QUANTIZED, Workload
 from autoshard.records.execution import Execution, PartRun, Placed, PlanRun
 from autoshard.records.parts import Versions
 from autoshard.units import format_bytes
@@ -117,7 +117,7 @@ def run(
         model=subject.model.name,
         mesh=mesh,
         rules=subject.rules,
-        dtype=subject.setup.workload.dtype or DEFAULT_DTYPE,
+        dtype=subject.setup.workload.policy,
         seed=seed,
         n_processes=n_processes,
         against="the same weights unsharded on one device"

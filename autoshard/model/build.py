@@ -19,7 +19,7 @@ from autoshard.model.recipe import (
     wrap,
 )
 from autoshard.model.references import recipe_of
-from autoshard.model.workload import DEFAULT_DTYPE, DTYPES, QUANTIZED
+from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED
 
 __all__ = ["AbstractModel", "build", "fold"]
 
@@ -104,7 +104,7 @@ def _given(model: Any, lora_rank: int | None) -> AbstractModel:
 
 
 def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
-    """With the dtype policy of most parameters, if it is one that a step can be asked for."""
+    """With the dtype policy of most parameters."""
     sizes: Counter[str] = Counter()
     for layer in layers_by_path(model.model).values():
         if not inner_layers(layer):
@@ -112,7 +112,7 @@ def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
             name = QUANTIZED if name.startswith(QUANTIZED) else name
             sizes[name] += sum(math.prod(weight.shape) for weight in layer.weights)
     name = max(sizes, key=sizes.__getitem__, default="")
-    if name not in DTYPES:
+    if not sizes[name]:
         return model
     if asked not in (None, name):
         raise UsageError(

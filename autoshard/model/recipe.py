@@ -15,7 +15,7 @@ from autoshard.model.abstract import abstract_scope, recording_scope
 from autoshard.model.folding import Folding
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
-from autoshard.model.workload import DEFAULT_DTYPE, Workload
+from autoshard.model.workload import DTYPES, Workload
 
 __all__ = [
     "AbstractModel",
@@ -78,8 +78,17 @@ class AbstractModel:
     dtype: str | None = None
 
     def own(self, workload: Workload) -> Workload:
-        """The workload with the dtype that the model came with, or else the one asked for."""
-        return replace(workload, dtype=self.dtype or workload.dtype or DEFAULT_DTYPE)
+        """The workload with the dtype that the model came with, or else the one asked for.
+
+        Raises:
+            UsageError: the model came with a dtype in which no step is planned.
+        """
+        if self.dtype not in (None, *DTYPES):
+            raise UsageError(
+                f"'{self.name}' is made with dtype {self.dtype}, in which no step is planned: "
+                f"make it with one of {', '.join(DTYPES)}"
+            )
+        return replace(workload, dtype=self.dtype or workload.policy)
 
     def numbered_layers(self) -> frozenset[str]:
         """Names that Keras gave to layers, for want of one: of their class, and a number.

@@ -67,6 +67,11 @@ class Workload:
             raise UsageError(f"lora_rank must be at least 1, not {self.lora_rank}")
 
     @property
+    def policy(self) -> str:
+        """The dtype policy, the default one where the model's own is not known."""
+        return self.dtype or DEFAULT_DTYPE
+
+    @property
     def trains(self) -> bool:
         """Whether the step has gradients and an optimizer."""
         return self.kind in ("train", "lora")
