@@ -1,7 +1,7 @@
 """The public functions: each runs the stages it needs and returns a value."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,9 @@ from autoshard.records.parts import (
     Reason,
     Versions,
 )
+from autoshard.search.candidates import NO_RULE
+from autoshard.search.descent import Scored
+from autoshard.search.ranking import SearchResult
 from autoshard.settling import Verdict, compiler_for, settle
 from autoshard.setup import make_setup
 from autoshard.sharding_plan import Plan
@@ -254,17 +257,7 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
         target=str(planning.setup.target),
         predicted=Prediction.of(winner.scored.cost),
         compiled=said.get(winner.name),
-        reasons=tuple(
-            Reason(
-                family=reason.family,
-                spec=reason.spec,
-                next_best=reason.next_best,
-                cost_seconds=None if reason.next_best is None else reason.cost_seconds,
-                cost_bytes=None if reason.next_best is None else reason.cost_bytes,
-                fits=reason.fits,
-            )
-            for reason in planning.result.reasons(winner.scored)
-        ),
+        reasons=tuple(_reasons(planning.result, winner.scored)),
         alternatives=tuple(
             Alternative(
                 rules=candidate.rules,
@@ -276,6 +269,27 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
         ),
         versions=Versions.installed(),
     )
+
+
+def _reasons(result: SearchResult, scored: Scored) -> Iterator[Reason]:
+    """Why each family and laid out output has its spec."""
+    specs = dict(scored.assignment)
+    for choices in result.choices:
+        spec = specs.get(choices.family, NO_RULE)
+        if spec == NO_RULE:
+            continue
+        reason = Reason(family=choices.family, spec=spec)
+        found = result.next_best(scored, choices)
+        if found is not None:
+            other, next_best = found
+            reason = replace(
+                reason,
+                next_best=next_best,
+                cost_seconds=other.cost.step_seconds - scored.cost.step_seconds,
+                cost_bytes=other.cost.memory.peak_bytes - scored.cost.memory.peak_bytes,
+                fits=other.excess_bytes == 0,
+            )
+        yield reason
 
 
 def _compiled(verdict: Verdict, planning: Planning) -> Compiled | None:

@@ -190,18 +190,20 @@ class Reason:
     Attributes:
         family: its name.
         spec: the choice.
-        next_best: the best other choice, None where no other is legal.
-        cost_seconds: how much longer the step would take with that, by the formulas.
+        next_best: the best other choice, all else equal; None where no other is legal or worth a
+            rule.
+        cost_seconds: how much longer the step would take with that, by the formulas; negative
+            where it is faster.
         cost_bytes: how much higher the peak would be, by the formulas.
         fits: whether it would fit the memory with that, by the formulas.
     """
 
     family: str
     spec: Spec
-    next_best: Spec | None
-    cost_seconds: float | None
-    cost_bytes: int | None
-    fits: bool
+    next_best: Spec | None = None
+    cost_seconds: float | None = None
+    cost_bytes: int | None = None
+    fits: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The search as a whole: the best layouts of a program, and why each family got its spec."""
+"""The search as a whole: the best layouts of a program, and what comes next to each choice."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -24,35 +24,12 @@ from autoshard.search.descent import (
 )
 from autoshard.search.lower_bound import relax
 
-__all__ = ["Reason", "SearchResult", "search"]
+__all__ = ["SearchResult", "search"]
 
 # Below this many assignments every one is scored.
 _EXHAUSTIVE = 64
 # Times, bytes on the wire and bytes of memory that differ by less are taken to be equal.
 _SAME = 1e-2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reason:
-    """Why a family got its spec.
-
-    Attributes:
-        family: its name.
-        spec: what it got.
-        next_best: the best other spec, all else equal; None where no other is legal or worth a
-            rule.
-        cost_seconds: how much longer the step would take with `next_best`; negative where that is
-            faster.
-        cost_bytes: how much more memory it would take; negative where that takes less.
-        fits: whether the step fits the memory with `next_best`.
-    """
-
-    family: str
-    spec: Spec
-    next_best: Spec | None
-    cost_seconds: float
-    cost_bytes: int
-    fits: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +56,13 @@ class SearchResult:
     front: tuple[Scored, ...] = ()
     unbound: Scored | None = None
 
-    def reasons(self, scored: Scored) -> tuple[Reason, ...]:
-        """Why each family and laid out output of a layout has its spec."""
-        reasons = (_reason(self.scorer, scored, choices) for choices in self.choices)
-        return tuple(reason for reason in reasons if reason.spec != NO_RULE)
+    def next_best(self, scored: Scored, choices: Choices) -> tuple[Scored, Spec] | None:
+        """The best layout with another spec of one family, all else equal, and that spec.
+
+        None where no other spec is legal or worth a rule.
+        """
+        others = _neighbours(self.scorer, scored, choices)
+        return min(others, key=lambda pair: pair[0].rank, default=None)
 
     def gap(self, scored: Scored) -> float:
         """How far a layout may be from the best possible: `(step - bound) / step`."""
@@ -209,30 +189,6 @@ def _idle(scored: Scored, better: Scored) -> bool:
 
 def _equal(a: float, b: float) -> bool:
     return abs(a - b) <= _SAME * max(a, b)
-
-
-def _reason(scorer: Scorer, best: Scored, choices: Choices) -> Reason:
-    """The best other spec of one family, all else equal, and what it costs."""
-    spec = dict(best.assignment).get(choices.family, NO_RULE)
-    others = _neighbours(scorer, best, choices)
-    if not others:
-        return Reason(
-            family=choices.family,
-            spec=spec,
-            next_best=None,
-            cost_seconds=0.0,
-            cost_bytes=0,
-            fits=True,
-        )
-    found, other = min(others, key=lambda pair: pair[0].rank)
-    return Reason(
-        family=choices.family,
-        spec=spec,
-        next_best=other,
-        cost_seconds=found.cost.step_seconds - best.cost.step_seconds,
-        cost_bytes=found.cost.memory.peak_bytes - best.cost.memory.peak_bytes,
-        fits=found.excess_bytes == 0,
-    )
 
 
 def _neighbours(scorer: Scorer, scored: Scored, choices: Choices) -> list[tuple[Scored, Spec]]:
