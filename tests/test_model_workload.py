@@ -1,4 +1,4 @@
-"""Workloads: what is refused."""
+"""Workloads: what is refused, and how one reads."""
 
 import pytest
 
@@ -24,3 +24,18 @@ def test_impossible_workloads_are_refused(fields: dict[str, object]) -> None:
 def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="did you mean adam"):
         Workload(optimizer="adan")
+
+
+@pytest.mark.parametrize(
+    ("workload", "words"),
+    [
+        (Workload(), "train: batch 8 x 512 tokens, bfloat16, adam"),
+        (Workload(kind="prefill", dtype="float32"), "prefill: batch 8 x 512 tokens, float32"),
+        (
+            Workload(kind="lora", lora_rank=4, optimizer="sgd"),
+            "lora rank 4: batch 8 x 512 tokens, bfloat16, sgd",
+        ),
+    ],
+)
+def test_a_workload_says_itself_in_one_line(workload: Workload, words: str) -> None:
+    assert str(workload) == words

@@ -82,6 +82,12 @@ class Workload:
         rounds = self.dtype == "bfloat16" and self.optimizer in ("adam", "adamw")
         return self.kind == "train" and rounds
 
+    def __str__(self) -> str:
+        """Such as `train: batch 8 x 512 tokens, bfloat16, adam`."""
+        kind = self.kind + (f" rank {self.lora_rank}" if self.lora_rank else "")
+        optimizer = f", {self.optimizer}" if self.trains else ""
+        return f"{kind}: batch {self.batch} x {self.seq_len} tokens, {self.policy}{optimizer}"
+
     def to_json(self) -> dict[str, Any]:
         """The workload as JSON values, in the order of the fields."""
         return dataclasses.asdict(self)

@@ -26,10 +26,8 @@ def comparison_text(comparison: Comparison) -> str:
     Args:
         comparison: what `autoshard.compare` returned.
     """
-    work = comparison.workload
     head = (
-        f"{comparison.model}, {work.kind}: batch {work.batch} x {work.seq_len} tokens, "
-        f"{work.dtype}\n"
+        f"{comparison.model}, {comparison.workload}\n"
         f"mesh {comparison.mesh} ({', '.join(comparison.mesh.axis_names)}) on {comparison.target}, "
         f"{format_bytes(comparison.memory_limit)} a device"
     )

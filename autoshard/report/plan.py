@@ -66,14 +66,12 @@ def rules_text(rules: LayoutRules) -> str:
 def _head(outcome: Outcome) -> str:
     setup, table = outcome.planning.setup, outcome.planning.table
     work = setup.workload
-    kind = work.kind + (f" rank {work.lora_rank}" if work.lora_rank else "")
-    optimizer = f", {work.optimizer}" if work.trains else ""
     lines = [
         f"{table.name}: {table.n_parameters:,} parameters ({format_count(table.n_parameters)}, "
         f"{format_bytes(table.n_bytes)} as {table.dtype}), {outcome.planning.task}",
         f"mesh {setup.mesh} ({', '.join(setup.mesh.axis_names)}) on {setup.target}, "
         f"{format_bytes(setup.memory_limit)} a device",
-        f"workload {kind}: batch {work.batch} x {work.seq_len} tokens{optimizer}",
+        f"workload {work}",
     ]
     if work.is_still:
         lines.append(

@@ -36,16 +36,13 @@ def verification_text(verification: Verification) -> str:
 
 
 def _head(found: Verification) -> str:
-    work, versions = found.workload, found.versions
-    kind = work.kind + (f" rank {work.lora_rank}" if work.lora_rank else "")
-    optimizer = f", {work.optimizer}" if work.trains else ""
+    versions = found.versions
     depth = ""
     if found.blocks is not None:
         depth = f", {found.blocks} of {found.n_blocks} blocks"
         depth = f", all {found.n_blocks} blocks" if found.blocks == found.n_blocks else depth
     return (
-        f"{found.model}, {kind}: batch {work.batch} x {work.seq_len} tokens, {work.dtype}"
-        f"{optimizer}\n"
+        f"{found.model}, {found.workload}\n"
         f"mesh {found.mesh} ({', '.join(found.mesh.axis_names)}) on {found.target}{depth}\n"
         f"compiled by {found.compiler} through jax {versions.jax}, keras {versions.keras}, "
         f"keras-hub {versions.keras_hub}"
