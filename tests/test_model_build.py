@@ -13,6 +13,7 @@ from autoshard.model.build import build, fold
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import Workload
+from autoshard.pipeline import plan
 from autoshard.planning import trace_model
 
 SMALL: dict[str, Any] = {
@@ -28,7 +29,7 @@ SMALL: dict[str, Any] = {
 
 def small_gemma(**options: Any) -> Any:
     return import_keras_hub().models.GemmaCausalLM(
-        backbone=import_keras_hub().models.GemmaBackbone(**SMALL, **options), preprocessor=None
+        backbone=import_keras_hub().models.GemmaBackbone(**(SMALL | options)), preprocessor=None
     )
 
 
@@ -125,6 +126,15 @@ def test_a_model_with_values_keeps_them() -> None:
         build(given, dtype="bfloat16")
 
 
+def test_a_backbone_is_planned_in_its_task_however_deep_it_is() -> None:
+    for n_layers in (2, 5):
+        backbone = small_gemma(num_layers=n_layers).backbone
+        for given in (backbone, lambda made=backbone: made):
+            model = build(given)
+            assert model.task == fold(model, periods=2).task == "GemmaCausalLM"
+    assert model.backbone is backbone
+
+
 def test_a_callable_makes_what_it_would_without_us_unless_a_dtype_is_asked_for() -> None:
     name = f"{__name__}:small_gemma"
     assert build(name).dtype == build(name).table().dtype == "float32"
@@ -140,6 +150,28 @@ def test_a_dtype_in_which_no_step_is_planned_can_be_read_but_not_planned() -> No
     assert model.table().dtype == "float32"
     with pytest.raises(UsageError, match=r"made with dtype mixed_float16.* one of bfloat16"):
         model.own(Workload(dtype=None))
+
+
+def test_a_model_with_weights_in_eight_bits_keeps_them_so() -> None:
+    model = build(small_gemma, dtype="int8")
+    recipe = model.recipe
+    assert recipe is not None and recipe.config is not None
+    config = dict(recipe.config)
+    for given in (lambda: recipe.make(config), recipe.make(config)):
+        assert build(given).dtype == build(given, dtype="int8").dtype == "int8"
+        with pytest.raises(UsageError, match="made with dtype int8, and bfloat16 is asked for"):
+            build(given, dtype="bfloat16")
+    assert build("llama3_8b_en_int8").dtype == "int8"
+    with pytest.raises(UsageError, match="made with dtype int8, and float32 is asked for"):
+        build("llama3_8b_en_int8", dtype="float32")
+
+
+def test_a_model_is_planned_whatever_was_built_before_it() -> None:
+    made = [small_gemma(dtype="bfloat16") for _ in range(2)]
+    first, second = (
+        plan(model, "1x8", workload="prefill", seq_len=64, generate=False) for model in made
+    )
+    assert first.rules == second.rules
 
 
 def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
@@ -178,6 +210,20 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert read.table().fingerprint == expected
     assert any(stack.traced < stack.n_blocks for stack in fold(read).folding.blocks)
     assert build(str(tmp_path), dtype="float32").table().fingerprint == expected
+    # A file is planned as it was saved, where nothing else is asked for.
+    backbone = small_gemma(dtype="float16").backbone
+    backbone.save(tmp_path / "model.keras")
+    assert build(str(tmp_path / "model.keras")).table().dtype == "float16"
+    assert build(str(tmp_path / "model.keras"), dtype="float32").table().dtype == "float32"
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_task_is_read_with_its_own_dtype(tmp_path: Path) -> None:
+    task = import_keras_hub().models.GemmaCausalLM(small_gemma().backbone, preprocessor=None)
+    task.save(tmp_path / "task.keras")
+    assert build(str(tmp_path / "task.keras")).dtype == "float32"
+    with pytest.raises(UsageError, match="made with dtype float32, and bfloat16 is asked for"):
+        build(str(tmp_path / "task.keras"), dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +238,14 @@ def test_files_are_read(tmp_path: Path) -> None:
 def test_references_that_lead_nowhere(reference: str, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         build(reference)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for registered in ("keras_hub>GemmaBackbone", "somebody>Else"):
+        path.write_text(json.dumps({"class_name": "Else", "registered_name": registered}))
+        with pytest.raises(ModelError, match="is not the configuration of a Keras model"):
+            build(str(path), dtype="float32")
 
 
 def test_a_planning_process_loads_no_tensorflow_and_leaves_imports_alone() -> None:

@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from autoshard.errors import ModelError, UsageError
+from autoshard.model.abstract import abstract_scope
 from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras, import_keras_hub, without_tensorflow
 from autoshard.model.recipe import (
@@ -16,6 +17,7 @@ from autoshard.model.recipe import (
     inner_layers,
     is_task,
     layers_by_path,
+    with_task,
     wrap,
 )
 from autoshard.model.references import recipe_of
@@ -39,7 +41,7 @@ def build(
             that returns one.
         dtype: Keras dtype policy; `int8` stores the weights that Keras can quantize in eight bits
             and computes all else in bfloat16. None for the policy that a model, what a callable
-            returns, or a file has; bfloat16 for KerasHub's presets, handles and files.
+            returns, or a file has; bfloat16 for presets.
         lora_rank: give the backbone low-rank factors of this rank and freeze the rest.
         repeats: keep only so many periods of each stack of repeated blocks; all by default.
 
@@ -53,7 +55,7 @@ def build(
     if isinstance(reference, keras.Model):
         model = _with_own_dtype(_given(reference, lora_rank), dtype)
     elif dtype == QUANTIZED:
-        model = _quantized(build(reference), lora_rank)
+        model = _quantized(reference, lora_rank)
     else:
         recipe = recipe_of(reference, dtype, lora_rank)
         model = _rebuildable(build_recipe(recipe))
@@ -62,13 +64,15 @@ def build(
     return model if repeats is None else fold(model, periods=repeats)
 
 
-def _quantized(model: AbstractModel, lora_rank: int | None) -> AbstractModel:
-    """The same model with a dtype policy of its own for each layer that Keras can quantize.
+def _quantized(reference: Any, lora_rank: int | None) -> AbstractModel:
+    """The model with a dtype policy of its own for each layer that Keras can quantize.
 
     `Model.quantize` would compute the eight bits for real; a policy makes the variables at once.
     """
-    keras = import_keras()
-    recipe = model.recipe
+    model = build(reference)
+    if model.dtype == QUANTIZED:
+        return build(reference, lora_rank=lora_rank)
+    keras, recipe = import_keras(), model.recipe
     if recipe is None or recipe.config is None:
         raise UsageError(f"{QUANTIZED} needs a KerasHub backbone, which '{model.name}' is not")
     policies = keras.dtype_policies.DTypePolicyMap(default_policy=DEFAULT_DTYPE)
@@ -85,7 +89,9 @@ def _given(model: Any, lora_rank: int | None) -> AbstractModel:
     """A model that the caller made: its own variables, and a recipe if a copy equals it."""
     backbone = model.backbone if is_task(model) else model
     rank = getattr(backbone, "_lora_rank", None)
-    given = wrap(model.name, backbone, model, None)
+    with abstract_scope():
+        task = with_task(backbone) if model is backbone else model
+    given = wrap(model.name, backbone, task, None)
     recipe = _recipe_from(given, lora_rank or rank)
     if lora_rank not in (None, rank):
         if recipe is None:
@@ -100,15 +106,16 @@ def _given(model: Any, lora_rank: int | None) -> AbstractModel:
     except ModelError:
         return given
     same = twin.table().fingerprint == given.table().fingerprint
-    return replace(given, recipe=recipe, output_paths=twin.output_paths) if same else given
+    return replace(given, recipe=recipe) if same else given
 
 
 def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
     """With the dtype policy of most parameters."""
     sizes: Counter[str] = Counter()
-    for layer in layers_by_path(model.model).values():
+    for path, layer in layers_by_path(model.model).items():
         if not inner_layers(layer):
-            name = layer.dtype_policy.name
+            policy = layer.dtype_policy
+            name = policy[path].name if isinstance(policy, Mapping) else policy.name
             name = QUANTIZED if name.startswith(QUANTIZED) else name
             sizes[name] += sum(math.prod(weight.shape) for weight in layer.weights)
     name = max(sizes, key=sizes.__getitem__, default="")

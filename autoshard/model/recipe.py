@@ -26,6 +26,7 @@ __all__ = [
     "is_task",
     "layers_by_path",
     "one_line",
+    "with_task",
     "wrap",
 ]
 
@@ -156,7 +157,7 @@ def assemble(recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
     backbone = made.backbone if is_task(made) else made
     if recipe.lora_rank is not None:
         _enable_lora(backbone, recipe.lora_rank)
-    return backbone, made if made is not backbone else _with_task(backbone, recipe.task_class)
+    return backbone, made if made is not backbone else with_task(backbone, recipe.task_class)
 
 
 def wrap(
@@ -223,7 +224,7 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line}"
 
 
-def _with_task(backbone: Any, task_class: Any) -> Any:
+def with_task(backbone: Any, task_class: Any = None) -> Any:
     """The task around a backbone, as `fit` and `generate` use it.
 
     Without a class asked for, the backbone's own CausalLM; the backbone itself where it has none,

@@ -29,8 +29,8 @@ def recipe_of(
 
     Args:
         reference: a model's name, a path, or a callable that returns a Keras model.
-        dtype: Keras dtype policy to build it with, where it has none of its own; None for the
-            default, and for what a callable makes under Keras' own.
+        dtype: Keras dtype policy to build it with, where that can be chosen; None for the default,
+            and for what a callable makes under Keras' own or a file has.
         lora_rank: rank of the low-rank factors, or None.
 
     Raises:
@@ -67,9 +67,13 @@ def recipe_of(
             "KerasHub does not have; upgrade keras-hub"
         )
     # A quantized preset says of each layer what it is stored as, and keeps that.
-    config = {"dtype": dtype or DEFAULT_DTYPE, **preset.config()}
+    given = preset.config()
     return Recipe(
-        name=reference, make=backbone_class.from_config, config=config, lora_rank=lora_rank
+        name=reference,
+        make=backbone_class.from_config,
+        config={"dtype": dtype or DEFAULT_DTYPE, **given},
+        lora_rank=lora_rank,
+        has_dtype="dtype" in given,
     )
 
 
@@ -127,8 +131,7 @@ def _from_preset(handle: str, dtype: str | None, lora_rank: int | None) -> Recip
 
 
 def _from_file(path: Path, dtype: str | None, lora_rank: int | None) -> Recipe:
-    keras = import_keras()
-    import_keras_hub()
+    keras, keras_hub = import_keras(), import_keras_hub()
     try:
         if path.suffix == ".keras":
             with zipfile.ZipFile(path) as archive:
@@ -143,14 +146,16 @@ def _from_file(path: Path, dtype: str | None, lora_rank: int | None) -> Recipe:
             f"'{path}' is not the configuration of a Keras model: it names no class; for a model "
             "of another library give its directory"
         )
+    made = keras.saving.get_registered_object(config.get("registered_name"))
+    is_backbone = isinstance(made, type) and issubclass(made, keras_hub.models.Backbone)
     settings = config.get("config")
-    is_backbone = str(config.get("registered_name")).startswith("keras_hub>")
-    if is_backbone and isinstance(settings, dict):
-        settings["dtype"] = dtype or DEFAULT_DTYPE
+    if is_backbone and dtype is not None and isinstance(settings, dict):
+        settings["dtype"] = dtype
 
     def make(config: dict[str, Any]) -> Any:
-        return keras.saving.deserialize_keras_object(config)
+        model = keras.saving.deserialize_keras_object(config)
+        if not isinstance(model, keras.Model):
+            raise ModelError(f"'{path}' is not the configuration of a Keras model")
+        return model
 
-    return Recipe(
-        name=str(path), make=make, config=config, lora_rank=lora_rank, has_dtype=not is_backbone
-    )
+    return Recipe(name=str(path), make=make, config=config, lora_rank=lora_rank, has_dtype=True)
