@@ -130,7 +130,7 @@ def _costly(cost: StepCost, causes: Causes, table: ModelTable) -> list[CostlyCol
     groups: dict[tuple[object, ...], list[Traffic]] = {}
     for item in cost.traffic:
         layer = _template(item.layer, layers)
-        key = (item.kind, item.axis, item.n_bytes, item.overlapped, layer, item.backward)
+        key = (item.kind, item.axis, item.n_bytes, item.overlapped, layer)
         groups.setdefault(key, []).append(item)
     found = []
     for items in groups.values():

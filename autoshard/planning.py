@@ -67,7 +67,6 @@ class Planning:
         setup: what it planned for.
         table: the variables of the model.
         task: class of the Keras model whose step was traced.
-        unknown: primitives of the step that have no rule.
         numbered: layers in the rules whose names Keras made up.
         result: the search.
         candidates: the best layouts that a LayoutMap can express, best first.
@@ -81,7 +80,6 @@ class Planning:
     setup: Setup
     table: ModelTable
     task: str
-    unknown: tuple[str, ...]
     numbered: tuple[str, ...]
     result: SearchResult
     candidates: tuple[Candidate, ...]
@@ -97,10 +95,10 @@ class Planning:
                 f"Keras made up {', '.join(self.numbered)}, and numbers such names as a process "
                 "makes layers: name the layers, or another run may not find them"
             )
-        if self.unknown:
+        if unknown := self.program.unknown:
             yield (
-                f"{', '.join(self.unknown)}: how layouts pass through this is not known, so that "
-                "it is taken to need whole operands, and may be predicted far too slow and large"
+                f"{', '.join(unknown)}: how layouts pass through this is not known, so that "
+                "it is taken to need whole operands: time and memory may be far from predicted"
             )
         matmuls = [(op.flops * op.count, op.window > 1) for op in self.program.ops]
         convolved = sum(flops for flops, is_convolution in matmuls if is_convolution)
@@ -203,7 +201,6 @@ def run_planner(
         setup=setup,
         table=table,
         task=folded.task,
-        unknown=pricer.program.unknown,
         numbered=_numbered(traced.whole, candidates[0].rules),
         result=result,
         candidates=candidates,

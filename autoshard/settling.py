@@ -24,7 +24,7 @@ from autoshard.pricing import Candidate
 from autoshard.setup import Setup
 from autoshard.units import format_bytes
 from autoshard.xla.children import Child, child_environment
-from autoshard.xla.clock import step_time
+from autoshard.xla.clock import step_time, step_time_beside
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.partitioned import partitioned_seconds
@@ -188,13 +188,15 @@ def _judge(
 ) -> Verdict:
     """Time a compiled step, and hold its memory against the limit where that says something."""
     setup = planning.setup
-    if compiler.chip.kind == "tpu":
-        seconds = step_time(compiled, setup.mesh).step_seconds
+    assert candidate.scored is not None
+    cost, on_cpu = candidate.scored.cost, compiler.chip.kind == "cpu"
+    # The partitioner for CPUs and the GPU compiler count no cycles.
+    if on_cpu:
+        seconds = partitioned_seconds(compiled, cost, setup.mesh, setup.target)
+    elif compiler.chip.kind == "gpu":
+        seconds = step_time_beside(compiled, cost.compute_seconds, setup.mesh).step_seconds
     else:
-        # The partitioner for CPUs and the GPU compiler count no cycles.
-        assert candidate.scored is not None
-        seconds = partitioned_seconds(compiled, candidate.scored.cost, setup.mesh, setup.target)
-    on_cpu = compiler.chip.kind == "cpu"
+        seconds = step_time(compiled, setup.mesh).step_seconds
     return Verdict(
         candidate=candidate,
         compiled=compiled,

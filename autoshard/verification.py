@@ -100,7 +100,7 @@ def verify(
     on_progress("build the model")
     subject = subject_of(layout, model=model, target=target, memory_limit=memory_limit, **options)
     predicted = subject.predicted
-    if (predicted is None or blocks) and subject.setup.target.chip.kind != "cpu":
+    if blocks or predicted is None:
         on_progress("predict")
         predicted = _predict(subject, blocks)
     setup = subject.setup
@@ -182,8 +182,13 @@ def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> 
 
 
 def _predict(subject: Subject, blocks: int | None) -> Prediction | None:
-    """The formulas' word on the program that is compiled; None where they cannot lay it out."""
+    """The formulas' word on the program that is compiled.
+
+    None where they cannot lay it out, and for CPU devices, for which they have none.
+    """
     setup, model = subject.setup, subject.model
+    if setup.target.chip.kind == "cpu":
+        return None
     folded = fold(model, periods=blocks or 2)
     if blocks:
         # The copy stands for itself alone, as it does for the compiler.
@@ -220,8 +225,9 @@ def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) 
     unsaid = setup.target.chip.kind == "cpu" or (fits and not step.is_whole)
     all_flops = (step.flops or 0) * setup.mesh.n_devices
     repeated = None
-    if all_flops and step.model_flops is not None:
-        repeated = max(0.0, 1 - step.model_flops / all_flops)
+    # XLA counts one turn of a loop: then it finds fewer than the model has.
+    if step.model_flops is not None and all_flops >= step.model_flops > 0:
+        repeated = 1 - step.model_flops / all_flops
     return replace(
         _empty(subject, predicted),
         blocks=sum(stack.traced for stack in step.blocks) or None,
@@ -261,7 +267,9 @@ def _seconds(step: CompiledStep, setup: Setup, predicted: Prediction | None) -> 
 
 
 def _collectives(subject: Subject, step: CompiledStep) -> Sequence[VerifiedCollective]:
-    causes = Causes(rules=subject.rules, mesh=subject.setup.mesh, paths=_paths(subject.model))
+    causes = Causes(
+        rules=subject.rules, mesh=subject.setup.mesh, paths=tuple(subject.model.table().templates)
+    )
     found = [
         VerifiedCollective(
             kind=item.kind,
@@ -278,10 +286,6 @@ def _collectives(subject: Subject, step: CompiledStep) -> Sequence[VerifiedColle
         for item in merge_collectives(step.collectives, [s.template for s in step.blocks])
     ]
     return sorted(found, key=lambda item: (-item.wire_bytes, item.layer, item.kind, item.phase))
-
-
-def _paths(model: AbstractModel) -> tuple[str, ...]:
-    return (*(variable.path for variable in model.table().variables), *model.output_paths)
 
 
 def _compiler(target: Target) -> str:

@@ -170,7 +170,7 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     seconds = compute_seconds(op, choice, machine)
     if machine.is_tpu and _sums_batch(op, choice, transfers, machine):
         seconds *= _SUMMED_BATCH
-    if machine.decomposes_sums and op.flops:
+    if machine.decomposes_sums and op.kind == "contraction":
         may_ring = _uses_all_devices(choice, machine.axis_sizes) and all(
             transfer.kind != "all-gather" for transfer in transfers
         )
@@ -304,7 +304,7 @@ def _rewritten_pieces(
     along another one, only where the pieces are more than four. Seen in programs of the TPU
     compiler (groups of four and of eight) at XLA's default threshold for windowed matmuls.
     """
-    is_large = op.flops and op.results[0].n_bytes >= _WINDOWED_BYTES
+    is_large = op.kind == "contraction" and op.results[0].n_bytes >= _WINDOWED_BYTES
     if not is_large or transfer.kind != "all-gather" or transfer.operand is None:
         return 0
     array = op.operands[transfer.operand]
@@ -317,8 +317,9 @@ def _rewritten_pieces(
 def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     """Roofline of one device's share of an op.
 
-    Matmuls take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`; reductions, lookups and
-    moves take their bytes; what the compiler fuses into those takes nothing of its own.
+    Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`;
+    reductions, lookups and moves take their bytes; what the compiler fuses into those takes nothing
+    of its own.
     """
     if op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
@@ -336,7 +337,11 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         "int8" if all(_in_eight_bits(op, array) for array in op.operands) else machine.matmul_dtype
     )
     peak = machine.chip.flops_per_second(dtype)
-    efficiency = matmul_efficiency(machine.chip, *_matmul_shape(op, choice, sizes), dtype)
+    efficiency = (
+        machine.chip.matmul_efficiency_max
+    )  # of what shapes a loop's matmuls are, who knows
+    if op.kind == "contraction":
+        efficiency = matmul_efficiency(machine.chip, *_matmul_shape(op, choice, sizes), dtype)
     return max(moving, op.flops / n_parts(choice, sizes) / (peak * efficiency))
 
 

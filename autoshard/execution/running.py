@@ -243,6 +243,7 @@ def _compared(
     losses = [tuple(map(float, o.arrays.get("losses", ()))) for o in (found[0], expected)]
     return replace(
         entry,
+        tolerance=tolerance.words(),
         work=f"{entry.work}{found[0].loss and f', {found[0].loss}'}",
         sharded=_execution(found),
         reference=_execution((expected,)),

@@ -1,17 +1,30 @@
-"""Floating point operations of a matmul, a multiply-add counting two.
+"""Floating point operations of the matmuls of a traced program, a multiply-add counting two.
 
 dot_general     2 x elements of the result x contracted elements
 convolution     2 x elements of the result x elements of one filter
+
+The rest (elementwise, sums) is left out: under a hundredth in a transformer. A loop of known length
+counts each turn, one of unknown length counts one.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["equation_flops", "window_size"]
+__all__ = ["equation_flops", "matmul_flops", "window_size"]
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """Operations of a jaxpr before it is split, those of the jaxprs inside it too.
+
+    Args:
+        jaxpr: a `jax.core.Jaxpr` or `ClosedJaxpr`.
+    """
+    return sum(equation_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
 def equation_flops(equation: Any) -> int:
-    """Operations of one equation of a jaxpr; 0 for what is no matmul.
+    """Operations of one equation of a jaxpr; 0 where it holds no matmul.
 
     Args:
         equation: a `jax.core.JaxprEqn`.
@@ -25,7 +38,10 @@ def equation_flops(equation: Any) -> int:
         filters: tuple[int, ...] = equation.invars[1].aval.shape
         n_outputs: int = filters[equation.params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(equation) * math.prod(filters) // n_outputs
-    return 0
+    turns = int(equation.params.get("length", 1)) if name == "scan" else 1
+    inner = [matmul_flops(body) for body in _bodies(equation.params.values())]
+    # Of the branches of a condition one runs.
+    return turns * (max(inner, default=0) if name == "cond" else sum(inner))
 
 
 def window_size(equation: Any) -> int:
@@ -43,3 +59,11 @@ def window_size(equation: Any) -> int:
 def _size(equation: Any) -> int:
     shape: tuple[int, ...] = equation.outvars[0].aval.shape
     return math.prod(shape)
+
+
+def _bodies(parameters: Any) -> Iterator[Any]:
+    for value in parameters:
+        if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _bodies(value)

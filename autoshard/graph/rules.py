@@ -33,6 +33,15 @@ def _elementwise(operands: Sequence[Shape], results: Sequence[Shape], params: An
     )
 
 
+def _one_to_one(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """Each operand is a result, whatever the others are."""
+    labels = tuple(
+        tuple(None if label is None else (position, label) for label in numbered(shape))
+        for position, shape in enumerate(operands)
+    )
+    return Link(kind="elementwise", operands=labels, results=labels)
+
+
 def _transpose(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """Result dimension i is operand dimension permutation[i]."""
     labels = numbered(operands[0])
@@ -302,7 +311,7 @@ _ELEMENTWISE = (
     "convert_element_type", "copy", "copy_p",
     "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
     "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p",
-    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "optimization_barrier",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
     "or", "pow", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sharding_constraint", "sign", "sin", "sinh",
     "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "name",
@@ -342,6 +351,7 @@ LINK_RULES: Mapping[str, Rule] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "expand_dims": _squeeze_like,
     "gather": gather_rule,
+    "optimization_barrier": _one_to_one,
     "reshape": _reshape,
     "rev": _reverse,
     "squeeze": _squeeze_like,

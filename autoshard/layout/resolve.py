@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoshard.errors import LayoutError
-from autoshard.layout.rules import LayoutRules, MatchMode, Rule, hits, matching_rules
+from autoshard.layout.rules import LayoutRules, Rule, hits, matching_rules
 from autoshard.mesh import Mesh, Spec, format_spec
 from autoshard.model.variables import Family, ModelTable
 
@@ -97,7 +97,6 @@ def resolve(
     rules: Sequence[Rule],
     table: ModelTable,
     mesh: Mesh | None = None,
-    how: MatchMode = "fullmatch",
 ) -> Resolution:
     """Apply a map to a model as Keras would, and say what is wrong with it.
 
@@ -105,18 +104,17 @@ def resolve(
         rules: the map.
         table: the model's variables and layer output paths.
         mesh: where given, axis names and divisibility are checked against it.
-        how: `fullmatch` as Keras 3.14 and later match, `search` as older ones did.
     """
     rules = tuple(rules)
     paths = dict.fromkeys(variable.path for variable in table.variables)
-    weights = {path: matching_rules(rules, path, how) for path in paths}
-    outputs = {path: matching_rules(rules, path, how) for path in table.output_paths}
-    states = {path: matching_rules(rules, path, how) for path in table.state_paths}
+    weights = {path: matching_rules(rules, path) for path in paths}
+    outputs = {path: matching_rules(rules, path) for path in table.output_paths}
+    states = {path: matching_rules(rules, path) for path in table.state_paths}
     findings = [
         *_rule_findings(rules, mesh),
         *_clash_findings(weights | outputs),
         *_state_findings(rules, states),
-        *_idle_findings(rules, weights | outputs | states, table, how),
+        *_idle_findings(rules, weights | outputs | states, table),
         *_output_findings(rules, weights, outputs),
     ]
     assignment: dict[str, Spec] = {}
@@ -192,23 +190,21 @@ def _state_findings(rules: LayoutRules, states: Mapping[str, LayoutRules]) -> It
 
 
 def _idle_findings(
-    rules: LayoutRules, taken: Mapping[str, LayoutRules], table: ModelTable, how: MatchMode
+    rules: LayoutRules, taken: Mapping[str, LayoutRules], table: ModelTable
 ) -> Iterator[Finding]:
     used = {rule.pattern for several in taken.values() for rule in several}
     for rule in rules:
         if rule.pattern not in used:
             message = (
                 f"rule '{rule.pattern}' takes no variable and no layer output of {table.name}, so "
-                f"what it was meant for is replicated; {_idle_hint(rule, taken, table, how)}"
+                f"what it was meant for is replicated; {_idle_hint(rule, taken, table)}"
             )
             yield Finding(kind="takes-nothing", rule=rule.pattern, message=message)
 
 
-def _idle_hint(
-    rule: Rule, taken: Mapping[str, LayoutRules], table: ModelTable, how: MatchMode
-) -> str:
+def _idle_hint(rule: Rule, taken: Mapping[str, LayoutRules], table: ModelTable) -> str:
     partly = next((path for path in taken if hits(rule.pattern, path, "search")), None)
-    if how == "fullmatch" and partly is not None:
+    if partly is not None:
         return f"it takes only a part of '{partly}', and Keras 3.14 and later want the whole path"
     templates = [family.template for family in table.families()]
     near = difflib.get_close_matches(rule.pattern, templates, n=1, cutoff=0.3)

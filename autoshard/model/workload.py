@@ -82,6 +82,22 @@ class Workload:
         rounds = self.dtype == "bfloat16" and self.optimizer in ("adam", "adamw")
         return self.kind == "train" and rounds
 
+    @property
+    def stillness(self) -> str:
+        """What of the weights the step does not move, in words; "" where it moves all."""
+        beta = "where its beta_2 of 0.999 is 1"
+        if self.is_still:
+            return (
+                f"Keras' {self.optimizer} moves no weight in bfloat16, {beta}: give it "
+                "beta_2=0.99, or plan for mixed_bfloat16"
+            )
+        if self.kind == "train" and (self.policy, self.optimizer) == ("bfloat16", "muon"):
+            return (
+                "Keras' muon moves matrices alone in bfloat16; the rest is left to adam, "
+                f"{beta}: give it adam_beta_2=0.99, or plan for mixed_bfloat16"
+            )
+        return ""
+
     def __str__(self) -> str:
         """Such as `train: batch 8 x 512 tokens, bfloat16, adam`."""
         kind = self.kind + (f" rank {self.lora_rank}" if self.lora_rank else "")

@@ -74,6 +74,7 @@ class PartRun:
         n_blocks: those of the whole model.
         needed_bytes: memory that the part was expected to need, of all devices together.
         missing_bytes: what the machine lacks for it at full depth; 0 where nothing.
+        tolerance: how its bounds are derived, in words.
         sharded: under the plan.
         reference: what it is held against.
         placed: where the weights lay.
@@ -89,6 +90,7 @@ class PartRun:
     n_blocks: int | None
     needed_bytes: int
     missing_bytes: int
+    tolerance: str = ""
     sharded: Execution | None = None
     reference: Execution | None = None
     placed: Placed | None = None
@@ -117,7 +119,7 @@ class PlanRun:
         n_processes: processes that share the devices.
         against: what the results are held against.
         available_bytes: memory that was free; None where the system does not say.
-        tolerance: how the bounds are derived, in words.
+        tolerance: how the bounds of the whole model are derived, in words.
         parts: what was run.
         versions: the packages.
     """

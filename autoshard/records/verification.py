@@ -90,7 +90,8 @@ class Verification:
         collectives: all of them, the most bytes first.
         flops_per_device: operations of one device as the compiler counts them, where it does.
         model_flops: those of the model's matmuls, all devices together, nothing twice.
-        repeated_share: the part of all devices' operations that repeats another's, or recomputes.
+        repeated_share: the part of all devices' operations that repeats another's, or recomputes;
+            None where the compiler, which counts one turn of a loop, finds less than the model has.
         predicted: what the formulas say of the same step and blocks, where they were asked.
         versions: the packages.
         compiler: the compiler's own package and version.

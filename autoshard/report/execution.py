@@ -25,7 +25,7 @@ def run_text(found: PlanRun) -> str:
     Args:
         found: what `autoshard.run` returned.
     """
-    parts = ["\n".join(_part(part)) for part in found.parts]
+    parts = ["\n".join(_part(part, found.tolerance)) for part in found.parts]
     return "\n\n".join([_head(found), rules_text(found.rules), *parts, _verdict(found)])
 
 
@@ -44,7 +44,7 @@ def _head(found: PlanRun) -> str:
     )
 
 
-def _part(part: PartRun) -> Iterator[str]:
+def _part(part: PartRun, tolerance: str) -> Iterator[str]:
     yield f"{part.part}: {part.work}{_depth(part)}"
     if part.missing_bytes:
         yield f"  for all blocks the machine lacks {format_bytes(part.missing_bytes)} of memory"
@@ -68,6 +68,8 @@ def _part(part: PartRun) -> Iterator[str]:
     yield from _placed(part)
     for step, loss in enumerate(part.losses):
         yield f"  loss of step {step + 1}: {loss:.6f}, reference {part.reference_losses[step]:.6f}"
+    if part.tolerance != tolerance:
+        yield f"  at this depth {part.tolerance}"
     for item in part.agreements:
         verdict = "ok" if item.holds else "TOO MUCH"
         note = f" ({item.note})" if item.note else ""

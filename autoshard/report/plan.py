@@ -73,11 +73,8 @@ def _head(outcome: Outcome) -> str:
         f"{format_bytes(setup.memory_limit)} a device",
         f"workload {work}",
     ]
-    if work.is_still:
-        lines.append(
-            f"note: Keras' {work.optimizer} moves no weight in bfloat16, where its beta_2 of 0.999 "
-            "is 1: give it beta_2=0.99, or plan for mixed_bfloat16"
-        )
+    if work.stillness:
+        lines.append(f"note: {work.stillness}")
     lines += [f"warning: {doubt}" for doubt in outcome.planning.doubts()]
     if not outcome.fits:
         lines.append(_misfit(outcome))
@@ -120,10 +117,10 @@ def _cost(outcome: Outcome) -> str:
     caches = dict.fromkeys(map(format_spec, planning.cache_specs(scored)))
     laid = [f"KV cache, laid out by XLA: {', '.join(caches)}"] if caches else []
     bound = "no layout keeps the memory limit, by the same formulas"
-    if result.bound_seconds:
+    if result.bound_seconds is not None:
         bound = (
-            f"no layout can be faster than {format_seconds(result.bound_seconds)} by the same "
-            f"formulas (gap {result.gap(scored):.0%})"
+            f"by the same formulas none is faster than {format_seconds(result.bound_seconds)}, "
+            f"the relaxed problem's bound (gap {result.gap(scored):.0%})"
         )
     return "\n".join(
         (
@@ -165,7 +162,7 @@ def _shapes(outcome: Outcome) -> Iterator[str]:
         *cost, _, note = _ranking_row(planning.candidates[0], None)
         rows.append((mark + str(planning.setup.mesh), *cost, note))
     headers = ("mesh", "step", "compute", "collectives", "wire", "memory", "")
-    yield tabulate(rows, headers=headers, disable_numparse=True) + (
+    yield tabulate(rows, headers=headers, disable_numparse=True, preserve_whitespace=True) + (
         f"\n(the best layout of each shape, batch {batch})"
     )
     lines = []
@@ -187,7 +184,7 @@ def _ranking(outcome: Outcome) -> str:
         name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     headers = ("layout", "step", "compute", "collectives", "wire", "memory", "compiled", "")
-    table = tabulate(rows, headers=headers, disable_numparse=True)
+    table = tabulate(rows, headers=headers, disable_numparse=True, preserve_whitespace=True)
     note = "all predicted by formulas"
     by = next((v.compiled.target for v in outcome.verdicts if v.compiled), None)
     if by is not None:
@@ -314,7 +311,7 @@ def reasons_text(plan: Plan) -> str:
     for reason in plan.reasons:
         rows.append((reason.family, format_spec(reason.spec), *_next_best(reason)))
     headers = ("family", "spec", "next best, all else equal", "step", "memory")
-    table = tabulate(rows, headers=headers, disable_numparse=True)
+    table = tabulate(rows, headers=headers, disable_numparse=True, preserve_whitespace=True)
     return f"{table}\n(step and memory: what the next best would add, predicted by formulas)"
 
 

@@ -115,7 +115,9 @@ def _comparison(found: Verification) -> Iterator[str]:
         rows.append(("bytes on the wire, a device", format_bytes(wire), said_wire))
     if rows:
         headers = ("", "compiled", "predicted")
-        yield tabulate(rows, headers=headers, disable_numparse=True) + _note(found)
+        yield tabulate(
+            rows, headers=headers, disable_numparse=True, preserve_whitespace=True
+        ) + _note(found)
 
 
 def _note(found: Verification) -> str:
@@ -132,12 +134,14 @@ def _flops(found: Verification) -> Iterator[str]:
         yield f"{text}; this compiler does not count a device's own"
         return
     text += f"; a device computes {format_flops(found.flops_per_device)}"
-    if found.repeated_share is not None:
-        text += (
-            f": {found.repeated_share:.1%} of all {found.mesh.n_devices} devices' operations "
-            "repeat another's or recompute"
-        )
-    yield text
+    n_devices, repeated = found.mesh.n_devices, found.repeated_share
+    if repeated is None:
+        yield f"{text}, where one turn of each loop is counted"
+        return
+    yield (
+        f"{text}: {repeated:.1%} of all {n_devices} devices' operations repeat another's or "
+        "recompute"
+    )
 
 
 def _collectives(found: Verification) -> Iterator[str]:

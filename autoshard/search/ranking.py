@@ -38,7 +38,7 @@ class SearchResult:
 
     Attributes:
         ranked: layouts from best to worst, distinct in cost.
-        bound_seconds: no layout has a faster step, by the cost model; 0 where none fits.
+        bound_seconds: no layout has a faster step, by the cost model; None where none fits.
         n_scored: how many assignments were propagated and priced.
         scorer: what priced them, and remembers.
         choices: what was to be decided for each family and layer output.
@@ -49,7 +49,7 @@ class SearchResult:
     """
 
     ranked: tuple[Scored, ...]
-    bound_seconds: float
+    bound_seconds: float | None
     n_scored: int
     scorer: Scorer
     choices: tuple[Choices, ...]
@@ -66,8 +66,8 @@ class SearchResult:
 
     def gap(self, scored: Scored) -> float:
         """How far a layout may be from the best possible: `(step - bound) / step`."""
-        step = scored.cost.step_seconds
-        return max(0.0, (step - self.bound_seconds) / step)
+        step, bound = scored.cost.step_seconds, self.bound_seconds
+        return max(0.0, (step - bound) / step) if bound is not None and step else 0.0
 
 
 def search(
@@ -138,8 +138,8 @@ def _keeps(scored: Scored, specs: Mapping[str, Sequence[Spec]]) -> bool:
     return all(spec in specs.get(name, ()) for name, spec in scored.assignment)
 
 
-def _bound(relaxed_seconds: float, best: Scored) -> float:
-    return min(relaxed_seconds, best.cost.step_seconds) if math.isfinite(relaxed_seconds) else 0.0
+def _bound(relaxed_seconds: float, best: Scored) -> float | None:
+    return min(relaxed_seconds, best.cost.step_seconds) if math.isfinite(relaxed_seconds) else None
 
 
 def _front(layouts: Sequence[Scored]) -> tuple[Scored, ...]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from autoshard.errors import OutOfMemoryError, XlaError
+from autoshard.graph.flops import matmul_flops
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.mesh import Mesh
 from autoshard.model.build import AbstractModel, build
@@ -22,7 +23,6 @@ from autoshard.xla.collectives import estimated_cycles, read_collectives
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.exhausted import exhausted_sentence
 from autoshard.xla.extrapolate import extrapolate
-from autoshard.xla.flops import matmul_flops
 from autoshard.xla.hlo import parse_hlo
 from autoshard.xla.lowering import lower
 from autoshard.xla.names import layer_paths

@@ -1,18 +1,19 @@
-"""FLOPs of matmuls, counted before the program is split; out-of-memory messages, in a sentence."""
+"""FLOPs of matmuls, counted before the program is split."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from autoshard.graph.flops import matmul_flops
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.folding import Folding
+from autoshard.model.keras_import import import_keras
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import Workload
 from autoshard.planning import make_program
-from autoshard.xla.exhausted import exhausted_sentence
-from autoshard.xla.flops import matmul_flops
 
 
 def flops(function, *shapes):
@@ -44,41 +45,6 @@ def test_a_convolution_counts_its_filter_at_each_output():
     assert flops(convolve, (1, 3, 8, 8), (6, 3, 5, 5)) == 2 * 6 * 64 * 75
 
 
-LISTED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory \
-space hbm. Used 17.00G of 15.75G hbm. Exceeded hbm capacity by 1.25G.
-
-Total hbm usage >= 17.50G:
-    reserved        512.00M
-    program          17.00G
-
-Largest program allocations in hbm:
-
-  1. Size: 3.91G
-     Operator: op_name="jit(step)/jvp(net)/logits/dot_general" source_file="a.py"
-     Shape: f32[8,512,256000]{2,1,0:T(8,128)}
-     Unpadded size: 3.91G
-     ==========================
-
-  2. Size: 512.00M
-     Shape: bf16[8,512,65536]{2,1,0}
-     ==========================
-"""
-
-
-def test_the_largest_buffers_are_named_in_one_line():
-    assert exhausted_sentence(LISTED, "tpu:v5e:2x4") == (
-        "the step does not fit tpu:v5e:2x4: a device needs 17.00 GiB and has 15.75 GiB, 1.25 GiB "
-        "less; the largest buffers: 3.91 GiB f32[8,512,256000] of jvp(net)/logits/dot_general, "
-        "512.0 MiB bf16[8,512,65536] of an unnamed one"
-    )
-
-
-def test_a_message_of_another_form_is_quoted():
-    assert exhausted_sentence("RESOURCE_EXHAUSTED: too much.\nmore", "tpu:v4:2x2x1") == (
-        "the step does not fit tpu:v4:2x2x1: too much."
-    )
-
-
 def test_the_op_graph_counts_what_the_traced_program_does() -> None:
     workload = Workload(kind="prefill", batch=2)
     # Pictures come in by a convolution.
@@ -86,3 +52,17 @@ def test_the_op_graph_counts_what_the_traced_program_does() -> None:
     closed = trace(make_step(model, workload))
     program = make_program(replace(model, folding=Folding()), workload)
     assert sum(op.flops for op in program.ops) == matmul_flops(closed)
+
+
+def test_the_op_graph_counts_the_matmuls_of_a_loop() -> None:
+    def recurrent() -> Any:
+        layers = import_keras().layers
+        inputs = import_keras().Input((16, 8), name="sequence")
+        return import_keras().Model(inputs, layers.LSTM(4, name="lstm")(inputs), name="recurrent")
+
+    workload = Workload(kind="prefill", batch=2, seq_len=16)
+    model = build(recurrent)
+    program = make_program(model, workload)
+    # 4 gates, of the input at once and of the state turn by turn.
+    assert sum(op.flops for op in program.ops) == 2 * (2 * 16 * 8 * 16 + 2 * 16 * 4 * 16)
+    assert sum(op.flops for op in program.ops) == matmul_flops(trace(make_step(model, workload)))
