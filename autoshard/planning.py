@@ -100,12 +100,12 @@ class Planning:
                 f"{', '.join(unknown)}: how layouts pass through this is not known, so that "
                 "it is taken to need whole operands: time and memory may be far from predicted"
             )
-        matmuls = [(op.flops * op.count, op.window > 1) for op in self.program.ops]
+        matmuls = [(op.flops * op.count, op.is_convolution) for op in self.program.ops]
         convolved = sum(flops for flops, is_convolution in matmuls if is_convolution)
         if convolved > _MANY_CONVOLUTIONS * sum(flops for flops, _ in matmuls):
             yield (
-                "convolutions are priced as the matmuls they are made of: time and memory will be "
-                "several times what is predicted"
+                "convolutions are priced as the matmuls they are made of: where channels are few, "
+                "time and memory may be several times what is predicted"
             )
 
     def cache_specs(self, scored: Scored) -> tuple[Spec, ...]:

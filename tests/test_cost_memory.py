@@ -119,3 +119,23 @@ def test_a_cache_that_is_joined_from_parts_is_there_twice() -> None:
     memory = cost_of(program, WHOLE, WHOLE).memory
     assert memory.kv_cache == 4 * 64 * 2 * KIB**2
     assert memory.activations >= memory.kv_cache + 4 * 64 * KIB**2
+
+
+def test_what_fused_ops_make_for_a_convolution_is_written() -> None:
+    def convolutions(x: Any, a: Any, b: Any) -> Any:
+        first = jax.lax.conv(x, a, (1, 1), "SAME")
+        return jax.lax.conv(jnp.tanh(first), b, (1, 1), "SAME")
+
+    def matmuls(x: Any, a: Any, b: Any) -> Any:
+        first = jnp.einsum("bihw,oi->bohw", x, a)
+        return jnp.einsum("bihw,oi->bohw", jnp.tanh(first), b)
+
+    image, n_bytes = (64, 128, 112, 112), 4 * 64 * 128 * 112 * 112
+    convolved, multiplied = (
+        cost_of(program_of(function, image, *kernels), WHOLE, WHOLE, WHOLE).memory.activations
+        for function, kernels in (
+            (convolutions, [(128, 128, 1, 1)] * 2),
+            (matmuls, [(128, 128)] * 2),
+        )
+    )
+    assert convolved - multiplied == n_bytes

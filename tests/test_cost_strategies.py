@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from test_cost_step import MACHINE, TARGET
@@ -109,6 +110,27 @@ def test_terms_that_are_made_of_the_same_are_no_sum_of_a_stream() -> None:
         return mixed @ a + mixed @ b
 
     assert no_stream(gated)
+
+
+def convolve(x: Any, kernel: Any) -> Any:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(("channels", "slowdown"), [(2048, 1), (1024, 1), (256, 4), (64, 8)])
+def test_a_convolution_whose_kernel_goes_round_takes_slices_of_its_channels(
+    channels: int, slowdown: int
+) -> None:
+    """Slices of an eighth, on a matrix unit of 128 x 128."""
+    op = program_of(convolve, (64, 14, 14, channels), (3, 3, channels, channels)).ops[0]
+    assert op.is_convolution and op.window == 9
+    image, rows, columns = (0,), (2,), (3,)
+    whole, *split = (
+        price_op(op, (image, kernel, image), MACHINE).compute_seconds
+        for kernel in ((WHOLE,), rows, columns)
+    )
+    assert split == pytest.approx([slowdown * whole] * 2)
 
 
 def test_experts_that_are_summed_as_they_are_made_take_longer() -> None:

@@ -7,9 +7,10 @@
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
   second copy of a result that is made in pieces.
 - A gradient dies at its update, so only the largest is alive, and what it is reduced from.
-- What fused ops make for a matmul of a GPU is written, and held until the last that reads it. On a
-  TPU it is if the matmul's sums go round in a ring, which reads it once a round: where the matmul
-  before can write it beside its own result, and where the ring takes it slice by slice.
+- What fused ops make for a convolution, or for a matmul of a GPU, is written, and held until the
+  last that reads it. For a matmul of a TPU it is if the matmul's sums go round in a ring, which
+  reads it once a round: where the matmul before can write it beside its own result, and where the
+  ring takes it slice by slice.
 - Small arrays that the step makes live on the chip, as many as find place there.
 """
 
@@ -83,12 +84,15 @@ class PeakMemory:
         times = self._lifetimes
         made, gathered, chained, working = ops.T
         kept = made * times.copies
-        small = np.where(made <= _SMALL_SHARE * self._vmem, kept, 0.0)
+        written = chained * times.chain_copies
+        small = _SMALL_SHARE * self._vmem
+        on_chip = alive(np.where(made <= small, kept, 0.0), times.own, times.last_read)
+        on_chip += alive(np.where(chained <= small, written, 0.0), times.own, times.chains_read)
         temporary = (
             alive(kept, times.own, times.last_read)
-            - alive(small, times.own, times.last_read).clip(max=_ON_CHIP_SHARE * self._vmem)
+            + alive(written, times.own, times.chains_read)
+            - on_chip.clip(max=_ON_CHIP_SHARE * self._vmem)
             + alive(gathered, times.gathered_from, times.gathered_to)
-            + alive(chained * times.chain_copies, times.own, times.chains_read)
             + working
         ).max(initial=0.0)
         rebuilt = self._sum(self._rebuilt, layouts)
@@ -157,7 +161,7 @@ class PeakMemory:
 
     def _is_written(self, op: Op, array: Array, chain: Chain, cost: OpCost) -> bool:
         """Whether a matmul reads from memory what fused ops make for it."""
-        if self._writes_chains:
+        if self._writes_chains or op.is_convolution:
             return True
         return not chain.takes_place and any(
             transfer.in_ring

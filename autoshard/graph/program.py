@@ -94,6 +94,11 @@ class Op:
     addends: tuple[int, ...] = ()
 
     @property
+    def is_convolution(self) -> bool:
+        """Whether it is no plain matmul, whatever its window."""
+        return self.primitive == "conv_general_dilated"
+
+    @property
     def arrays(self) -> tuple[Array, ...]:
         """Its operands, then its results."""
         return (*self.operands, *self.results)
