@@ -169,7 +169,7 @@ class Plan:
         return f"""\
 import keras
 
-# {json.dumps(self.model.name)} on {self.mesh.n_devices} devices
+# {json.dumps(self.model.name)} on {self.mesh.n_devices} devices, dtype {self.workload.policy}
 device_mesh = keras.distribution.DeviceMesh(
     shape={self.mesh.shape},
     axis_names={format_spec(self.mesh.axis_names)},

@@ -80,7 +80,7 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
             "the layout, line 1: cannot read f'block_{k}': a pattern has to be a string, or a name "
             "that is one string here",
         ),
-        ("x = 1", "the layout holds no rule; expected lines like layout_map[...] = (...)"),
+        ("x = 1", "the layout holds no map; expected lines like layout_map[...] = (...)"),
         ("layout_map[", "the layout, line 1 is not Python source: '[' was never closed"),
         (
             'layout_map["a("] = ("model",)',

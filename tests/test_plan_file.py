@@ -370,7 +370,7 @@ def test_the_python_source_reads_as_written_by_hand() -> None:
         == """\
 import keras
 
-# "gemma" on 8 devices
+# "gemma" on 8 devices, dtype bfloat16
 device_mesh = keras.distribution.DeviceMesh(
     shape=(1, 8),
     axis_names=("batch", "model"),
@@ -386,11 +386,12 @@ keras.distribution.set_distribution(distribution)
 """
     )
     assert parse_layout(PLAN.to_python()) == RULES
+    assert parse_layout(replace(PLAN, rules=()).to_python()) == ()
 
 
 def test_a_name_with_a_line_break_stays_in_its_comment() -> None:
     model = replace(PLAN.model, name="x\nimport os")
-    assert '\n# "x\\nimport os" on 8 devices\n' in replace(PLAN, model=model).to_python()
+    assert '\n# "x\\nimport os" on 8 devices, ' in replace(PLAN, model=model).to_python()
 
 
 def test_the_plan_of_a_model_is_refused_for_another_with_the_first_difference() -> None:

@@ -68,7 +68,8 @@ def parse_layout(
         unreadable: where given, is told why a rule cannot be read, and the others are returned.
 
     Raises:
-        LayoutError: the source holds no map, or a rule that cannot be read.
+        LayoutError: the source holds no map, or a rule that cannot be read. A LayoutMap without
+            rules is one: everything is replicated.
 
     >>> parse_layout('layout_map["ffw_linear/kernel"] = ("model", None)')
     (Rule(pattern='ffw_linear/kernel', spec=('model', None)),)
@@ -82,11 +83,12 @@ def parse_layout(
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise LayoutError(f"{name}{line} is not Python source: {reason}") from None
     problems = unreadable if unreadable is not None else []
-    rules = _Source(tree, name).rules(problems)
+    source = _Source(tree, name)
+    rules = source.rules(problems)
     if problems and unreadable is None:
         raise LayoutError(problems[0])
-    if not rules and not problems:
-        raise LayoutError(f"{name} holds no rule; expected lines like layout_map[...] = (...)")
+    if not rules and not problems and not source.makes_map:
+        raise LayoutError(f"{name} holds no map; expected lines like layout_map[...] = (...)")
     return rules
 
 
@@ -124,7 +126,7 @@ def kerashub_rules(backbone: object, mesh: Mesh | None = None) -> LayoutRules:
 
 
 class _Source:
-    """The assignments of one parsed source."""
+    """The assignments of one parsed source; `makes_map`: whether a LayoutMap is made there."""
 
     def __init__(self, tree: ast.Module, name: str) -> None:
         self._name = name
@@ -139,6 +141,7 @@ class _Source:
         self._strings: dict[str, set[str]] = {}
         for target, value in self._statements:
             self._note(target, value)
+        self.makes_map = any(_makes_map(value) for _, value in self._statements)
 
     def _note(self, target: ast.expr, value: ast.expr) -> None:
         """Remember names that hold a string or a LayoutMap."""
