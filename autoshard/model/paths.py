@@ -10,16 +10,22 @@ Told apart from the paths alone:
 
 - a block: siblings of one name and different numbers with layers inside them (at least one path
   goes two levels deeper);
+- a block written out in one model: three names or more of layers with variables (`attention_0`,
+  `up_0`, `down_0`, ...) that stand there with the same numbers;
 - a counter: inside a block, a number that no two blocks share.
 """
 
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 __all__ = ["PathNames", "number_of", "ranked"]
 
 _NUMBERED = re.compile(r"(.+?)_(\d+)")
+# Fewer may be any layers: of a chain of two kinds, such as `dense_0` and `norm_0`, each may want a
+# layout of its own.
+_LEAST_IN_BLOCK = 3
 
 
 def _split(segment: str) -> tuple[str, int | None]:
@@ -34,14 +40,21 @@ class _Siblings:
 
     in_block: bool
     numbers: dict[str, dict[int | None, None]] = field(default_factory=dict)
-    has_inner: bool = False
+    has_variables: bool = False
+    is_block: bool = False
 
     def renaming(self) -> str | None:
         """What stands behind the name in the template; None for the number as it is."""
         used = [number for numbers in self.numbers.values() for number in numbers]
         if self.in_block and len(self.numbers) > 1 and len(set(used)) == len(used):
             return ""
-        return "_*" if self.has_inner and len(set(used)) > 1 else None
+        return "_*" if self.is_block and len(set(used)) > 1 else None
+
+    def written_out(self) -> tuple[int, ...] | None:
+        """The numbers, where a person may have given them: all are there, under one path."""
+        (numbers, *others) = self.numbers.values()
+        found = [number for number in numbers if number is not None]
+        return None if others or len(found) < len(numbers) else tuple(sorted(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +100,23 @@ def _names(
         above, (base, number) = templates[path], _split(parts[level])
         group = groups.setdefault((above, base), _Siblings(in_block="*" in above))
         group.numbers.setdefault("/".join(parts[:level]), {})[number] = None
-        group.has_inner |= len(parts) > level + 2
+        group.is_block |= len(parts) > level + 2
+        group.has_variables |= parts[-1] != "output"
+    _join_written_out(groups)
     return {key: group.renaming() for key, group in groups.items()}
+
+
+def _join_written_out(groups: Mapping[tuple[str, str], _Siblings]) -> None:
+    """Mark what stands at the same numbers as enough other layers as parts of one block."""
+    alike: dict[tuple[str, tuple[int, ...]], list[_Siblings]] = defaultdict(list)
+    for (above, _), group in groups.items():
+        numbers = group.written_out()
+        if numbers is not None:
+            alike[above, numbers].append(group)
+    for members in alike.values():
+        if sum(group.has_variables for group in members) >= _LEAST_IN_BLOCK:
+            for group in members:
+                group.is_block = True
 
 
 def ranked(paths: Iterable[str]) -> tuple[str, ...]:
