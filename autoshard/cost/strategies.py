@@ -117,7 +117,7 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
         layouts: of each operand, then each result.
         machine: the chips and links.
     """
-    if op.kind == "contraction" and len(op.operands) == 2:
+    if op.kind == "contraction" and len(op.arrays) == 3:
         partition = partition_matmul(op, layouts, machine.axis_sizes)
         if partition is not None:
             return _cost(op, partition, layouts, machine)
@@ -306,8 +306,9 @@ def _rewritten_pieces(
     along another one, only where the pieces are more than four. Seen in programs of the TPU
     compiler (groups of four and of eight) at XLA's default threshold for windowed matmuls.
     """
-    is_large = op.kind == "contraction" and op.results[0].n_bytes >= _WINDOWED_BYTES
-    if not is_large or transfer.kind != "all-gather" or transfer.operand is None:
+    if op.kind != "contraction" or transfer.kind != "all-gather" or transfer.operand is None:
+        return 0
+    if sum(result.n_bytes for result in op.results) < _WINDOWED_BYTES:
         return 0
     array = op.operands[transfer.operand]
     gathered = array.factors[layouts[transfer.operand][transfer.axis]]

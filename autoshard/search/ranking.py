@@ -107,20 +107,12 @@ def search(
         points = [*own, *({**own[1], **start} for start in starts)]
         alone = outputs_alone(scorer, everything)
         best = descend(scorer, everything, [*points, alone] if alone else points)
-    for choices in everything:
-        _neighbours(scorer, best, choices)  # they are ranked too
     names = {choices.family for choices in families}
     free = output_choices(program, mesh, unbound_outputs or {})
     origins = [dict(best.assignment), _only(best, names)]
     beyond = descend(scorer, [*families, *free], origins) if free else best
-    specs = {choices.family: choices.specs for choices in everything}
-    for scored in [one for one in scorer.seen.values() if _keeps(one, specs)]:
-        scorer.score(_only(scored, names))  # what its rules for outputs have to beat
-    worthy = [
-        scored
-        for scored in scorer.seen.values()
-        if _keeps(scored, specs) and _gains(scored, names, scorer)
-    ]
+    _walk(scorer, everything, min(_worthy(scorer, everything), key=lambda scored: scored.rank))
+    worthy = _worthy(scorer, everything)
     ranked = sorted(worthy, key=lambda scored: scored.rank)
     return SearchResult(
         ranked=_distinct(ranked, top),
@@ -131,6 +123,30 @@ def search(
         front=_front(worthy),
         unbound=beyond if beyond.rank < ranked[0].rank else None,
     )
+
+
+def _walk(scorer: Scorer, families: Sequence[Choices], best: Scored) -> None:
+    """Score all layouts that differ in one family, and so on from the best as long as it gains."""
+    while True:
+        near = [found for choices in families for found, _ in _neighbours(scorer, best, choices)]
+        nearest = min(near, key=lambda scored: scored.rank, default=best)
+        if nearest.rank >= best.rank:
+            return
+        best = nearest
+
+
+def _worthy(scorer: Scorer, families: Sequence[Choices]) -> list[Scored]:
+    """Of all that was scored what may be chosen, and gains by its rules for outputs."""
+    specs = {choices.family: choices.specs for choices in families}
+    names = {choices.family for choices in families if not choices.is_output}
+    kept = [scored for scored in scorer.seen.values() if _keeps(scored, specs)]
+    for scored in kept:
+        scorer.score(_only(scored, names))  # what its rules for outputs have to beat
+    return [
+        scored
+        for scored in scorer.seen.values()
+        if _keeps(scored, specs) and _gains(scored, names, scorer)
+    ]
 
 
 def _keeps(scored: Scored, specs: Mapping[str, Sequence[Spec]]) -> bool:
