@@ -72,6 +72,7 @@ class Planning:
         candidates: the best layouts that a LayoutMap can express, best first.
         by_hand: what people write, told by shapes; a candidate where it is one, None where rules
             cannot tell it.
+        whole: every weight whole on every device, the data split; a candidate where it is one.
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` is slow or fails, or None.
         program: the op graph of the step.
@@ -86,6 +87,7 @@ class Planning:
     rivals: tuple[Candidate, ...]
     program: Program
     by_hand: Candidate | None
+    whole: Candidate
     without_generate: Candidate | None
 
     def doubts(self) -> Iterator[str]:
@@ -195,8 +197,9 @@ def run_planner(
             )
         beyond = _named("without generate", table, result.unbound)
         by_hand = _by_hand(table, result, setup.mesh)
-        rules = by_hand.rules if by_hand else None
-        by_hand = next((known for known in candidates if known.rules == rules), by_hand)
+        nothing = {choices.family: choices.specs[0] for choices in result.choices}
+        whole = Candidate(name="no rule", rules=(), scored=result.scorer.score(nothing))
+        known = {candidate.rules: candidate for candidate in candidates}
     return Planning(
         setup=setup,
         table=table,
@@ -205,7 +208,8 @@ def run_planner(
         result=result,
         candidates=candidates,
         rivals=rivals,
-        by_hand=by_hand,
+        by_hand=known.get(by_hand.rules, by_hand) if by_hand else None,
+        whole=known.get((), whole),
         without_generate=beyond,
         program=traced.program,
     )

@@ -6,7 +6,7 @@ collectives there are; their time is that of the target's links, and compute is 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,7 +81,9 @@ def settle(
 ) -> tuple[Verdict, ...]:
     """Compile the best candidates shallowly, rank them, and compile the winner at full depth.
 
-    Where that turns out slower than the next was, shallow, the next is compiled at full depth too.
+    Where all are slower than the split by hand or no rule at all is predicted to be, those are
+    compiled too. Where the winner turns out slower than the next was, shallow, the next is compiled
+    at full depth too.
 
     Args:
         model: the model's name, by which a child builds it.
@@ -102,9 +104,13 @@ def settle(
         memory_limit_bytes=available_bytes(),
     ) as child:
         verdicts = []
+        deep = partial(compile_deep, child, timeout_seconds=seconds)
         for candidate in worth_compiling(planning, compiler):
             on_progress(f"compile {candidate.name} for {compiler}, shallow")
-            deep = partial(compile_deep, child, timeout_seconds=seconds)
+            verdicts.append(_verdict(model, planning, candidate, compiler, deep))
+        best = min(verdict.weighed_seconds for verdict in verdicts)
+        for candidate in _underrated(planning, [one.candidate for one in verdicts], best):
+            on_progress(f"compile {candidate.name} for {compiler}, shallow")
             verdicts.append(_verdict(model, planning, candidate, compiler, deep))
         verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.weighed_seconds))
         whole: list[Verdict] = []
@@ -141,6 +147,18 @@ def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ..
     if compiler.chip.kind != "tpu" or hand is None or hand in chosen or not hand.fits:
         return chosen
     return chosen if hand.step_seconds > _NEAR * chosen[0].step_seconds else (*chosen, hand)
+
+
+def _underrated(
+    planning: Planning, compiled: Sequence[Candidate], seconds: float
+) -> Iterator[Candidate]:
+    """What needs no search, where it is predicted to beat what the best compiled to."""
+    for candidate in (planning.by_hand, planning.whole):
+        if candidate is None or candidate in compiled or not candidate.fits:
+            continue
+        assert candidate.scored is not None
+        if candidate.scored.weigh(candidate.step_seconds) < seconds:
+            yield candidate
 
 
 def _request(model: str, setup: Setup, candidate: Candidate, compiler: Target) -> CompileRequest:

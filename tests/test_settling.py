@@ -33,7 +33,8 @@ def planned() -> Planning:
 
 @pytest.fixture
 def planning(planned: Planning) -> Planning:
-    return replace(planned, by_hand=None)
+    """Of which nothing but the candidates is compiled."""
+    return replace(planned, by_hand=None, whole=replace(planned.whole, scored=None))
 
 
 def program(n_cycles: int) -> CompiledStep:
@@ -256,3 +257,15 @@ def test_where_none_compiles_whole_nothing_is_verified(verdicts) -> None:
 
     with pytest.raises(XlaError, match="no candidate compiles for"):
         verdicts(lambda _: program(10**8), whole)
+
+
+def test_no_rule_at_all_can_win_where_what_was_searched_for_disappoints(
+    planned, compiled_by
+) -> None:
+    def compiler(request: CompileRequest) -> CompiledStep:
+        return program(10**9 if request.rules else 10**6)
+
+    compiled_by(compiler, compiler)
+    first, *others = settle("gemma_2b_en", planned, TARGET)
+    assert first.candidate is planned.whole and first.candidate.rules == ()
+    assert planned.by_hand in [verdict.candidate for verdict in others]

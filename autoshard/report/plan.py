@@ -12,7 +12,6 @@ from autoshard.layout.rules import LayoutRules, format_rules
 from autoshard.mesh import format_spec
 from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import Outcome
-from autoshard.planning import Planning
 from autoshard.pricing import Candidate
 from autoshard.records.parts import Reason
 from autoshard.search.candidates import legal_specs
@@ -180,7 +179,7 @@ def _ranking(outcome: Outcome) -> str:
     rows = []
     planning = outcome.planning
     others = (planning.without_generate, *planning.rivals)
-    for candidate in (*_candidates(planning), *filter(None, others)):
+    for candidate in (*_candidates(outcome), *filter(None, others)):
         name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     headers = ("layout", "step", "compute", "collectives", "wire", "memory", "compiled", "")
@@ -193,12 +192,12 @@ def _ranking(outcome: Outcome) -> str:
     return f"{table}\n({note}){refused}\n\n" + "\n\n".join(_differences(outcome))
 
 
-def _candidates(planning: Planning) -> tuple[Candidate, ...]:
-    """The candidates, and the split by hand behind them if it is none of these."""
-    hand = planning.by_hand
-    if hand is None or hand in planning.candidates:
-        return planning.candidates
-    return (*planning.candidates, hand)
+def _candidates(outcome: Outcome) -> tuple[Candidate, ...]:
+    """The candidates, the split by hand, and what else was compiled, each once."""
+    planning = outcome.planning
+    compiled = (verdict.candidate for verdict in outcome.verdicts)
+    shown = filter(None, (*planning.candidates, planning.by_hand, *compiled))
+    return tuple({candidate.name: candidate for candidate in shown}.values())
 
 
 def _source(target: str) -> str:
@@ -233,7 +232,7 @@ def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ..
 def _differences(outcome: Outcome) -> Iterator[str]:
     """Each other candidate by the rules that it has not (-) and has (+) beside the plan's."""
     planning, winner = outcome.planning, outcome.winner.rules
-    for candidate in _candidates(planning):
+    for candidate in _candidates(outcome):
         if candidate is not outcome.winner:
             yield f"{candidate.name}\n{_changes(winner, candidate.rules)}"
     if planning.without_generate:
