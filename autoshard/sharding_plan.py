@@ -24,7 +24,7 @@ from autoshard.errors import (
 )
 from autoshard.layout.distribution import keras_layout_map
 from autoshard.layout.resolve import resolve
-from autoshard.layout.rules import LayoutRules, format_rules, match
+from autoshard.layout.rules import LayoutRules, format_rules, match, rules_text
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.build import build
 from autoshard.model.keras_import import import_keras
@@ -163,6 +163,11 @@ class Plan:
                 beside.unlink(missing_ok=True)
         except OSError as error:
             raise PlanFileError(f"cannot write {path}: {error.strerror}") from None
+
+    def __str__(self) -> str:
+        """The map, behind a line that says what it is for."""
+        head = f"{self.model.name} on {self.mesh}, {self.target}; {self.workload}"
+        return f"{head}\n{rules_text(self.rules)}"
 
     def to_python(self) -> str:
         """Source that puts the plan to work as it is pasted, before the model is built."""

@@ -56,6 +56,13 @@ def test_a_rule_that_takes_nothing_is_told_the_nearest_variable() -> None:
     ]
 
 
+def test_a_family_name_is_told_from_a_regex() -> None:
+    (finding,) = resolve([rule("decoder_block_*/ffw_linear/kernel", "model")], TABLE, MESH).findings
+    assert finding.message.endswith(
+        r"a rule is a regex: write 'decoder_block_\d+/ffw_linear/kernel' for every block"
+    )
+
+
 def test_a_rule_written_for_older_keras_is_told_so() -> None:
     assert found(rule("ffw_linear/kernel", "model")) == [
         (

@@ -240,6 +240,27 @@ def test_references_that_lead_nowhere(reference: str, error: type[Exception], te
         build(reference)
 
 
+def talkative() -> Any:
+    print("building")
+    return plain_network()
+
+
+def failing() -> Any:
+    raise RuntimeError("a bug of mine")
+
+
+def test_what_a_callable_prints_is_no_output_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    build(f"{__name__}:talkative")
+    assert capsys.readouterr() == ("", "building\n")
+
+
+def test_an_error_of_a_callable_is_told_with_its_line() -> None:
+    line = failing.__code__.co_firstlineno + 1
+    text = rf"cannot build .*:failing' \({Path(__file__).name}, line {line}\): RuntimeError: a bug"
+    with pytest.raises(ModelError, match=text):
+        build(f"{__name__}:failing")
+
+
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for registered in ("keras_hub>GemmaBackbone", "somebody>Else"):

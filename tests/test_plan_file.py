@@ -389,6 +389,13 @@ keras.distribution.set_distribution(distribution)
     assert parse_layout(replace(PLAN, rules=()).to_python()) == ()
 
 
+def test_a_plan_prints_as_its_map() -> None:
+    assert str(PLAN).splitlines()[1:] == [str(rule) for rule in RULES]
+    assert str(replace(PLAN, rules=())).endswith(
+        "\nno rule: every variable is whole on every device"
+    )
+
+
 def test_a_name_with_a_line_break_stays_in_its_comment() -> None:
     model = replace(PLAN.model, name="x\nimport os")
     assert '\n# "x\\nimport os" on 8 devices, ' in replace(PLAN, model=model).to_python()

@@ -9,7 +9,7 @@ gpu:h100-sxm:2x8    two nodes of eight
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.chips import Chip, get_chip
@@ -107,7 +107,8 @@ class Target:
 def parse_target(text: str) -> Target:
     """Read a target such as `tpu:v5e:2x4`.
 
-    A TPU topology with fewer numbers than the chip's torus has axes is completed with ones.
+    A TPU topology with fewer numbers than the chip's torus has axes is completed with ones; a
+    single number is that of the chips, in the slice that is on offer (see `default_target`).
 
     Raises:
         UnknownNameError: no such chip.
@@ -115,6 +116,8 @@ def parse_target(text: str) -> Target:
 
     >>> str(parse_target("gpu:h100-sxm:2x8")), parse_target("tpu:v3:2x2").n_devices
     ('gpu:h100-sxm:2x8', 8)
+    >>> str(parse_target("tpu:v5e:8"))
+    'tpu:v5e:2x4'
     """
     parts = text.strip().lower().split(":")
     n_names = 2 if parts[0] in ("tpu", "gpu") else 1
@@ -129,6 +132,8 @@ def parse_target(text: str) -> Target:
             f"'{text}': the number of slices must be a whole number, as in {example}:2"
         )
     numbers = tuple(int(size) for size in sizes.split("x"))
+    if chip.kind == "tpu" and len(numbers) == 1 and numbers[0]:
+        return replace(_smallest_slices(chip, *numbers), n_slices=int(slices or 1))
     if chip.kind == "tpu":
         ones = (1,) * (chip.torus_dimensions - len(numbers))
         return Target(chip=chip, topology=numbers + ones, n_slices=int(slices or 1))

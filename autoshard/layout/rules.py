@@ -26,6 +26,7 @@ __all__ = [
     "hits",
     "match",
     "matching_rules",
+    "rules_text",
 ]
 
 MatchMode = Literal["fullmatch", "search"]
@@ -151,3 +152,8 @@ def format_pattern(pattern: str) -> str:
 def format_rules(rules: Sequence[Rule]) -> str:
     """Print a map as the lines of Python that a person would write, one rule a line."""
     return "\n".join(str(rule) for rule in rules)
+
+
+def rules_text(rules: Sequence[Rule]) -> str:
+    """The same for people to read, with words where there is no rule."""
+    return format_rules(rules) or "no rule: every variable is whole on every device"

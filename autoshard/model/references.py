@@ -7,9 +7,11 @@ It may be: a preset of the catalogue; `package.module:callable`; a local preset 
 import importlib
 import json
 import os
+import sys
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,8 @@ def recipe_of(
 def _imported(reference: str) -> Callable[[], Any]:
     module_name, _, attribute = reference.partition(":")
     try:
-        made: Any = importlib.import_module(module_name)
+        with redirect_stdout(sys.stderr):  # what it prints is no output of ours
+            made: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             made = getattr(made, part)
     except Exception as error:  # whatever the user's module does when it is imported
@@ -109,13 +112,26 @@ def _from_callable(
     keras = import_keras()
 
     def make(config: dict[str, Any]) -> Any:
-        with _default_dtype(dtype):
-            model = function()
+        try:
+            with _default_dtype(dtype), redirect_stdout(sys.stderr):
+                model = function()
+        except Exception as error:  # whatever the user's function does
+            raise ModelError(
+                f"Keras cannot build '{name}'{_place(function, error)}: {one_line(error)}"
+            ) from error
         if not isinstance(model, keras.Model):
             raise UsageError(f"'{name}' returned {type(model).__name__}, not a Keras model")
         return model
 
     return Recipe(name=name, make=make, config=None, lora_rank=lora_rank, has_dtype=True)
+
+
+def _place(function: Callable[[], Any], error: Exception) -> str:
+    """The last line of a function's file that an error went through, in brackets."""
+    source = getattr(getattr(function, "__code__", None), "co_filename", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == source]
+    return f" ({Path(str(source)).name}, line {lines[-1]})" if lines else ""
 
 
 def _from_preset(handle: str, dtype: str | None, lora_rank: int | None) -> Recipe:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from tabulate import tabulate
 
+from autoshard.layout.rules import rules_text
 from autoshard.records.codec import dump, to_record
 from autoshard.records.execution import PartRun, PlanRun
-from autoshard.report.plan import rules_text
 from autoshard.units import format_bytes, format_seconds
 
 __all__ = ["run_json", "run_text"]

@@ -8,7 +8,7 @@ from tabulate import tabulate
 from autoshard.cost.values import StepCost
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.resolve import resolve
-from autoshard.layout.rules import LayoutRules, format_rules
+from autoshard.layout.rules import LayoutRules, format_rules, rules_text
 from autoshard.mesh import format_spec
 from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import Outcome
@@ -21,7 +21,7 @@ from autoshard.units import format_bytes, format_count, format_seconds, option_b
 from autoshard.xla.collectives import Collective
 from autoshard.xla.partitioned import target_collectives
 
-__all__ = ["plan_text", "reasons_text", "rules_text"]
+__all__ = ["plan_text", "reasons_text"]
 
 # Whole weights of less than this share of the model are not worth a line.
 _TRIFLE = 0.01
@@ -55,11 +55,6 @@ def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
 def _map(plan: Plan) -> str:
     head = "layout_map = keras.distribution.LayoutMap(device_mesh)\n" if plan.rules else ""
     return head + rules_text(plan.rules)
-
-
-def rules_text(rules: LayoutRules) -> str:
-    """A map as the lines that a person would write."""
-    return format_rules(rules) or "no rule: every variable is whole on every device"
 
 
 def _head(outcome: Outcome) -> str:
@@ -184,7 +179,7 @@ def _ranking(outcome: Outcome) -> str:
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     headers = ("layout", "step", "compute", "collectives", "wire", "memory", "compiled", "")
     table = tabulate(rows, headers=headers, disable_numparse=True, preserve_whitespace=True)
-    note = "all predicted by formulas"
+    note = "all predicted by formulas; hidden collectives and memory count a little in the ranking"
     by = next((v.compiled.target for v in outcome.verdicts if v.compiled), None)
     if by is not None:
         note += f"; compiled: the step with the collectives {_source(by)}"
