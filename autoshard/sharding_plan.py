@@ -268,10 +268,8 @@ keras.distribution.set_distribution(distribution)
 
         table = model if isinstance(model, ModelTable) else self._build(model)
         self.check_model(table)
-        return {
-            variable.path: PartitionSpec(*(match(self.rules, variable.path) or ()))
-            for variable in table.variables
-        }
+        paths = (*(variable.path for variable in table.variables), *table.state_paths)
+        return {path: PartitionSpec(*(match(self.rules, path) or ())) for path in paths}
 
     def _build(self, model: Any) -> ModelTable:
         model = self.model.name if model is None else model

@@ -182,7 +182,7 @@ def _ranking(outcome: Outcome) -> str:
     note = "all predicted by formulas; hidden collectives and memory count a little in the ranking"
     by = next((v.compiled.target for v in outcome.verdicts if v.compiled), None)
     if by is not None:
-        note += f"; compiled: the step with the collectives {_source(by)}"
+        note += f";\ncompiled: the step with the collectives {_source(by)}"
     refused = "".join(f"\n{c.name}: {c.failure}" for c in planning.rivals if c.failure)
     return f"{table}\n({note}){refused}\n\n" + "\n\n".join(_differences(outcome))
 
