@@ -361,11 +361,10 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         "int8" if all(_in_eight_bits(op, array) for array in op.operands) else machine.matmul_dtype
     )
     peak = machine.chip.flops_per_second(dtype)
-    efficiency = (
-        machine.chip.matmul_efficiency_max
-    )  # of what shapes a loop's matmuls are, who knows
     if op.kind == "contraction":
         efficiency = matmul_efficiency(machine.chip, *_matmul_shape(op, choice, sizes), dtype)
+    else:  # a loop, whose matmuls may have any shape
+        efficiency = machine.chip.matmul_efficiency_max
     return max(moving, op.flops / n_parts(choice, sizes) / (peak * efficiency))
 
 

@@ -68,7 +68,8 @@ def model_inputs(
     if structure is None:
         raise ModelError(
             f"{type(model).__name__} '{model.name}' does not say what inputs it takes; give a "
-            "functional model (keras.Input ... keras.Model) or a KerasHub backbone or task"
+            "functional model, as keras.Model(inputs, model(inputs)) with a keras.Input makes one, "
+            "or a KerasHub backbone or task"
         )
     tensors = keras.tree.flatten(structure)
     nested = _nested_shapes(model)
