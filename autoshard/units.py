@@ -67,9 +67,10 @@ def option_bytes(n_bytes: int) -> str:
     """Write an amount of memory as an option takes it: no less than it is, and hardly more.
 
     >>> option_bytes(1536), option_bytes(45325897868)
-    ('1536', '43227MiB')
+    ('2KiB', '43227MiB')
     """
-    return str(n_bytes) if n_bytes < 2**26 else f"{-(-n_bytes // 2**20)}MiB"
+    size, unit = (2**10, "KiB") if n_bytes < 2**26 else (2**20, "MiB")
+    return f"{-(-n_bytes // size)}{unit}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -169,7 +169,13 @@ def _from_file(path: Path, dtype: str | None, lora_rank: int | None) -> Recipe:
         settings["dtype"] = dtype
 
     def make(config: dict[str, Any]) -> Any:
-        model = keras.saving.deserialize_keras_object(config)
+        try:
+            model = keras.saving.deserialize_keras_object(config)
+        except Exception as error:  # whatever the classes in it do
+            raise ModelError(
+                f"Keras cannot build '{path}': {one_line(error)}; a model with layers of your own "
+                "is given as package.module:callable"
+            ) from error
         if not isinstance(model, keras.Model):
             raise ModelError(f"'{path}' is not the configuration of a Keras model")
         return model

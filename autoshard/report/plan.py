@@ -184,7 +184,7 @@ def _ranking(outcome: Outcome) -> str:
     if by is not None:
         note += f";\ncompiled: the step with the collectives {_source(by)}"
     refused = "".join(f"\n{c.name}: {c.failure}" for c in planning.rivals if c.failure)
-    return f"{table}\n({note}){refused}\n\n" + "\n\n".join(_differences(outcome))
+    return "\n\n".join([f"{table}\n({note}){refused}", *_differences(outcome)])
 
 
 def _candidates(outcome: Outcome) -> tuple[Candidate, ...]:
