@@ -177,14 +177,27 @@ def test_a_collective_of_single_devices_moves_nothing():
     assert read("  %a = f32[8]{0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%add") == ()
 
 
-def test_started_collectives_run_beside_the_computation_unless_synchronous():
-    entry = (
-        "  %s = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8]%s\n"
-        "  %d = f32[64]{0} all-gather-done(%s)"
+def started(between: str, attributes: str = "") -> str:
+    """A gather of 256 bytes, and what stands between its start and its end."""
+    return (
+        "  %s = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8]"
+        f"{attributes}\n  {between}\n  %d = f32[64]{{0}} all-gather-done(%s)"
     )
-    (found,) = read(entry.replace("<=[8]%s", "<=[8]"))
+
+
+def test_started_collectives_run_beside_the_computation_unless_synchronous():
+    work = "%w = f32[16]{0} add(%x, %x)"
+    (found,) = read(started(work))
     assert (found.n_bytes, found.overlapped, found.count) == (256, True, 1)
-    (found,) = read(entry.replace("<=[8]%s", '<=[8], backend_config={"is_sync":true}'))
+    (found,) = read(started(work, ', backend_config={"is_sync":true}'))
+    assert not found.overlapped
+
+
+@pytest.mark.parametrize(
+    "trifle", ["", "%t = f32[4]{0} negate(%c)", "%t = f32[8,8]{1,0} bitcast(%s)"]
+)
+def test_a_started_collective_with_nothing_to_run_beside_it_blocks(trifle: str):
+    (found,) = read(started(trifle))
     assert not found.overlapped
 
 
@@ -193,7 +206,8 @@ def test_a_started_reduce_scatter_of_two_arrays_moves_each_once():
     shapes = "(f32[64]{0}, bf16[32]{0}, f32[8]{0}, bf16[4]{0})"
     found = read(
         f"  %s = {shapes} reduce-scatter-start(%x, %y), replica_groups=[1,8]<=[8], "
-        'dimensions={0}, to_apply=%add, backend_config={"is_sync":false}'
+        'dimensions={0}, to_apply=%add, backend_config={"is_sync":false}\n'
+        "  %w = f32[64]{0} negate(%z)"
     )
     assert [(c.kind, c.n_bytes, c.overlapped) for c in found] == [
         ("reduce-scatter", 256, True),

@@ -6,12 +6,13 @@ A collective is one movement of one logical array. An operation that moves sever
 `n_bytes` is the whole logical array at one device: an all-reduce's and a permute's buffer, an
 all-gather's result, a reduce-scatter's input, an all-to-all's local buffer.
 
-What runs beside the computation: `-start`/`-done` pairs (unless marked as synchronous), and the
-asynchronous collectives that the TPU compiler puts inside fusions, of which it makes several clones
-with one channel: a channel is counted once. An `all-reduce-scatter` fusion is a reduce-scatter, and
-blocks. A plain operation blocks.
+What runs beside the computation: `-start`/`-done` pairs (unless marked as synchronous, or with next
+to nothing between them), and the asynchronous collectives that the TPU compiler puts inside
+fusions, of which it makes several clones with one channel: a channel is counted once. An
+`all-reduce-scatter` fusion is a reduce-scatter, and blocks. A plain operation blocks.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,9 @@ __all__ = [
     "read_collectives",
 ]
 
+# What touches a smaller share of the bytes that a collective moves takes no time beside it.
+_LEAST_SHARE = 0.1
+_NO_WORK = frozenset({"bitcast", "constant", "get-tuple-element", "parameter", "tuple"})
 # One buffer in as many pieces as there are devices, not several arrays.
 _ONE_BUFFER = ("all-to-all",)
 
@@ -216,6 +220,7 @@ def _sites(
     if kind not in KINDS:
         return
     started = instruction.opcode.endswith("-start")
+    overlapped = started and _runs_beside_work(computation, instruction)
     shapes = _moved(kind, started, instruction, n_devices)
     for index, shape in enumerate(shapes):
         yield Site(
@@ -226,8 +231,33 @@ def _sites(
             shape=shape,
             op_name=_array_name(computation, instruction, op_name, index, len(shapes)),
             times=times,
-            overlapped=started and '"is_sync":true' not in instruction.attributes,
+            overlapped=overlapped,
         )
+
+
+def _runs_beside_work(computation: Computation, start: Instruction) -> bool:
+    """Whether something of size runs between the start of a collective and its end.
+
+    The GPU compiler makes any collective asynchronous, and beside some it runs no more than what
+    prepares the scale of the next norm. The permutations of a ring have its matmul beside them,
+    wherever each one ends.
+    """
+    if '"is_sync":true' in start.attributes:
+        return False
+    if start.opcode.startswith("collective-permute"):
+        return True
+    enough = _LEAST_SHARE * sum(shape.n_bytes for shape in start.shapes)
+    known = computation.by_name
+    after = itertools.dropwhile(lambda one: one is not start, computation.instructions)
+    for instruction in itertools.islice(after, 1, None):
+        if instruction.opcode.endswith("-done") and start.name in instruction.operands:
+            return False
+        if instruction.opcode not in _NO_WORK:
+            read = [known[name] for name in instruction.operands if name in known]
+            touched = sum(shape.n_bytes for one in (instruction, *read) for shape in one.shapes)
+            if touched >= enough:
+                return True
+    return False
 
 
 def _moved(kind: str, started: bool, instruction: Instruction, n_devices: int) -> tuple[Shape, ...]:
