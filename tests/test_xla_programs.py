@@ -186,7 +186,7 @@ def started(between: str, attributes: str = "") -> str:
 
 
 def test_started_collectives_run_beside_the_computation_unless_synchronous():
-    work = "%w = f32[16]{0} add(%x, %x)"
+    work = "%w = f32[128]{0} negate(%z)"
     (found,) = read(started(work))
     assert (found.n_bytes, found.overlapped, found.count) == (256, True, 1)
     (found,) = read(started(work, ', backend_config={"is_sync":true}'))
@@ -194,7 +194,7 @@ def test_started_collectives_run_beside_the_computation_unless_synchronous():
 
 
 @pytest.mark.parametrize(
-    "trifle", ["", "%t = f32[4]{0} negate(%c)", "%t = f32[8,8]{1,0} bitcast(%s)"]
+    "trifle", ["", "%t = f32[32]{0} negate(%c)", "%t = f32[8,8]{1,0} bitcast(%s)"]
 )
 def test_a_started_collective_with_nothing_to_run_beside_it_blocks(trifle: str):
     (found,) = read(started(trifle))
@@ -207,7 +207,7 @@ def test_a_started_reduce_scatter_of_two_arrays_moves_each_once():
     found = read(
         f"  %s = {shapes} reduce-scatter-start(%x, %y), replica_groups=[1,8]<=[8], "
         'dimensions={0}, to_apply=%add, backend_config={"is_sync":false}\n'
-        "  %w = f32[64]{0} negate(%z)"
+        "  %w = f32[128]{0} negate(%z)"
     )
     assert [(c.kind, c.n_bytes, c.overlapped) for c in found] == [
         ("reduce-scatter", 256, True),

@@ -33,8 +33,6 @@ __all__ = [
     "read_collectives",
 ]
 
-# What touches a smaller share of the bytes that a collective moves takes no time beside it.
-_LEAST_SHARE = 0.1
 _NO_WORK = frozenset({"bitcast", "constant", "get-tuple-element", "parameter", "tuple"})
 # One buffer in as many pieces as there are devices, not several arrays.
 _ONE_BUFFER = ("all-to-all",)
@@ -236,7 +234,7 @@ def _sites(
 
 
 def _runs_beside_work(computation: Computation, start: Instruction) -> bool:
-    """Whether something of size runs between the start of a collective and its end.
+    """Whether what runs before a collective ends reads and writes as many bytes as it moves.
 
     The GPU compiler makes any collective asynchronous, and beside some it runs no more than what
     prepares the scale of the next norm. The permutations of a ring have its matmul beside them,
@@ -246,7 +244,7 @@ def _runs_beside_work(computation: Computation, start: Instruction) -> bool:
         return False
     if start.opcode.startswith("collective-permute"):
         return True
-    enough = _LEAST_SHARE * sum(shape.n_bytes for shape in start.shapes)
+    missing = sum(shape.n_bytes for shape in start.shapes)
     known = computation.by_name
     after = itertools.dropwhile(lambda one: one is not start, computation.instructions)
     for instruction in itertools.islice(after, 1, None):
@@ -254,8 +252,8 @@ def _runs_beside_work(computation: Computation, start: Instruction) -> bool:
             return False
         if instruction.opcode not in _NO_WORK:
             read = [known[name] for name in instruction.operands if name in known]
-            touched = sum(shape.n_bytes for one in (instruction, *read) for shape in one.shapes)
-            if touched >= enough:
+            missing -= sum(shape.n_bytes for one in (instruction, *read) for shape in one.shapes)
+            if missing <= 0:
                 return True
     return False
 
