@@ -1,5 +1,7 @@
 """Which numbers of a path count blocks, and which Keras hands out."""
 
+import pytest
+
 from autoshard.model.paths import PathNames, ranked
 
 
@@ -36,3 +38,31 @@ def test_ranks_forget_where_a_counter_stood() -> None:
     first = ["block_0/moe/kernel", "block_1/moe_1/kernel", "norm/scale"]
     second = ["block_0/moe_32/kernel", "block_1/moe_33/kernel", "norm_7/scale"]
     assert ranked(first) == ranked(second)
+
+
+def test_blocks_written_out_in_one_model_are_blocks() -> None:
+    names = ("norm_{}/scale", "attention_{}/query/kernel", "up_{}/kernel", "down_{}/kernel")
+    paths = [name.format(k) for k in range(3) for name in (*names, "add_{}/output")]
+    templates = PathNames.of([*paths, "head/kernel"]).templates
+    assert set(templates.values()) == {name.format("*") for name in (*names, "add_{}/output")} | {
+        "head/kernel"
+    }
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("dense_{}/kernel", "norm_{}/scale"),  # any chain of layers
+        ("dense_{}/kernel", "norm_{}/scale", "add_{}/output"),
+    ],
+)
+def test_two_kinds_of_layers_in_a_row_are_no_blocks(names: tuple[str, ...]) -> None:
+    paths = [name.format(k) for k in range(3) for name in names]
+    assert PathNames.of(paths).templates == {path: path for path in paths}
+
+
+def test_layers_that_keras_numbers_are_no_blocks() -> None:
+    """The first of each kind has no number."""
+    kinds = ("dense", "norm", "conv", "embedding")
+    paths = [f"{kind}{number}/kernel" for number in ("", "_1", "_2") for kind in kinds]
+    assert PathNames.of(paths).templates == {path: path for path in paths}

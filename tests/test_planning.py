@@ -267,6 +267,31 @@ def test_weights_that_the_step_does_not_read_are_split_for_their_memory() -> Non
     assert len(choices["decoder_block_*/ffw_linear/kernel"].specs) > 1
 
 
+def twins() -> Any:
+    """Two inputs through one encoder, and one number of both."""
+    layers, keras = import_keras().layers, import_keras()
+    encoder = keras.Sequential(
+        [
+            keras.Input((128,)),
+            layers.Dense(512, activation="relu", name="wide"),
+            layers.Dense(256, name="narrow"),
+        ],
+        name="encoder",
+    )
+    inputs = [keras.Input((128,), name=name) for name in ("left", "right")]
+    product = layers.Multiply(name="product")([encoder(one) for one in inputs])
+    return keras.Model(inputs, layers.Dense(1, name="score")(product))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_no_change_of_one_family_beats_the_first(optimizer: str) -> None:
+    result = plan(twins, make_setup("2x4", optimizer=optimizer)).result
+    first = result.ranked[0]
+    for choices in result.choices:
+        found = result.next_best(first, choices)
+        assert found is None or found[0].rank >= first.rank
+
+
 def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning) -> None:
     def network() -> Any:
         layers = import_keras().layers
