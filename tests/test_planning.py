@@ -21,6 +21,7 @@ from autoshard.pricing import make_pricer, score_rules
 from autoshard.search.candidates import family_choices
 from autoshard.search.descent import Scorer, descend, exhaust, n_assignments, starting_points
 from autoshard.search.lower_bound import relax
+from autoshard.search.ranking import _holds
 from autoshard.setup import Setup, make_setup
 
 
@@ -290,6 +291,23 @@ def test_no_change_of_one_family_beats_the_first(optimizer: str) -> None:
     for choices in result.choices:
         found = result.next_best(first, choices)
         assert found is None or found[0].rank >= first.rank
+
+
+def test_a_stream_is_left_whole_by_rules_for_all_its_addends_or_by_none(gemma: Planning) -> None:
+    result = gemma.result
+    outputs = [choices for choices in result.choices if choices.is_output]
+    stream = next(one for one in outputs if one.family == "decoder_block_*/ffw_linear/output")
+    addends = [one.family for one in outputs if one.siblings == stream.siblings]
+    assert len(addends) > 1
+    weights = {name: spec for name, spec in result.ranked[0].assignment if "output" not in name}
+    whole, split = ("batch", None, None), ("batch", None, "model")
+    for laid, holds in (
+        ({stream.family: whole}, False),
+        (dict.fromkeys(addends, whole), True),
+        ({stream.family: split}, True),
+        ({}, True),
+    ):
+        assert _holds(result.scorer.score({**weights, **laid}), result.choices) == holds
 
 
 def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning) -> None:

@@ -121,7 +121,9 @@ def search(
         scorer=scorer,
         choices=everything,
         front=_front(worthy),
-        unbound=beyond if beyond.rank < ranked[0].rank else None,
+        unbound=beyond
+        if beyond.rank < ranked[0].rank and _holds(beyond, [*families, *free])
+        else None,
     )
 
 
@@ -137,16 +139,35 @@ def _walk(scorer: Scorer, families: Sequence[Choices], best: Scored) -> None:
 
 def _worthy(scorer: Scorer, families: Sequence[Choices]) -> list[Scored]:
     """Of all that was scored what may be chosen, and gains by its rules for outputs."""
-    specs = {choices.family: choices.specs for choices in families}
     names = {choices.family for choices in families if not choices.is_output}
+    specs = {choices.family: choices.specs for choices in families}
     kept = [scored for scored in scorer.seen.values() if _keeps(scored, specs)]
     for scored in kept:
         scorer.score(_only(scored, names))  # what its rules for outputs have to beat
     return [
         scored
         for scored in scorer.seen.values()
-        if _keeps(scored, specs) and _gains(scored, names, scorer)
+        if _keeps(scored, specs) and _holds(scored, families) and _gains(scored, names, scorer)
     ]
+
+
+def _holds(scored: Scored, families: Sequence[Choices]) -> bool:
+    """Whether XLA keeps whole what rules for outputs leave whole along an axis.
+
+    Of arrays that are added up it does where each has such a rule: what one leaves whole another
+    splits again, while a split passes on to all.
+    """
+    if not scored.n_outputs:
+        return True
+    laid, groups = dict(scored.assignment), dict[str, list[Spec]]()
+    for choices in families:
+        if choices.is_output:
+            groups.setdefault(choices.siblings, []).append(laid.get(choices.family, NO_RULE))
+    axes = {axis for spec in laid.values() for axis in spec if axis is not None}
+    return all(
+        NO_RULE not in specs or all(spec == NO_RULE or axes <= set(spec) for spec in specs)
+        for specs in groups.values()
+    )
 
 
 def _keeps(scored: Scored, specs: Mapping[str, Sequence[Spec]]) -> bool:
