@@ -21,7 +21,7 @@ from autoshard.pricing import make_pricer, score_rules
 from autoshard.search.candidates import family_choices
 from autoshard.search.descent import Scorer, descend, exhaust, n_assignments, starting_points
 from autoshard.search.lower_bound import relax
-from autoshard.search.ranking import _holds
+from autoshard.search.ranking import _holds, _output_groups
 from autoshard.setup import Setup, make_setup
 
 
@@ -288,6 +288,7 @@ def twins() -> Any:
 def test_no_change_of_one_family_beats_the_first(optimizer: str) -> None:
     result = plan(twins, make_setup("2x4", optimizer=optimizer)).result
     first = result.ranked[0]
+    assert result.unbound is None  # there is no `generate` to give up
     for choices in result.choices:
         found = result.next_best(first, choices)
         assert found is None or found[0].rank >= first.rank
@@ -301,13 +302,14 @@ def test_a_stream_is_left_whole_by_rules_for_all_its_addends_or_by_none(gemma: P
     assert len(addends) > 1
     weights = {name: spec for name, spec in result.ranked[0].assignment if "output" not in name}
     whole, split = ("batch", None, None), ("batch", None, "model")
+    groups = _output_groups(outputs)
     for laid, holds in (
         ({stream.family: whole}, False),
         (dict.fromkeys(addends, whole), True),
         ({stream.family: split}, True),
         ({}, True),
     ):
-        assert _holds(result.scorer.score({**weights, **laid}), result.choices) == holds
+        assert _holds(result.scorer.score({**weights, **laid}), groups) == holds
 
 
 def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning) -> None:

@@ -171,12 +171,12 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     seconds = compute_seconds(op, choice, machine)
     if machine.is_tpu and _sums_batch(op, choice, transfers, machine):
         seconds *= _SUMMED_BATCH
-    uses_all = _uses_all_devices(choice, machine.axis_sizes)
     if machine.decomposes_sums and op.kind == "contraction":
+        uses_all = _uses_all_devices(choice, machine.axis_sizes)
         may_ring = uses_all and all(transfer.kind != "all-gather" for transfer in transfers)
         transfers = [_summed(op, one, seconds, may_ring, machine) for one in transfers]
-    if op.is_convolution and machine.decomposes_sums and uses_all:
-        seconds *= max((_thinned(op, layouts, one, machine) for one in transfers), default=1.0)
+        if op.is_convolution and uses_all:
+            seconds *= max((_thinned(op, layouts, one, machine) for one in transfers), default=1.0)
     pieces = [_rewritten_pieces(op, layouts, transfer, machine) for transfer in transfers]
     if any(pieces):
         n_bytes = local_bytes(

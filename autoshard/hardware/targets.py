@@ -116,8 +116,8 @@ def parse_target(text: str) -> Target:
 
     >>> str(parse_target("gpu:h100-sxm:2x8")), parse_target("tpu:v3:2x2").n_devices
     ('gpu:h100-sxm:2x8', 8)
-    >>> str(parse_target("tpu:v5e:8"))
-    'tpu:v5e:2x4'
+    >>> str(parse_target("tpu:v5e:8")), str(parse_target("tpu:v5e:512"))
+    ('tpu:v5e:2x4', 'tpu:v5e:16x16:2')
     """
     parts = text.strip().lower().split(":")
     n_names = 2 if parts[0] in ("tpu", "gpu") else 1
@@ -133,7 +133,8 @@ def parse_target(text: str) -> Target:
         )
     numbers = tuple(int(size) for size in sizes.split("x"))
     if chip.kind == "tpu" and len(numbers) == 1 and numbers[0]:
-        return replace(_smallest_slices(chip, *numbers), n_slices=int(slices or 1))
+        machine = _smallest_slices(chip, *numbers)
+        return replace(machine, n_slices=machine.n_slices * int(slices or 1))
     if chip.kind == "tpu":
         ones = (1,) * (chip.torus_dimensions - len(numbers))
         return Target(chip=chip, topology=numbers + ones, n_slices=int(slices or 1))

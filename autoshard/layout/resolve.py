@@ -206,10 +206,10 @@ def _idle_hint(rule: Rule, taken: Mapping[str, LayoutRules], table: ModelTable) 
     partly = next((path for path in taken if hits(rule.pattern, path, "search")), None)
     if partly is not None:
         return f"it takes only a part of '{partly}', and Keras 3.14 and later want the whole path"
-    templates = [family.template for family in table.families()]
     if "_*" in rule.pattern:
         numbered = rule.pattern.replace("_*", r"_\d+")
         return f"a rule is a regex: write '{numbered}' for every block"
+    templates = [family.template for family in table.families()]
     near = difflib.get_close_matches(rule.pattern, templates, n=1, cutoff=0.3)
     if near:
         return f"the nearest variable is '{near[0]}'"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autoshard.errors import ModelError
+from autoshard.errors import AutoshardError, ModelError
 from autoshard.model.abstract import fresh_names
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.loading import sharded_loading
@@ -75,6 +75,8 @@ def _built(model: AbstractModel, recipe: Recipe, seed: int) -> AbstractModel:
             warnings.simplefilter("ignore")
             keras.utils.set_random_seed(seed)
             backbone, task = assemble(recipe, config)
+    except AutoshardError:
+        raise
     except Exception as error:
         raise ModelError(f"Keras cannot build '{recipe.name}': {one_line(error)}") from error
     return replace(model, backbone=backbone, model=task)

@@ -305,7 +305,7 @@ def reasons_text(plan: Plan) -> str:
     for reason in plan.reasons:
         rows.append((reason.family, format_spec(reason.spec), *_next_best(reason)))
     headers = ("family", "spec", "next best, all else equal", "step", "memory")
-    table = tabulate(rows, headers=headers, disable_numparse=True, preserve_whitespace=True)
+    table = tabulate(rows, headers=headers, disable_numparse=True)
     return f"{table}\n(step and memory: what the next best would add, predicted by formulas)"
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "exhaust",
     "n_assignments",
     "outputs_alone",
+    "sibling_groups",
     "starting_points",
 ]
 
@@ -189,14 +190,14 @@ def _without_idle_outputs(scorer: Scorer, families: Sequence[Choices], best: Sco
 
 def _shake(families: Sequence[Choices], source: random.Random) -> dict[str, Spec]:
     """Two sibling groups of weights with specs drawn for them, the same throughout a group."""
-    groups = _siblings(choices for choices in families if not choices.is_output)
+    groups = sibling_groups(choices for choices in families if not choices.is_output)
     drawn = source.sample(sorted(groups), min(2, len(groups)))
     specs = {name: source.choice(groups[name][0].specs) for name in drawn}
     return {choices.family: specs[name] for name in drawn for choices in groups[name]}
 
 
-def _siblings(families: Iterable[Choices]) -> dict[str, list[Choices]]:
-    """The families that have a choice, by sibling group."""
+def sibling_groups(families: Iterable[Choices]) -> dict[str, list[Choices]]:
+    """The families that have a choice, by the name that siblings share."""
     groups: dict[str, list[Choices]] = {}
     for choices in families:
         if len(choices.specs) > 1:
@@ -232,7 +233,7 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
         what a descent makes of the mixture XLA propagates otherwise than we do.
     """
     whole = {choices.family: choices.specs[0] for choices in families}
-    groups = _siblings(choices for choices in families if choices.is_output)
+    groups = sibling_groups(choices for choices in families if choices.is_output)
     if len(groups) < 2 or scorer.score(whole).excess_bytes:
         return None
     laid = (
@@ -281,8 +282,8 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
     First whole sibling groups, then single families, then two of the largest sibling groups at
     once. The outputs of one group are laid out together, each spec in turn.
     """
-    weights = _siblings(choices for choices in families if not choices.is_output)
-    outputs = _siblings(choices for choices in families if choices.is_output)
+    weights = sibling_groups(choices for choices in families if not choices.is_output)
+    outputs = sibling_groups(choices for choices in families if choices.is_output)
     singles = [[choices] for members in weights.values() for choices in members]
     for axis in mesh.parallel_axes:
         for members in [*weights.values(), *singles]:

@@ -1,7 +1,7 @@
 """The search as a whole: the best layouts of a program, and what comes next to each choice."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.cost.step import StepPricer
@@ -20,6 +20,7 @@ from autoshard.search.descent import (
     exhaust,
     n_assignments,
     outputs_alone,
+    sibling_groups,
     starting_points,
 )
 from autoshard.search.lower_bound import relax
@@ -122,7 +123,7 @@ def search(
         choices=everything,
         front=_front(worthy),
         unbound=beyond
-        if beyond.rank < ranked[0].rank and _holds(beyond, [*families, *free])
+        if beyond.rank < ranked[0].rank and _holds(beyond, _output_groups([*bound, *free]))
         else None,
     )
 
@@ -141,17 +142,23 @@ def _worthy(scorer: Scorer, families: Sequence[Choices]) -> list[Scored]:
     """Of all that was scored what may be chosen, and gains by its rules for outputs."""
     names = {choices.family for choices in families if not choices.is_output}
     specs = {choices.family: choices.specs for choices in families}
+    groups = _output_groups(families)
     kept = [scored for scored in scorer.seen.values() if _keeps(scored, specs)]
     for scored in kept:
         scorer.score(_only(scored, names))  # what its rules for outputs have to beat
     return [
         scored
         for scored in scorer.seen.values()
-        if _keeps(scored, specs) and _holds(scored, families) and _gains(scored, names, scorer)
+        if _keeps(scored, specs) and _holds(scored, groups) and _gains(scored, names, scorer)
     ]
 
 
-def _holds(scored: Scored, families: Sequence[Choices]) -> bool:
+def _output_groups(families: Sequence[Choices]) -> list[list[Choices]]:
+    """The layer outputs that are laid out together."""
+    return list(sibling_groups(choices for choices in families if choices.is_output).values())
+
+
+def _holds(scored: Scored, groups: Iterable[Sequence[Choices]]) -> bool:
     """Whether XLA keeps whole what rules for outputs leave whole along an axis.
 
     Of arrays that are added up it does where each has such a rule: what one leaves whole another
@@ -159,15 +166,13 @@ def _holds(scored: Scored, families: Sequence[Choices]) -> bool:
     """
     if not scored.n_outputs:
         return True
-    laid, groups = dict(scored.assignment), dict[str, list[Spec]]()
-    for choices in families:
-        if choices.is_output:
-            groups.setdefault(choices.siblings, []).append(laid.get(choices.family, NO_RULE))
+    laid = dict(scored.assignment)
     axes = {axis for spec in laid.values() for axis in spec if axis is not None}
-    return all(
-        NO_RULE not in specs or all(spec == NO_RULE or axes <= set(spec) for spec in specs)
-        for specs in groups.values()
-    )
+    for members in groups:
+        specs = {laid.get(choices.family, NO_RULE) for choices in members}
+        if NO_RULE in specs and not all(spec == NO_RULE or axes <= set(spec) for spec in specs):
+            return False
+    return True
 
 
 def _keeps(scored: Scored, specs: Mapping[str, Sequence[Spec]]) -> bool:
