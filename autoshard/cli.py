@@ -91,6 +91,13 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _format_option(*forms: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """How the result is printed; the first is the default."""
+    return click.option(
+        "--format", "form", type=click.Choice(forms), default=forms[0], show_default=True
+    )
+
+
 @main.command()
 @click.argument("model")
 @click.option("--mesh", help="Devices along each axis, like 1x8.")
@@ -115,13 +122,7 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Compile the best few: with XLA's partitioner on CPU, or the target's own compiler.",
 )
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["text", "json", "python"]),
-    default="text",
-    show_default=True,
-)
+@_format_option("text", "json", "python")
 @click.option("--timings", is_flag=True, help="Add the seconds of each stage.")
 @click.option("-o", "--output", help="Write the plan file here.")
 def plan(
@@ -168,13 +169,7 @@ def plan(
 @click.option("--layer", help="Only the variables under this layer, a line each.")
 @click.option("--lora-rank", type=click.IntRange(min=1), help="Rank of low-rank factors to add.")
 @click.option("--dtype", help="Keras dtype policy. [default: bfloat16, or what the model has]")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["text", "json", "csv", "markdown"]),
-    default="text",
-    show_default=True,
-)
+@_format_option("text", "json", "csv", "markdown")
 def inspect(
     model: str, layer: str | None, lora_rank: int | None, dtype: str | None, form: str
 ) -> None:
@@ -203,9 +198,7 @@ def models(pattern: str | None) -> None:
 
 
 @main.command()
-@click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@_format_option("text", "json")
 def chips(form: str) -> None:
     """Print the chips that plans can be made for, with the sources of their numbers."""
     from autoshard.hardware.chips import known_chips
@@ -220,7 +213,10 @@ def chips(form: str) -> None:
 @click.option("--mesh", help="Check axis names and divisibility against this mesh, like 1x8.")
 @click.option("--axes", help="Names of the mesh axes, data axis first, joined by commas.")
 @click.option("--seq-len", type=click.IntRange(min=1), help="As in plan, for layer outputs.")
-def check(model: str, layout: str, mesh: str | None, axes: str | None, seq_len: int | None) -> None:
+@_format_option("text", "json")
+def check(
+    model: str, layout: str, mesh: str | None, axes: str | None, seq_len: int | None, form: str
+) -> None:
     """Say what is wrong with a hand-written LAYOUT for MODEL.
 
     LAYOUT is a plan file, Python source with layout_map[...] = (...) lines (read, never run), or
@@ -228,13 +224,12 @@ def check(model: str, layout: str, mesh: str | None, axes: str | None, seq_len: 
     """
     _set_backend()
     from autoshard.checking import check as find
+    from autoshard.report.check import findings_json, findings_text
 
     findings = find(model, layout, mesh=mesh, axes=_names(axes), seq_len=seq_len)
-    for finding in findings:
-        click.echo(f"{finding.severity}: {finding.message}")
+    click.echo((findings_json if form == "json" else findings_text)(findings))
     if findings:
         sys.exit(1)
-    click.echo("nothing wrong")
 
 
 @main.command()
@@ -242,9 +237,7 @@ def check(model: str, layout: str, mesh: str | None, axes: str | None, seq_len: 
 @click.argument("layouts", metavar="LAYOUT...", nargs=-1, required=True)
 @click.option("--mesh", required=True, help="Devices along each axis, like 1x8.")
 @_step_options
-@click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@_format_option("text", "json")
 def compare(
     model: str, layouts: tuple[str, ...], mesh: str, axes: str | None, form: str, **options: Any
 ) -> None:
@@ -306,9 +299,7 @@ def explain(plan_file: str) -> None:
     show_default=True,
     help="With --run: processes that share the devices.",
 )
-@click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@_format_option("text", "json")
 def verify(
     layout: str,
     axes: str | None,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autoshard.codec import dump, from_record, to_record
 from autoshard.errors import (
     LayoutError,
     MeshError,
@@ -30,7 +31,6 @@ from autoshard.model.build import build
 from autoshard.model.keras_import import import_keras
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.records.codec import dump, from_record, to_record
 from autoshard.records.parts import (
     Alternative,
     Compiled,

@@ -15,6 +15,7 @@ PACKAGE = Path(autoshard.__file__).parent
 # A room imports from itself and from rooms above it in this list.
 ROOMS = (
     "errors",
+    "codec",
     "units",
     "installed",
     "host",

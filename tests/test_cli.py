@@ -205,6 +205,11 @@ def test_check_says_what_is_wrong_with_kerashubs_map_for_gemma_2b() -> None:
     assert result.exit_code == 1
     assert "error: " in result.stdout
     assert "key" in result.stdout
+    (first, *_) = json.loads(
+        run("check", "gemma_2b_en", "kerashub", "--mesh", "1x8", "--format", "json").stdout
+    )
+    assert (first["severity"], first["kind"]) == ("error", "indivisible")
+    assert f"error: {first['message']}" in result.stdout
 
 
 def test_models_and_chips_list_what_there_is() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from autoshard.codec import from_record, to_record
 from autoshard.errors import LayoutError, MeshError, OutOfMemoryError, UnknownNameError, XlaError
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import Rule
@@ -83,7 +84,7 @@ def test_megatron_layout_has_two_all_reduces_a_block_and_one_for_the_embedding(c
     # Logits, a device's share of the vocabulary: 8 x 32 x 512 / 8 bfloat16.
     assert step.output_bytes == 8 * 32 * 64 * 2
     assert step.estimated_cycles is None
-    assert CompiledStep.from_json(step.to_json()) == step
+    assert from_record(CompiledStep, to_record(step)) == step
 
 
 def test_data_parallel_training_reduces_every_gradient_over_the_data_axis(child):

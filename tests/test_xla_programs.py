@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoshard.codec import from_record, to_record
 from autoshard.errors import XlaError
 from autoshard.mesh import Mesh, parse_mesh
 from autoshard.xla.collectives import (
@@ -342,7 +343,7 @@ def test_equal_collectives_are_merged_over_blocks():
     assert len(merge_collectives([first, second])) == 2
     (merged,) = merge_collectives([first, second], ["block_*"])
     assert (merged.count, merged.launches, merged.layer) == (4, 2, "block_*/ffw")
-    assert Collective.from_json(merged.to_json()) == merged
+    assert from_record(Collective, to_record(merged)) == merged
 
 
 # The CPU compiler's forms.

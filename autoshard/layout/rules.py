@@ -56,13 +56,13 @@ class Rule:
     def __str__(self) -> str:
         return f"layout_map[{format_pattern(self.pattern)}] = {format_spec(self.spec)}"
 
-    def to_json(self) -> list[object]:
+    def to_record(self) -> list[object]:
         """The rule as a plan file holds it: `[pattern, [axis or null, ...]]`."""
         return [self.pattern, list(self.spec)]
 
     @classmethod
-    def from_json(cls, value: object) -> "Rule":
-        """Read what `to_json` wrote.
+    def from_record(cls, value: object) -> "Rule":
+        """Read what `to_record` wrote.
 
         Raises:
             LayoutError: the value is no such pair.

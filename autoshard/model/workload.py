@@ -1,8 +1,7 @@
 """The workload: what the model is asked to do in one step."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from autoshard.errors import UnknownNameError, UsageError
 
@@ -103,7 +102,3 @@ class Workload:
         kind = self.kind + (f" rank {self.lora_rank}" if self.lora_rank else "")
         optimizer = f", {self.optimizer}" if self.trains else ""
         return f"{kind}: batch {self.batch} x {self.seq_len} tokens, {self.policy}{optimizer}"
-
-    def to_json(self) -> dict[str, Any]:
-        """The workload as JSON values, in the order of the fields."""
-        return dataclasses.asdict(self)

@@ -1,1 +1,1 @@
-"""The values inside a plan, and how dataclasses become JSON and come back."""
+"""The values inside a plan and other results, which become JSON."""

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from autoshard.codec import keys
 from autoshard.cost.values import StepCost
 from autoshard.installed import installed_version
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Spec
 from autoshard.model.variables import ModelTable
-from autoshard.records.codec import keys
 
 __all__ = [
     "Alternative",

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from tabulate import tabulate
 
+from autoshard.codec import dump, to_record
 from autoshard.layout.rules import format_rules
-from autoshard.records.codec import dump, to_record
 from autoshard.records.comparison import ComparedLayout, Comparison
 from autoshard.units import format_bytes, format_seconds
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from tabulate import tabulate
 
+from autoshard.codec import dump, to_record
 from autoshard.layout.rules import rules_text
-from autoshard.records.codec import dump, to_record
 from autoshard.records.execution import PartRun, PlanRun
 from autoshard.units import format_bytes, format_seconds
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from tabulate import tabulate
 
+from autoshard.codec import dump, to_record
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import rules_text
-from autoshard.records.codec import dump, to_record
 from autoshard.records.verification import Verification
 from autoshard.units import format_bytes, format_flops, format_seconds
 

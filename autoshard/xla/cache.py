@@ -21,7 +21,8 @@ from typing import Any
 
 from platformdirs import user_cache_dir
 
-from autoshard.errors import OutOfMemoryError
+from autoshard.codec import from_record, to_record
+from autoshard.errors import AutoshardError, OutOfMemoryError
 from autoshard.installed import installed_version
 from autoshard.model.recipe import AbstractModel
 from autoshard.xla.compiled import CompiledStep, CompileRequest
@@ -58,18 +59,19 @@ class VerdictCache:
         try:
             entry = json.loads(self._path(request).read_text(encoding="utf-8"))
             refusal: str | None = entry["refusal"]
-            if refusal is None:
-                return CompiledStep.from_json(entry["step"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            step: CompiledStep | None = from_record(CompiledStep | None, entry["step"])
+        except (OSError, ValueError, KeyError, TypeError, AutoshardError):
             return None
-        raise OutOfMemoryError(refusal)
+        if refusal is not None:
+            raise OutOfMemoryError(refusal)
+        return step
 
     def put(self, request: CompileRequest, verdict: CompiledStep | OutOfMemoryError) -> None:
         """Keep a verdict. A folder that cannot be written keeps nothing."""
         refused = isinstance(verdict, OutOfMemoryError)
         entry = {
             "refusal": str(verdict) if refused else None,
-            "step": None if isinstance(verdict, OutOfMemoryError) else verdict.to_json(),
+            "step": None if refused else to_record(verdict),
         }
         path = self._path(request)
         with contextlib.suppress(OSError):
@@ -80,7 +82,7 @@ class VerdictCache:
                 os.replace(written, path)
 
     def _path(self, request: CompileRequest) -> Path:
-        question = request.to_json() | {"model": self.model_key, "installed": _installed()}
+        question = to_record(request) | {"model": self.model_key, "installed": _installed()}
         question["flags"] = [os.environ.get(name, "") for name in _FLAGS]
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{digest}.json"

@@ -15,7 +15,6 @@ fusions, of which it makes several clones with one channel: a channel is counted
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from autoshard.hardware.collectives import KINDS
 from autoshard.mesh import Mesh
@@ -65,15 +64,6 @@ class Collective:
     overlapped: bool
     count: int = 1
     launches: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with one entry an attribute."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Collective":
-        """The inverse of `to_json`."""
-        return cls(**data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,7 @@
 """What is asked of a compiler, and what it answers, as values."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from autoshard.errors import UsageError
 from autoshard.layout.rules import LayoutRules
@@ -42,17 +40,6 @@ class CompileRequest:
     def with_repeats(self, repeats: int | None) -> "CompileRequest":
         """The same request for a copy of that many periods."""
         return dataclasses.replace(self, repeats=repeats)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return {
-            "model": self.model,
-            "workload": self.workload.to_json(),
-            "mesh": {"shape": list(self.mesh.shape), "axis_names": list(self.mesh.axis_names)},
-            "rules": [rule.to_json() for rule in self.rules],
-            "target": self.target,
-            "repeats": self.repeats,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,20 +81,3 @@ class CompiledStep:
     def peak_bytes(self) -> int:
         """Peak bytes of a device: argument + temporary + output - alias."""
         return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.alias_bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {
-            "blocks": [dataclasses.asdict(stack) for stack in self.blocks],
-            "collectives": [c.to_json() for c in self.collectives],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "CompiledStep":
-        """The inverse of `to_json`."""
-        read = {
-            "blocks": tuple(BlockStack(**stack) for stack in data["blocks"]),
-            "collectives": tuple(Collective.from_json(c) for c in data["collectives"]),
-        }
-        return cls(**{**data, **read})

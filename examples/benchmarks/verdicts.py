@@ -10,16 +10,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from autoshard.codec import from_record, to_record
 from autoshard.errors import AutoshardError
 from autoshard.hardware.targets import parse_target
 from autoshard.installed import installed_version
-from autoshard.layout.rules import LayoutRules, Rule
+from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import parse_mesh
 from autoshard.model.keras_import import PLANNING_ONLY
 from autoshard.model.workload import Workload
@@ -90,7 +91,7 @@ class Question:
             "mesh": self.mesh,
             "workload": {"kind": self.workload, "batch": BATCH, "seq_len": SEQ_LEN},
             "layout": self.layout,
-            "rules": [rule.to_json() for rule in self.rules],
+            "rules": to_record(self.rules, LayoutRules),
             "target": self.target,
             "versions": installed_versions(),
         }
@@ -103,7 +104,7 @@ def installed_versions() -> dict[str, str]:
 
 def rules_of(row: Row) -> LayoutRules:
     """The layout of a row."""
-    return tuple(Rule.from_json(rule) for rule in row["rules"])
+    return from_record(LayoutRules, row["rules"])
 
 
 def _effective(row: Row) -> list[Any]:
@@ -122,7 +123,7 @@ def _effective(row: Row) -> list[Any]:
 
 def compiled(row: Row) -> CompiledStep | None:
     """The program of a row; None where there is an error."""
-    return CompiledStep.from_json(row["compiled"]) if row.get("compiled") else None
+    return from_record(CompiledStep, row["compiled"]) if row.get("compiled") else None
 
 
 @dataclass(slots=True)
@@ -221,7 +222,7 @@ def _compact(step: CompiledStep) -> dict[str, Any]:
     """The program, the collectives of all blocks together."""
     blocks = [stack.template for stack in step.blocks]
     merged = merge_collectives(step.collectives, blocks)
-    return step.to_json() | {"collectives": [item.to_json() for item in merged]}
+    return to_record(replace(step, collectives=merged))
 
 
 def _line(row: Row) -> str:

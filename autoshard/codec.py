@@ -1,8 +1,9 @@
-"""The dataclasses of a plan to JSON and back, so that each wrong field is named.
+"""Dataclasses to JSON and back, so that each wrong field is named.
 
 The JSON of a dataclass is an object with its fields in order, under the field's name or the one in
-its metadata (`field(metadata={"key": "layout_map"})`); a `Rule` is the pair of its pattern and its
-spec. Numbers keep the declared type, so equal values give equal bytes.
+its metadata (`field(metadata={"key": "layout_map"})`); a class that has `to_record` and
+`from_record` says itself what it is. Numbers keep the declared type, so equal values give equal
+bytes.
 """
 
 import dataclasses
@@ -15,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from autoshard.errors import AutoshardError, PlanFileError
-from autoshard.layout.rules import Rule
 
 __all__ = ["dump", "from_record", "keys", "to_record"]
 
@@ -39,8 +39,8 @@ def to_record(value: Any, hint: Any = None, where: str = "") -> Any:
     if value is None:
         return None
     hint = _options(hint)[0]
-    if hint is Rule:
-        return value.to_json()
+    if hasattr(hint, "to_record"):
+        return value.to_record()
     if dataclasses.is_dataclass(hint):
         return {
             key: to_record(getattr(value, name), field_hint, _join(where, key))
@@ -69,8 +69,8 @@ def from_record(hint: Any, value: Any, where: str = "") -> Any:
     hint, *others = _options(hint)
     if value is None and others:
         return None
-    if hint is Rule:
-        return _made(lambda: Rule.from_json(value), where)
+    if hasattr(hint, "from_record"):
+        return _made(lambda: hint.from_record(value), where)
     if dataclasses.is_dataclass(hint):
         arguments = _fields(hint, value, where)
         make: Any = hint
