@@ -137,7 +137,7 @@ def plan(
     """Find the fastest layout of MODEL on a mesh, and prove it with the compiler."""
     _set_backend()
     from autoshard.pipeline import make_plan
-    from autoshard.report.plan import plan_text
+    from autoshard.report.plan import notes, plan_text
 
     _check_writable(output)
     with _progress() as announce:
@@ -156,6 +156,9 @@ def plan(
         click.echo(outcome.plan.to_python(), nl=False)
     else:
         click.echo(plan_text(outcome, timings=timings))
+    if form != "text":
+        for note in notes(outcome):
+            click.echo(f"autoshard: {note}", err=True)
     if outcome.failure:
         click.echo(f"autoshard: the plan is not verified: {outcome.failure}", err=True)
     if not outcome.fits:

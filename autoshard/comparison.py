@@ -54,6 +54,8 @@ def compare(
     Raises:
         UsageError: there is no such file, or a value is wrong.
     """
+    if isinstance(layouts, str | Plan):
+        raise UsageError("layouts is one layout; give a list, also of one")
     if not layouts:
         raise UsageError("name at least one layout to compare")
     setup = make_setup(mesh, **options)

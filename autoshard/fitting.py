@@ -57,10 +57,9 @@ def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) ->
 
 
 def _remedy(change: str, planning: Planning) -> Remedy | None:
-    best = planning.result.ranked[0]
-    if best.excess_bytes:
+    if planning.best.excess_bytes:
         return None
-    cost = best.cost
+    cost = planning.best.cost
     return Remedy(change=change, step_seconds=cost.step_seconds, peak_bytes=cost.memory.peak_bytes)
 
 

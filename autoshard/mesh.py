@@ -41,6 +41,8 @@ class Mesh:
     axis_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "axis_names", tuple(self.axis_names))
         if not self.shape or min(self.shape) < 1:
             raise MeshError(
                 f"mesh '{self}' is not a grid of devices: every axis needs at least one"

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoshard.errors import MeshError
+from autoshard.hardware.targets import Target
 from autoshard.mesh import Mesh, parse_mesh, round_up
 from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner
 from autoshard.search.descent import Scored
-from autoshard.setup import Setup, make_setup
+from autoshard.setup import Setup, make_setup, named_target
 
 __all__ = ["Tradeoff", "make_setups", "mesh_shapes", "plan_shapes", "tradeoffs"]
 
@@ -45,13 +46,19 @@ def mesh_shapes(n_devices: int) -> tuple[Mesh, ...]:
 
 
 def make_setups(
-    n_devices: int, *, axes: Sequence[str] | None = None, batch: int | None = None, **options: Any
+    n_devices: int,
+    *,
+    axes: Sequence[str] | None = None,
+    target: str | Target | None = None,
+    batch: int | None = None,
+    **options: Any,
 ) -> tuple[Setup, ...]:
     """A setup for each shape over whose data axis the batch divides.
 
     Args:
         n_devices: how many devices.
         axes: names of the two axes, the data axis first.
+        target: as for `make_setup`.
         batch: sequences of the global batch; by default 8, or what every shape divides.
         **options: as for `make_setup`.
 
@@ -60,10 +67,13 @@ def make_setups(
     """
     shapes = mesh_shapes(n_devices)
     batch = round_up(8, n_devices) if batch is None else batch
+    if isinstance(target, str):
+        target = named_target(target, shapes[0])
     return tuple(
         make_setup(
             str(mesh),
             axes=axes,
+            target=target,
             batch=batch,
             **options,
         )
@@ -87,7 +97,7 @@ def plan_shapes(
     for setup in setups:
         watch.progress(f"mesh {setup.mesh}")
         found.append(run_planner(traced, setup, top=top, watch=watch))
-    return tuple(sorted(found, key=lambda planning: planning.result.ranked[0].rank))
+    return tuple(sorted(found, key=lambda planning: planning.best.rank))
 
 
 def tradeoffs(plannings: Sequence[Planning]) -> tuple[Tradeoff, ...]:

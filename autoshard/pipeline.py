@@ -214,7 +214,7 @@ def make_plan(
     setups = tuple(replace(setup, workload=traced.workload) for setup in setups)
     shapes = plan_shapes(traced, setups, top=top, watch=watch)
     planning = shapes[0]
-    ask = advise and planning.result.ranked[0].excess_bytes > 0
+    ask = advise and planning.best.excess_bytes > 0
     verdicts, failure = _verdicts(model, planning, verify, watch)
     winner = verdicts[0].candidate if verdicts else planning.candidates[0]
     return Outcome(

@@ -12,7 +12,7 @@ from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.graph.propagation import propagate
 from autoshard.layout.rules import LayoutRules
-from autoshard.layout.synthesis import synthesise
+from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
 from autoshard.model.build import build
 from autoshard.model.fold import fold
@@ -89,6 +89,13 @@ class Planning:
     by_hand: Candidate | None
     whole: Candidate
     without_generate: Candidate | None
+
+    @property
+    def best(self) -> Scored:
+        """The best layout that a LayoutMap can express, by the formulas."""
+        scored = self.candidates[0].scored
+        assert scored is not None
+        return scored
 
     def doubts(self) -> Iterator[str]:
         """Why the plan may not be what it seems, a line each."""
@@ -187,6 +194,7 @@ def run_planner(
             starts=starts,
             outputs=_bounded(shapes, folded, setup),
             unbound_outputs=shapes if setup.generate and folded.generates else None,
+            tied=tied_families(table),
         )
     with watch.stage("write the rules"):
         candidates = tuple(_expressible(table, result.ranked, top))

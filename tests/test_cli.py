@@ -25,6 +25,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
+def leaves() -> None:
+    """What a script does whose arguments are wrong."""
+    raise SystemExit(2)
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
 
@@ -42,11 +47,17 @@ def plan_small(*options: str) -> Result:
         (("plan", SMALL, "--mesh", "2x2x2"), 2, "name them with --axes"),
         (("plan", SMALL, "--mesh", "1x8", "--axes", "a"), 2, "2 axes and 1 axis names"),
         (("plan", SMALL, "--mesh", "4x2", "--batch", "6"), 2, "batch of 6 does not divide"),
-        (("plan", SMALL, "--mesh", "1x8", "--target", "tpu:v9:2x4"), 2, "v9"),
-        (("plan", SMALL, "--mesh", "1x8", "--target", "tpu:v5e:2x2"), 2, "8"),
+        (("plan", SMALL, "--mesh", "1x8", "--target", "tpu:v9:2x4"), 2, "unknown chip"),
+        (("plan", SMALL, "--mesh", "1x8", "--target", "tpu:v5e:2x2"), 2, "tpu:v5e:2x2 has 4"),
         (("plan", SMALL, "--mesh", "1x8", "--workload", "sleep"), 2, "unknown workload"),
         (("plan", SMALL, "--mesh", "1x8", "--memory-limit", "much"), 2, "not an amount of memory"),
         (("plan", SMALL, "--mesh", "1x8", "--memory-limit", "15"), 2, "a unit, as in 15GiB"),
+        (
+            ("plan", SMALL, "--mesh", "2x4", "--target", "cpu:4", "--slices", "2"),
+            2,
+            "like cpu:8, and no slices",
+        ),
+        (("plan", "test_cli:leaves", "--mesh", "1x8"), 1, "SystemExit"),
         (("plan", "mine.py", "--mesh", "1x8"), 2, "as in mine:make_model"),
         (("plan", SMALL, "--mesh", "1x8", "-o", ""), 2, "output file is empty"),
         (("inspect", "gemma_2b_en", "--layer", "decoder_blok_0"), 2, "decoder_block_0"),
@@ -132,7 +143,26 @@ def test_the_same_plan_has_the_same_bytes_and_reads_back(tmp_path: Path) -> None
     result = plan_small("-o", str(path), "--format", "python")
     assert result.exit_code == 0, result.output
     assert load(path).to_json() == first
+    assert "autoshard: " not in result.stderr
     assert "keras.distribution.LayoutMap" in result.stdout
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_to_know_of_a_plan_is_said_in_every_format(form: str) -> None:
+    options = ("--mesh", "1x8", "--verify", "none", "--format", form)
+    result = run("plan", "gemma_2b_en", *options)
+    assert result.exit_code == 0, result.output
+    assert "note: Keras' adam moves no weight in bfloat16" in result.output
+    if form == "json":
+        json.loads(result.stdout)
+
+
+def test_a_plan_file_explains_itself(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    text = plan_small("-o", str(path)).stdout
+    explained = run("explain", str(path)).stdout
+    assert "next best, all else equal" in explained
+    assert explained.strip() in text
 
 
 def test_the_text_shows_map_cost_ranking_reasons_and_timings() -> None:

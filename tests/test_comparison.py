@@ -76,3 +76,5 @@ def test_text_and_json_hold_every_layout() -> None:
 def test_nothing_to_compare_is_said() -> None:
     with pytest.raises(UsageError, match="at least one layout"):
         compare(small_gemma_backbone, [], **OPTIONS)
+    with pytest.raises(UsageError, match="give a list, also of one"):
+        compare(small_gemma_backbone, "kerashub", **OPTIONS)

@@ -179,6 +179,12 @@ def test_a_family_split_between_specs_is_named() -> None:
     assert str(error.value) == message
 
 
+def test_a_family_of_which_two_rules_take_one_path_has_no_spec() -> None:
+    rules = [rule(".*ffw_linear/kernel", "model"), rule("decoder_block_1/ffw_.*/kernel", "model")]
+    resolution = resolve(rules, TABLE, MESH)
+    assert "decoder_block_*/ffw_linear/kernel" not in resolution.assignment
+
+
 def test_errors_come_before_warnings() -> None:
     rules = [rule("nothing/kernel", "model"), rule(".*ffw_linear/kernel", "data")]
     assert [severity for severity, _ in found(*rules)] == ["error", "warning"]

@@ -40,9 +40,13 @@ def test_python_source_is_read_without_running_it() -> None:
 def test_a_map_of_another_name_is_found_by_its_construction() -> None:
     source = 'lm = keras.distribution.LayoutMap(mesh)\nlm["a/kernel"] = ("model",)\n'
     assert parse_layout(source) == (Rule(pattern="a/kernel", spec=("model",)),)
+    annotated = source.replace("lm =", "lm: LayoutMap =")
+    assert parse_layout(annotated) == parse_layout(source)
     assert parse_layout('self.layout_map["a/kernel"] = (None,)') == (
         Rule(pattern="a/kernel", spec=(None,)),
     )
+    both = 'layout_map["a/kernel"], layout_map["b/kernel"] = (None,), ("model",)'
+    assert [rule.spec for rule in parse_layout(both)] == [(None,), ("model",)]
 
 
 @pytest.mark.parametrize("second", ["layout_map", "another"])
@@ -79,6 +83,16 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
             'layout_map[f"block_{k}"] = ("model",)',
             "the layout, line 1: cannot read f'block_{k}': a pattern has to be a string, or a name "
             "that is one string here",
+        ),
+        (
+            'layout_map.update({"a": ("model",)})',
+            "the layout, line 1: cannot read layout_map.update({'a': ('model',)}): rules are read "
+            "from layout_map[...] = (...) lines",
+        ),
+        (
+            'layout_map["a"] = ("model",)\ndel layout_map["a"]',
+            "the layout, line 2: cannot read del layout_map['a']: rules are read from "
+            "layout_map[...] = (...) lines",
         ),
         ("x = 1", "the layout holds no map; expected lines like layout_map[...] = (...)"),
         ("layout_map[", "the layout, line 1 is not Python source: '[' was never closed"),

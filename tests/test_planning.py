@@ -312,6 +312,33 @@ def test_a_stream_is_left_whole_by_rules_for_all_its_addends_or_by_none(gemma: P
         assert _holds(result.scorer.score({**weights, **laid}), groups) == holds
 
 
+def two_of_one_name() -> Any:
+    """Two kernels, of different shapes, that Keras gives one path."""
+    keras = import_keras()
+
+    class Pair(keras.layers.Layer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.first = keras.layers.Dense(1024, name="dense")
+            self.second = keras.layers.Dense(512, name="dense")
+
+        def call(self, rows: Any) -> Any:
+            return self.second(self.first(rows))
+
+    rows = keras.Input((512,))
+    return keras.Model(rows, Pair(name="pair")(rows))
+
+
+@pytest.mark.parametrize("mesh", ["1x8", "2x4", "8x1"])
+def test_families_that_share_a_path_get_one_spec(mesh: str) -> None:
+    found = plan(two_of_one_name, make_setup(mesh))
+    assert len(found.candidates) > 0
+    assert found.best == found.result.ranked[0]
+    for scored in found.result.ranked:
+        kernels = {spec for name, spec in scored.assignment if "kernel" in name}
+        assert len(kernels) == 1
+
+
 def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning) -> None:
     def network() -> Any:
         layers = import_keras().layers

@@ -95,8 +95,8 @@ def _tokens(tokens: Any, reference: Arrays, tolerance: Tolerance, n_prompt: int)
         found=n_wrong,
         allowed=0,
         note=(
-            f"{n_equal} of {n_made} tokens equal; {n_compared} chosen by a margin of more than "
-            f"{allowed:.3g}"
+            f"{n_equal} of {n_made} tokens equal; {n_compared or 'none'} chosen by a margin of "
+            f"more than {allowed:.3g}"
         ),
     )
 

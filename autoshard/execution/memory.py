@@ -70,10 +70,11 @@ def needed_bytes(
             item.n_bytes * item.copies for item in (_held(v, rules, mesh) for v in trained)
         )
         copies = {v.path: _held(v, rules, mesh).copies for v in trained}
+        everywhere = mesh.n_devices if mesh else 1
         for slot in make_slots(workload.optimizer, trained).slots:
             n_elements = math.prod(slot.shape)
             size = dtype_bytes(slot.dtype)
-            needed += n_elements * size * copies.get(slot.owner or "", 1)
+            needed += n_elements * size * copies.get(slot.owner or "", everywhere)
     needed += _OUTPUT_BYTES * _output_elements(model, workload)
     return round(needed) + n_processes * _LIBRARY_BYTES
 

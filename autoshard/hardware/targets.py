@@ -41,6 +41,11 @@ class Target:
     def __post_init__(self) -> None:
         if min((self.n_slices, *self.topology)) < 1:
             raise UsageError(f"target '{self}' has no devices: every number must be at least 1")
+        if self.chip.kind == "cpu" and self.n_slices > 1:
+            raise UsageError(
+                f"target '{self}' is one host: give it its devices, like cpu:{self.n_devices}, "
+                "and no slices"
+            )
         axes = self.chip.torus_dimensions or 1
         if len(self.topology) != axes:
             raise UsageError(

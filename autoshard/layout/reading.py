@@ -8,8 +8,9 @@ and the axes are strings or names that the source gives one string (`model_dim =
 import ast
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.rules import LayoutRules, Rule
@@ -17,6 +18,9 @@ from autoshard.mesh import Mesh, Spec, format_spec
 from autoshard.model.keras_import import import_keras
 
 __all__ = ["kerashub_rules", "parse_layout", "read_layout"]
+
+# Methods of a LayoutMap that change its rules.
+_CHANGING = ("__delitem__", "__setitem__", "clear", "pop", "popitem", "setdefault", "update")
 
 
 def read_layout(
@@ -130,12 +134,8 @@ class _Source:
 
     def __init__(self, tree: ast.Module, name: str) -> None:
         self._name = name
-        self._statements = [
-            (target, node.value)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-        ]
+        self._tree = tree
+        self._statements = [one for node in ast.walk(tree) for one in _assignments(node)]
         self._statements.sort(key=lambda one: (one[0].lineno, one[0].col_offset))
         self._maps = {"layout_map"}
         self._strings: dict[str, set[str]] = {}
@@ -145,11 +145,7 @@ class _Source:
 
     def _note(self, target: ast.expr, value: ast.expr) -> None:
         """Remember names that hold a string or a LayoutMap."""
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            if len(target.elts) == len(value.elts):
-                for one_target, one_value in zip(target.elts, value.elts, strict=True):
-                    self._note(one_target, one_value)
-        elif isinstance(target, ast.Name):
+        if isinstance(target, ast.Name):
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 self._strings.setdefault(target.id, set()).add(value.value)
             elif _makes_map(value):
@@ -162,7 +158,7 @@ class _Source:
         is_another = False
         for target, value in self._statements:
             is_another = is_another or (first is not None and _makes_map(value))
-            if not isinstance(target, ast.Subscript) or _last_name(target.value) not in self._maps:
+            if not self._is_rule(target):
                 continue
             first = first or target
             if is_another or ast.unparse(target.value) != ast.unparse(first.value):
@@ -174,7 +170,25 @@ class _Source:
                 rules.append(self._rule(target, value))
             except LayoutError as error:
                 unreadable.append(str(error))
+        unreadable.extend(self._otherwise_changed())
         return tuple(rules)
+
+    def _is_rule(self, node: ast.expr) -> TypeGuard[ast.Subscript]:
+        """Whether it is `layout_map[...]`."""
+        return isinstance(node, ast.Subscript) and _last_name(node.value) in self._maps
+
+    def _otherwise_changed(self) -> Iterator[str]:
+        """Where a map is changed by anything but an assignment to one pattern."""
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Delete):
+                changes = any(map(self._is_rule, node.targets))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                method = node.func
+                changes = method.attr in _CHANGING and _last_name(method.value) in self._maps
+            else:
+                continue
+            if changes:
+                yield str(self._error(node, "rules are read from layout_map[...] = (...) lines"))
 
     def _rule(self, target: ast.Subscript, value: ast.expr) -> Rule:
         pattern, spec = self._string(target.slice, "a pattern"), self._spec(value)
@@ -210,9 +224,28 @@ class _Source:
             for entry in node.elts
         )
 
-    def _error(self, node: ast.expr, expected: str) -> LayoutError:
+    def _error(self, node: ast.expr | ast.stmt, expected: str) -> LayoutError:
         written = ast.unparse(node)
         return LayoutError(f"{self._name}, line {node.lineno}: cannot read {written}: {expected}")
+
+
+def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Each target of an assignment with its own value; `a, b = 1, 2` is two."""
+    if isinstance(node, ast.Assign):
+        pairs = [(target, node.value) for target in node.targets]
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        pairs = [(node.target, node.value)]
+    else:
+        return
+    for target, value in pairs:
+        if (
+            isinstance(target, ast.Tuple)
+            and isinstance(value, ast.Tuple)
+            and len(target.elts) == len(value.elts)
+        ):
+            yield from zip(target.elts, value.elts, strict=True)
+        else:
+            yield target, value
 
 
 def _makes_map(node: ast.expr) -> bool:

@@ -121,7 +121,7 @@ def resolve(
     for family in table.families():
         wrong = list(_family_findings(family, weights, mesh))
         findings += wrong
-        if not wrong and len(weights[family.paths[0]]) < 2:
+        if not wrong and all(len(weights[path]) < 2 for path in family.paths):
             assignment[family.name] = _spec(family.paths[0], family, weights)
     order = {rule.pattern: k for k, rule in enumerate(rules)}
     findings.sort(key=lambda one: (one.severity == "warning", order.get(one.rule or "", -1)))

@@ -123,8 +123,8 @@ def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
         return model
     if asked not in (None, name):
         raise UsageError(
-            f"'{model.name}' is made with dtype {name}, and {asked} is asked for; leave that out, "
-            "or make it so"
+            f"'{model.name}' is made with dtype {name}, and {asked} is asked for; leave the dtype "
+            f"out, or make the model with {asked}"
         )
     return replace(model, dtype=name)
 

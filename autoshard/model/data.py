@@ -8,7 +8,7 @@ import numpy as np
 
 from autoshard.model.inputs import Input, model_inputs, output_structure
 from autoshard.model.keras_import import import_keras
-from autoshard.model.recipe import AbstractModel
+from autoshard.model.recipe import AbstractModel, layers_by_path
 from autoshard.model.signature import Array
 from autoshard.model.workload import Workload
 
@@ -46,9 +46,18 @@ def run_data(model: AbstractModel, workload: Workload, seed: int) -> Any:
     """
     inputs, structure = model_inputs(model.model, workload)
     draw = np.random.default_rng(seed)
-    n_tokens = getattr(model.backbone, "vocabulary_size", 2)
+    n_tokens = _n_tokens(model)
     arrays = [_drawn(data, draw, n_tokens, alone=len(inputs) == 1) for data in inputs]
     return import_keras().tree.pack_sequence_as(structure, arrays)
+
+
+def _n_tokens(model: AbstractModel) -> int:
+    """The size of the vocabulary: what the model says, or what all its embeddings know."""
+    embedding = import_keras().layers.Embedding
+    layers = layers_by_path(model.model).values()
+    known = [layer.input_dim for layer in layers if isinstance(layer, embedding)]
+    n_tokens: int = getattr(model.backbone, "vocabulary_size", min(known, default=2))
+    return n_tokens
 
 
 def prompt_data(model: AbstractModel, workload: Workload, n_prompt: int, seed: int) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autoshard.errors import ModelError
+from autoshard.errors import ModelError, UsageError
 from autoshard.model.blocks import Stack, blocks_like, find_stacks
 from autoshard.model.folding import BlockStack, Folding, find_repetition
 from autoshard.model.recipe import AbstractModel, build_recipe
@@ -31,10 +31,15 @@ def fold(model: AbstractModel, *, periods: int = 3) -> AbstractModel:
         periods: how many periods of each stack to keep, at least 1; 3 keeps a first, a middle and
             a last.
 
+    Raises:
+        UsageError: fewer than 1.
+
     Returns:
         The folded model, with `folding` saying what each block stands for; the model itself, with
         its stacks unfolded, where it cannot be rebuilt or has no more periods than that.
     """
+    if periods < 1:
+        raise UsageError(f"{periods} blocks are no model; give 1 or more")
     whole = find_stacks(model)
     wanted = _wanted(whole, periods)
     folded, stacks = model, {t: replace(s, traced=s.n_blocks) for t, s in wanted.items()}

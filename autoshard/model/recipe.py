@@ -215,7 +215,7 @@ def _enable_lora(backbone: Any, rank: int) -> None:
     backbone.enable_lora(rank)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The kind of an error and the line of its text that says what went wrong."""
     text = str(error)
     # Keras puts the reason, in bold, behind a line that names the layer.

@@ -86,7 +86,7 @@ def _imported(reference: str) -> Callable[[], Any]:
             made: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             made = getattr(made, part)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when imported
         raise UsageError(f"cannot import '{reference}': {one_line(error)}") from error
     if not callable(made):
         raise UsageError(f"'{reference}' is no callable that returns a Keras model")
@@ -115,7 +115,7 @@ def _from_callable(
         try:
             with _default_dtype(dtype), redirect_stdout(sys.stderr):
                 model = function()
-        except Exception as error:  # whatever the user's function does
+        except (Exception, SystemExit) as error:  # whatever the user's function does
             raise ModelError(
                 f"Keras cannot build '{name}'{_place(function, error)}: {one_line(error)}"
             ) from error
@@ -126,7 +126,7 @@ def _from_callable(
     return Recipe(name=name, make=make, config=None, lora_rank=lora_rank, has_dtype=True)
 
 
-def _place(function: Callable[[], Any], error: Exception) -> str:
+def _place(function: Callable[[], Any], error: BaseException) -> str:
     """The last line of a function's file that an error went through, in brackets."""
     source = getattr(getattr(function, "__code__", None), "co_filename", None)
     frames = traceback.extract_tb(error.__traceback__)

@@ -21,7 +21,7 @@ from autoshard.units import format_bytes, format_count, format_seconds, option_b
 from autoshard.xla.collectives import Collective
 from autoshard.xla.partitioned import target_collectives
 
-__all__ = ["plan_text", "reasons_text"]
+__all__ = ["notes", "plan_text", "reasons_text"]
 
 # Whole weights of less than this share of the model are not worth a line.
 _TRIFLE = 0.01
@@ -67,9 +67,7 @@ def _head(outcome: Outcome) -> str:
         f"{format_bytes(setup.memory_limit)} a device",
         f"workload {work}",
     ]
-    if work.stillness:
-        lines.append(f"note: {work.stillness}")
-    lines += [f"warning: {doubt}" for doubt in outcome.planning.doubts()]
+    lines += notes(outcome)
     if not outcome.fits:
         lines.append(_misfit(outcome))
     if outcome.failure:
@@ -77,17 +75,24 @@ def _head(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
+def notes(outcome: Outcome) -> list[str]:
+    """What a user should know of the plan before it is used, a line each."""
+    still = outcome.planning.setup.workload.stillness
+    said = [f"note: {still}"] if still else []
+    return said + [f"warning: {doubt}" for doubt in outcome.planning.doubts()]
+
+
 def _misfit(outcome: Outcome) -> str:
     assert outcome.winner.scored is not None
     peak = outcome.winner.scored.cost.memory.peak_bytes
     limit = format_bytes(outcome.planning.setup.memory_limit)
-    if outcome.verdicts and outcome.verdicts[0].misfit:
-        said = outcome.verdicts[0].misfit
-        return f"DOES NOT FIT {limit} a device, by the target's compiler: {said}"
-    lines = [
-        f"DOES NOT FIT {limit} a device: this is the nearest plan; it needs {format_bytes(peak)} "
+    said = (
+        f": this is the nearest plan; it needs {format_bytes(peak)} "
         f"(--memory-limit {option_bytes(peak)} would do)"
-    ]
+    )
+    if outcome.verdicts and outcome.verdicts[0].misfit:
+        said = f", by the target's compiler: {outcome.verdicts[0].misfit}"
+    lines = [f"DOES NOT FIT {limit} a device{said}"]
     lines += [
         f"  fits with {remedy.change}: step {format_seconds(remedy.step_seconds)}, "
         f"{format_bytes(remedy.peak_bytes)} a device, predicted"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoshard.cost.step import StepPricer
 from autoshard.mesh import Mesh, Spec
@@ -47,6 +47,7 @@ class SearchResult:
             that exceed the limit among them.
         unbound: a layout that is better than all of these, but breaks the bounds on layer outputs;
             None where there is none.
+        tied: groups of families that a map can give only one spec.
     """
 
     ranked: tuple[Scored, ...]
@@ -56,13 +57,18 @@ class SearchResult:
     choices: tuple[Choices, ...]
     front: tuple[Scored, ...] = ()
     unbound: Scored | None = None
+    tied: Sequence[Collection[str]] = ()
 
     def next_best(self, scored: Scored, choices: Choices) -> tuple[Scored, Spec] | None:
         """The best layout with another spec of one family, all else equal, and that spec.
 
-        None where no other spec is legal or worth a rule.
+        None where no other spec is legal, or a map can tell none.
         """
-        others = _neighbours(self.scorer, scored, choices)
+        others = [
+            pair
+            for pair in _neighbours(self.scorer, scored, choices)
+            if _can_be_told(pair[0], self.tied)
+        ]
         return min(others, key=lambda pair: pair[0].rank, default=None)
 
     def gap(self, scored: Scored) -> float:
@@ -80,6 +86,7 @@ def search(
     starts: Sequence[Mapping[str, Spec]] = (),
     outputs: Shapes | None = None,
     unbound_outputs: Shapes | None = None,
+    tied: Sequence[Collection[str]] = (),
 ) -> SearchResult:
     """Find the layouts with the fastest step within the memory limit.
 
@@ -91,12 +98,13 @@ def search(
         starts: assignments to start from beside the search's own.
         outputs: layer outputs that may be laid out, with the shapes that bound their specs.
         unbound_outputs: the same with fewer bounds, to look for what these cost.
+        tied: groups of families that a map can give only one spec.
 
     Returns:
         The ranked layouts. Where nothing fits, the one nearest to fitting comes first.
     """
     program = pricer.program
-    families = family_choices(program, mesh)
+    families = _moved_together(family_choices(program, mesh), tied)
     bound = output_choices(program, mesh, outputs or {})
     everything = (*families, *bound)
     scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit)
@@ -112,8 +120,11 @@ def search(
     free = output_choices(program, mesh, unbound_outputs or {})
     origins = [dict(best.assignment), _only(best, names)]
     beyond = descend(scorer, [*families, *free], origins) if free else best
-    _walk(scorer, everything, min(_worthy(scorer, everything), key=lambda scored: scored.rank))
-    worthy = _worthy(scorer, everything)
+    # Whole weights, which any map can tell, are among what is chosen from.
+    scorer.score({choices.family: choices.specs[0] for choices in everything})
+    first = min(_worthy(scorer, everything, tied), key=lambda scored: scored.rank)
+    _walk(scorer, everything, first)
+    worthy = _worthy(scorer, everything, tied)
     ranked = sorted(worthy, key=lambda scored: scored.rank)
     return SearchResult(
         ranked=_distinct(ranked, top),
@@ -125,6 +136,20 @@ def search(
         unbound=beyond
         if beyond.rank < ranked[0].rank and _holds(beyond, _output_groups([*bound, *free]))
         else None,
+        tied=tied,
+    )
+
+
+def _moved_together(
+    families: Sequence[Choices], tied: Sequence[Collection[str]]
+) -> tuple[Choices, ...]:
+    """The families, those that need one spec as siblings."""
+    group_of = {name: f"tied {place}" for place, group in enumerate(tied) for name in group}
+    return tuple(
+        replace(choices, siblings=f"{group_of[choices.family]} {len(choices.shape)}")
+        if choices.family in group_of
+        else choices
+        for choices in families
     )
 
 
@@ -138,18 +163,20 @@ def _walk(scorer: Scorer, families: Sequence[Choices], best: Scored) -> None:
         best = nearest
 
 
-def _worthy(scorer: Scorer, families: Sequence[Choices]) -> list[Scored]:
+def _worthy(
+    scorer: Scorer, families: Sequence[Choices], tied: Sequence[Collection[str]]
+) -> list[Scored]:
     """Of all that was scored what may be chosen, and gains by its rules for outputs."""
     names = {choices.family for choices in families if not choices.is_output}
     specs = {choices.family: choices.specs for choices in families}
     groups = _output_groups(families)
-    kept = [scored for scored in scorer.seen.values() if _keeps(scored, specs)]
+    kept = [scored for scored in scorer.seen.values() if _keeps(scored, specs, tied)]
     for scored in kept:
         scorer.score(_only(scored, names))  # what its rules for outputs have to beat
     return [
         scored
         for scored in scorer.seen.values()
-        if _keeps(scored, specs) and _holds(scored, groups) and _gains(scored, names, scorer)
+        if _keeps(scored, specs, tied) and _holds(scored, groups) and _gains(scored, names, scorer)
     ]
 
 
@@ -175,9 +202,18 @@ def _holds(scored: Scored, groups: Iterable[Sequence[Choices]]) -> bool:
     return True
 
 
-def _keeps(scored: Scored, specs: Mapping[str, Sequence[Spec]]) -> bool:
-    """Whether a layout takes only specs that are to be chosen from."""
-    return all(spec in specs.get(name, ()) for name, spec in scored.assignment)
+def _keeps(
+    scored: Scored, specs: Mapping[str, Sequence[Spec]], tied: Sequence[Collection[str]]
+) -> bool:
+    """Whether a layout takes only specs that are to be chosen from, and one where it can only."""
+    known = all(spec in specs.get(name, ()) for name, spec in scored.assignment)
+    return known and _can_be_told(scored, tied)
+
+
+def _can_be_told(scored: Scored, tied: Sequence[Collection[str]]) -> bool:
+    """Whether families that a map can give only one spec have one."""
+    split = {name: spec for name, spec in scored.assignment if any(spec)}
+    return all(len({split.get(name) for name in group}) == 1 for group in tied)
 
 
 def _bound(relaxed_seconds: float, best: Scored) -> float | None:

@@ -3,8 +3,8 @@
 A verdict is a program's summary or the sentence by which the compiler refused it for its memory.
 Its key is a hash of all that decides it: the model (its table of variables and its configuration),
 the layout rules, mesh, workload, target and depth, the versions of the packages, this package's own
-source, and the flags given to XLA. A model whose code is not KerasHub's has no key: its code may
-change where neither table nor configuration shows it.
+source, and what the environment tells JAX, Keras and XLA. A model whose code is not KerasHub's has
+no key: its code may change where neither table nor configuration shows it.
 
 Entries are written whole or not at all, and one that cannot be read is as good as none.
 """
@@ -30,7 +30,7 @@ from autoshard.xla.compiled import CompiledStep, CompileRequest
 __all__ = ["VerdictCache", "verdict_cache"]
 
 _PACKAGES = ("keras", "keras-hub", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_SETTINGS = ("JAX_", "KERAS_", "LIBTPU_", "XLA_")
 _FORMAT = 1
 
 
@@ -83,7 +83,7 @@ class VerdictCache:
 
     def _path(self, request: CompileRequest) -> Path:
         question = to_record(request) | {"model": self.model_key, "installed": _installed()}
-        question["flags"] = [os.environ.get(name, "") for name in _FLAGS]
+        question["settings"] = {k: v for k, v in os.environ.items() if k.startswith(_SETTINGS)}
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{digest}.json"
 
