@@ -237,9 +237,8 @@ def _cache_specs(program: Program, scored: Scored, mesh: Mesh) -> Iterator[Spec]
     sizes = [mesh.sizes[axis] for axis in axes]
     layouts = propagate(program, fixed_layouts(program, dict(scored.assignment), mesh), sizes)
     for cache in caches:
-        if cache.group is not None:
-            axis_of = dict(zip(layouts[cache.group], axes, strict=True))
-            yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)
+        axis_of = dict(zip(layouts[cache.group], axes, strict=True))
+        yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)
 
 
 def make_program(

@@ -10,6 +10,7 @@ from layout_tables import MESH
 from test_end_to_end import small_gemma_backbone
 
 from autoshard.checking import check
+from autoshard.cost.values import Memory
 from autoshard.errors import UsageError
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
@@ -21,7 +22,7 @@ from autoshard.model.build import AbstractModel, build
 from autoshard.model.keras_import import import_keras_hub
 from autoshard.model.variables import Family
 from autoshard.model.workload import Workload
-from autoshard.records.parts import BytesPerDevice, PlannedModel, Prediction
+from autoshard.records.parts import PlannedModel, Prediction
 from autoshard.sharding_plan import Plan
 
 PRESETS = (
@@ -184,7 +185,7 @@ def gemma_plan() -> Plan:
             collective_seconds=0,
             collective_bytes=0,
             peak_bytes_per_device=0,
-            bytes_per_device=BytesPerDevice(),
+            bytes_per_device=Memory(),
         ),
     )
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_tables import MESH, gemma_table, mixtral_table
 
+from autoshard.cost.values import Memory
 from autoshard.errors import BackendError, LayoutError, MeshError, PlanFileError
 from autoshard.layout.reading import parse_layout
 from autoshard.layout.rules import Rule
@@ -21,7 +22,6 @@ from autoshard.mesh import Mesh
 from autoshard.model.workload import Workload
 from autoshard.records.parts import (
     Alternative,
-    BytesPerDevice,
     Collective,
     Compiled,
     PlannedModel,
@@ -41,7 +41,7 @@ PREDICTED = Prediction(
     collective_seconds=0.05,
     collective_bytes=220_000_000,
     peak_bytes_per_device=3_315_000_000,
-    bytes_per_device=BytesPerDevice(weights=2_134_420_224),
+    bytes_per_device=Memory(weights=2_134_420_224),
 )
 PLAN = Plan(
     model=PlannedModel.of(gemma_table()),
@@ -90,7 +90,7 @@ predictions = st.builds(
     collective_seconds=seconds,
     collective_bytes=counts,
     peak_bytes_per_device=counts,
-    bytes_per_device=st.builds(BytesPerDevice, weights=counts, kv_cache=counts),
+    bytes_per_device=st.builds(Memory, weights=counts, kv_cache=counts),
 )
 specs = st.lists(st.sampled_from([None, "batch", "model"]), max_size=4).map(tuple)
 rules = st.lists(

@@ -198,6 +198,18 @@ def test_the_split_by_hand_can_win(planned, compiled_by, in_order) -> None:
     assert "\ncandidate 1\n" in text
 
 
+def test_what_would_fit_is_said_where_the_compiler_refuses_too(compiled_by) -> None:
+    def full(request: CompileRequest) -> CompiledStep:
+        raise OutOfMemoryError("it needs 17 GiB")
+
+    compiled_by(full, full)
+    options = {"workload": "prefill", "target": TARGET, "memory_limit": "690MB", "batch": 64}
+    outcome = make_plan("gemma_2b_en", "1x8", verify="target", **options)
+    text = plan_text(outcome)
+    assert "by the target's compiler: it needs 17 GiB" in text
+    assert "  fits with --batch " in text
+
+
 def test_a_compile_for_cpu_devices_says_nothing_of_the_memory(planning) -> None:
     # So an error about memory quotes the prediction, not what the host's compiler used.
     step = replace(program(10**8), target="cpu:8", argument_bytes=2**50)

@@ -37,13 +37,13 @@ class ArgumentPricer:
 
     def is_free(self, argument: Argument) -> bool:
         """Whether it costs nothing under any layout."""
-        return argument.group is None or not (self._passes(argument) or self._is_table(argument))
+        return not (self._passes(argument) or self._is_table(argument))
 
     def seconds(self, argument: Argument, layout: Layout) -> float:
         """What an argument, and all like it in the whole model, cost the step.
 
         Args:
-            argument: one that has a group.
+            argument: one of the program's.
             layout: that of its group.
         """
         machine = self._machine

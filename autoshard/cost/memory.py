@@ -33,7 +33,7 @@ __all__ = ["OpBytes", "PeakMemory"]
 OpBytes = tuple[int, int, int, int]
 
 # Group, bytes of the whole array, and how many like it the whole model has.
-_Held = tuple[int | None, int, int | Fraction]
+_Held = tuple[int, int, int | Fraction]
 
 # What the TPU compiler puts into a core's vector memory: so much of it, and no array that is more
 # than this share. Seen in its programs: nothing of the first 100 MB of what is alive on a v5e
@@ -65,7 +65,7 @@ class PeakMemory:
             self._held.setdefault(argument.role, []).append(entry)
             if argument.is_rebuilt:
                 self._rebuilt.append(entry)
-        self._held["output"] = [(out.group, out.n_bytes, out.count) for out in program.outputs]
+        self._held["output"] = [(out.group, out.n_bytes, 1) for out in program.outputs]
         has_backward = any(op.backward for op in program.ops)
         self._gradients = [
             (argument.group, argument.n_bytes)
@@ -180,5 +180,5 @@ class PeakMemory:
             sum(self._shard(n_bytes, group, layouts) * count for group, n_bytes, count in arrays)
         )
 
-    def _shard(self, n_bytes: int, group: int | None, layouts: Sequence[Layout]) -> int:
-        return n_bytes if group is None else local_bytes(n_bytes, layouts[group], self._axis_sizes)
+    def _shard(self, n_bytes: int, group: int, layouts: Sequence[Layout]) -> int:
+        return local_bytes(n_bytes, layouts[group], self._axis_sizes)

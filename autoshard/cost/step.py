@@ -57,7 +57,7 @@ class StepPricer:
         self._paid = [
             (index, argument.group)
             for index, argument in enumerate(program.arguments)
-            if argument.group is not None and not self.arguments.is_free(argument)
+            if not self.arguments.is_free(argument)
         ]
         self._argument_prices: dict[tuple[int, Layout], float] = {}
         # The layouts priced last, and what each op adds under them.

@@ -12,7 +12,7 @@ from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
 from autoshard.graph.liveness import Lives, read_lives
-from autoshard.graph.program import Argument, Array, Group, LayerOutput, Op, Place, Program
+from autoshard.graph.program import Argument, Array, Group, LayerOutput, Op, Program, StepOutput
 
 __all__ = ["StepInput", "build_program"]
 
@@ -131,13 +131,9 @@ def _ends(
     inputs: Sequence[StepInput],
     replaces: Sequence[int | None],
     numbering: _Numbering,
-) -> tuple[tuple[Place, ...], tuple[Argument, ...]]:
+) -> tuple[tuple[StepOutput, ...], tuple[Argument, ...]]:
     outputs = tuple(
-        Place(
-            group=numbering.number(identity) if flat.arrays[identity].shape else None,
-            n_bytes=flat.arrays[identity].n_bytes,
-            count=1,
-        )
+        StepOutput(group=numbering.number(identity), n_bytes=flat.arrays[identity].n_bytes)
         for identity, replaced in zip(flat.outputs, replaces, strict=True)
         if replaced is None and identity is not None
     )

@@ -1,7 +1,7 @@
 """The values of this room: the ops of a step with their factors, and the layout of its arrays.
 
-An array of the step is known by its `Place`: the group of arrays it belongs to, and which of the
-group's dimensions each of its own is. Arrays that only elementwise ops, casts and transpositions
+An array of the step is known by the group of arrays it belongs to, and by which of the group's
+dimensions each of its own is. Arrays that only elementwise ops, casts and transpositions
 join are laid out together by the partitioner, so they form one group with one layout; what is
 left to decide is the layout of the groups.
 
@@ -25,8 +25,8 @@ __all__ = [
     "LayerOutput",
     "Layout",
     "Op",
-    "Place",
     "Program",
+    "StepOutput",
 ]
 
 WHOLE = -1
@@ -134,7 +134,7 @@ class Argument:
     Attributes:
         role: `weight`, `slot`, `state`, `cache` or `data`.
         family: the family whose spec it follows; None for data and for what is replicated.
-        group: index of its group, or None for a scalar.
+        group: index of its group.
         dims: for each dimension of the array, the group's dimension, or None for size 1.
         shape: shape of the array.
         n_bytes: bytes of the whole array.
@@ -146,7 +146,7 @@ class Argument:
 
     role: str
     family: str | None
-    group: int | None
+    group: int
     dims: tuple[int | None, ...]
     shape: tuple[int, ...]
     n_bytes: int
@@ -157,18 +157,16 @@ class Argument:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class StepOutput:
     """An array that the step returns.
 
     Attributes:
-        group: index of its group, or None for a scalar.
+        group: index of its group.
         n_bytes: bytes of the whole array.
-        count: how many like it the whole model has.
     """
 
-    group: int | None
+    group: int
     n_bytes: int
-    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +234,7 @@ class Program:
     last_readers: tuple[int, ...]
     chained_operands: Mapping[int, Mapping[int, Chain]]
     arguments: tuple[Argument, ...]
-    outputs: tuple[Place, ...]
+    outputs: tuple[StepOutput, ...]
     unknown: tuple[str, ...]
     layer_outputs: tuple[LayerOutput, ...] = ()
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from autoshard.codec import keys
-from autoshard.cost.values import StepCost
+from autoshard.cost.values import Memory, StepCost
 from autoshard.installed import installed_version
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Spec
@@ -11,7 +11,6 @@ from autoshard.model.variables import ModelTable
 
 __all__ = [
     "Alternative",
-    "BytesPerDevice",
     "Collective",
     "Compiled",
     "PlannedFamily",
@@ -90,17 +89,6 @@ class PlannedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BytesPerDevice:
-    """Where the memory of one device goes, in bytes."""
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    kv_cache: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What the formulas say of one step.
 
@@ -118,7 +106,7 @@ class Prediction:
     collective_seconds: float
     collective_bytes: int
     peak_bytes_per_device: int
-    bytes_per_device: BytesPerDevice
+    bytes_per_device: Memory
 
     @classmethod
     def of(cls, cost: StepCost) -> "Prediction":
@@ -130,13 +118,7 @@ class Prediction:
             collective_seconds=cost.blocking_seconds + cost.overlapped_seconds,
             collective_bytes=cost.collective_bytes,
             peak_bytes_per_device=memory.peak_bytes,
-            bytes_per_device=BytesPerDevice(
-                weights=memory.weights,
-                gradients=memory.gradients,
-                optimizer=memory.optimizer,
-                activations=memory.activations,
-                kv_cache=memory.kv_cache,
-            ),
+            bytes_per_device=memory,
         )
 
 

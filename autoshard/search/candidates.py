@@ -233,7 +233,7 @@ def fixed_layouts(program: Program, assignment: Assignment, mesh: Mesh) -> dict[
     axes = mesh.parallel_axes
     fixed: dict[int, Layout] = {}
     for argument in program.arguments:
-        if argument.group is None or argument.role == "cache":
+        if argument.role == "cache":
             continue
         spec: Spec = ()
         if argument.role == "data":

@@ -118,7 +118,7 @@ class _Builder:
         family_of = {
             self.stands_for[argument.group]: argument.family
             for argument in self.program.arguments
-            if argument.group is not None and argument.family in base
+            if argument.family in base
         }
         for group, layout in fixed_layouts(self.program, base, mesh).items():
             group = self.stands_for[group]
@@ -144,7 +144,7 @@ class _Builder:
         """Bytes a device of a family's weights and slots, and seconds they cost beside the ops."""
         held = seconds = 0.0
         for argument in self.program.arguments:
-            if argument.family == family and argument.group is not None:
+            if argument.family == family:
                 layout = fixed[argument.group]
                 n_bytes = local_bytes(argument.n_bytes, layout, self.sizes)
                 held += int(n_bytes * argument.count)
