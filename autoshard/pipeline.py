@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.fitting import Remedy, remedies
-from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target
 from autoshard.layout.causes import Causes
 from autoshard.mesh import Mesh
@@ -31,7 +30,6 @@ from autoshard.search.ranking import SearchResult
 from autoshard.settling import Verdict, compiler_for, settle
 from autoshard.setup import make_setup
 from autoshard.sharding_plan import Plan
-from autoshard.xla.collectives import merge_collectives
 from autoshard.xla.compiled import CompiledStep
 
 __all__ = ["Outcome", "inspect", "make_plan", "plan"]
@@ -318,10 +316,10 @@ def _collectives(step: CompiledStep, causes: Causes) -> tuple[Collective, ...]:
         Collective(
             kind=item.kind,
             axis=item.axis or None,
-            n_bytes=round(item.count * wire_bytes(item.kind, item.n_bytes, item.group_size)),
+            wire_bytes=round(item.wire_bytes),
             count=item.count,
             layer=item.layer or None,
             rule=causes.of(item.layer, item.axis),
         )
-        for item in merge_collectives(step.collectives, [s.template for s in step.blocks])
+        for item in step.merged_collectives()
     )

@@ -24,7 +24,7 @@ from autoshard.pricing import Candidate
 from autoshard.setup import Setup
 from autoshard.units import format_bytes
 from autoshard.xla.children import Child, child_environment
-from autoshard.xla.clock import step_time, step_time_beside
+from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.partitioned import partitioned_seconds
@@ -208,13 +208,11 @@ def _judge(
     setup = planning.setup
     assert candidate.scored is not None
     cost, on_cpu = candidate.scored.cost, compiler.chip.kind == "cpu"
-    # The partitioner for CPUs and the GPU compiler count no cycles.
     if on_cpu:
         seconds = partitioned_seconds(compiled, cost, setup.mesh, setup.target)
-    elif compiler.chip.kind == "gpu":
-        seconds = step_time_beside(compiled, cost.compute_seconds, setup.mesh).step_seconds
     else:
-        seconds = step_time(compiled, setup.mesh).step_seconds
+        time = step_time(compiled, setup.mesh, compute_seconds=cost.compute_seconds)
+        seconds = time.step_seconds
     return Verdict(
         candidate=candidate,
         compiled=compiled,

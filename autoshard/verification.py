@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoshard.errors import OutOfMemoryError, UsageError
-from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.host import available_bytes
 from autoshard.installed import installed_version
@@ -35,8 +34,7 @@ from autoshard.setup import Setup, limit_bytes, make_setup, named_target
 from autoshard.sharding_plan import Plan, load, plan_of
 from autoshard.xla.cache import verdict_cache
 from autoshard.xla.children import Child, child_environment
-from autoshard.xla.clock import step_time, step_time_beside
-from autoshard.xla.collectives import merge_collectives
+from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
@@ -250,16 +248,14 @@ def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) 
 
 def _seconds(step: CompiledStep, setup: Setup, predicted: Prediction | None) -> StepSeconds | None:
     """The compiler's cycles and the collectives on the mesh's links; a GPU's predicted compute."""
-    kind = setup.target.chip.kind
-    if kind == "tpu":
-        time = step_time(step, setup.mesh)
-    elif kind == "gpu" and predicted is not None:
-        time = step_time_beside(step, predicted.compute_seconds, setup.mesh)
-    else:
+    by_cycles = step.estimated_cycles is not None
+    if setup.target.chip.kind == "cpu" or not (by_cycles or predicted):
         return None
+    compute_seconds = predicted.compute_seconds if predicted else None
+    time = step_time(step, setup.mesh, compute_seconds=compute_seconds)
     return StepSeconds(
         compute=time.compute_seconds,
-        compute_is_predicted=kind == "gpu",
+        compute_is_predicted=not by_cycles,
         blocking=time.blocking_seconds,
         overlapped=time.overlapped_seconds,
         step=time.step_seconds,
@@ -277,13 +273,13 @@ def _collectives(subject: Subject, step: CompiledStep) -> Sequence[VerifiedColle
             n_bytes=item.n_bytes,
             dtype=item.dtype,
             count=item.count,
-            wire_bytes=round(item.count * wire_bytes(item.kind, item.n_bytes, item.group_size)),
+            wire_bytes=round(item.wire_bytes),
             phase=item.phase,
             overlapped=item.overlapped,
             layer=item.layer,
             cause=causes.of(item.layer, item.axis),
         )
-        for item in merge_collectives(step.collectives, [s.template for s in step.blocks])
+        for item in step.merged_collectives()
     ]
     return sorted(found, key=lambda item: (-item.wire_bytes, item.layer, item.kind, item.phase))
 

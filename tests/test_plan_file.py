@@ -59,7 +59,7 @@ PLAN = Plan(
             Collective(
                 kind="all-reduce",
                 axis="model",
-                n_bytes=44_040_192,
+                wire_bytes=44_040_192,
                 count=4,
                 layer="decoder_block_*",
             ),
@@ -99,7 +99,7 @@ rules = st.lists(
     unique_by=lambda rule: rule.pattern,
 ).map(tuple)
 collectives = st.builds(
-    Collective, kind=texts, axis=st.none() | texts, n_bytes=counts, count=counts, layer=texts
+    Collective, kind=texts, axis=st.none() | texts, wire_bytes=counts, count=counts, layer=texts
 )
 compiled = st.builds(
     Compiled,

@@ -129,7 +129,7 @@ class Collective:
     Attributes:
         kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all`, `collective-permute`.
         axis: the mesh axis it runs over, or several joined by a comma.
-        n_bytes: bytes on the wire through one device, all of them together.
+        wire_bytes: bytes through one device, all of them together.
         count: how often it runs in a step.
         layer: template of the layer that it serves, where known.
         rule: pattern of the rule that brought it about, or `the split of the data`, where known.
@@ -137,7 +137,7 @@ class Collective:
 
     kind: str
     axis: str | None
-    n_bytes: int
+    wire_bytes: int = field(metadata={"key": "n_bytes"})
     count: int
     layer: str | None = None
     rule: str | None = None

@@ -1,6 +1,6 @@
 """The time of a compiled step on its chip.
 
-    compute     the TPU compiler's estimated cycles / the chip's clock
+    compute     the TPU compiler's estimated cycles / the chip's clock; elsewhere what is predicted
     collectives ring formulas (`autoshard.hardware.collectives`) over a plain ring of the group:
                 2 x the one-way link bandwidth, 1 us a device of the group on TPUs
     time      = compute + blocking + max(0, overlapped - compute)
@@ -25,7 +25,7 @@ from autoshard.mesh import Mesh
 from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
 
-__all__ = ["StepTime", "collective_seconds", "link_of", "step_time", "step_time_beside"]
+__all__ = ["StepTime", "collective_seconds", "link_of", "step_time"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class StepTime:
     """Seconds of one step, by what takes them.
 
     Attributes:
-        compute_seconds: computation, by the compiler's cycles.
+        compute_seconds: computation.
         blocking_seconds: collectives that nothing runs beside.
         overlapped_seconds: collectives that run beside the computation.
     """
@@ -48,39 +48,27 @@ class StepTime:
         return step_seconds(self.compute_seconds, self.blocking_seconds, self.overlapped_seconds)
 
 
-def step_time(step: CompiledStep, mesh: Mesh | None = None) -> StepTime:
-    """Time a program of the TPU compiler.
+def step_time(
+    step: CompiledStep, mesh: Mesh | None = None, *, compute_seconds: float | None = None
+) -> StepTime:
+    """Time a compiled program.
 
     Args:
         step: the program.
         mesh: given to time collectives on the links that this mesh's axes have, instead of on a
             plain ring.
+        compute_seconds: what its computation takes where the compiler counts no cycles, as that
+            of GPUs.
 
     Raises:
-        XlaError: the compiler gave no cycles, as for `cpu`.
+        XlaError: neither says what the computation takes.
     """
     target = parse_target(step.target)
-    clock = target.chip.clock_hz
-    if step.estimated_cycles is None or clock is None:
+    if step.estimated_cycles is not None and target.chip.clock_hz is not None:
+        compute_seconds = step.estimated_cycles / target.chip.clock_hz
+    if compute_seconds is None:
         raise XlaError(f"the compiler for '{step.target}' estimates no time")
     link = _links(target, mesh) if mesh else _rings(target.chip)
-    return _timed(step, step.estimated_cycles / clock, link)
-
-
-def step_time_beside(step: CompiledStep, compute_seconds: float, mesh: Mesh) -> StepTime:
-    """Time a program whose compiler counts no cycles, as the GPU's.
-
-    Args:
-        step: the program.
-        compute_seconds: what its computation takes, from elsewhere.
-        mesh: the collectives are timed on the links of its axes.
-    """
-    return _timed(step, compute_seconds, _links(parse_target(step.target), mesh))
-
-
-def _timed(
-    step: CompiledStep, compute_seconds: float, link: Callable[[Collective], AxisLink]
-) -> StepTime:
     by_overlap = {True: 0.0, False: 0.0}
     for collective in step.collectives:
         by_overlap[collective.overlapped] += collective_seconds(collective, link(collective))

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from autoshard.hardware.collectives import KINDS
+from autoshard.hardware.collectives import KINDS, wire_bytes
 from autoshard.mesh import Mesh
 from autoshard.xla.groups import Groups, axes_of, parse_groups, parse_pairs
 from autoshard.xla.hlo import Computation, HloModule, Instruction, Shape
@@ -64,6 +64,11 @@ class Collective:
     overlapped: bool
     count: int = 1
     launches: int = 1
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes through one device, all executions together, by the ring formulas."""
+        return self.count * wire_bytes(self.kind, self.n_bytes, self.group_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +169,7 @@ def estimated_cycles(module: HloModule) -> int | None:
 
 
 def collective_sites(module: HloModule, n_devices: int) -> Iterator[Site]:
-    """Find the arrays that a program's collectives move, in the order of its schedule."""
+    """Find the arrays that a program's collectives move, computation by computation."""
     seen: set[tuple[str, int]] = set()
     for name, times in execution_counts(module).items():
         computation = module.computations[name]

@@ -8,7 +8,7 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
 from autoshard.model.folding import BlockStack
 from autoshard.model.workload import Workload
-from autoshard.xla.collectives import Collective
+from autoshard.xla.collectives import Collective, merge_collectives
 
 __all__ = ["CompileRequest", "CompiledStep"]
 
@@ -81,3 +81,7 @@ class CompiledStep:
     def peak_bytes(self) -> int:
         """Peak bytes of a device: argument + temporary + output - alias."""
         return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.alias_bytes
+
+    def merged_collectives(self) -> tuple[Collective, ...]:
+        """The collectives, those of all blocks together."""
+        return merge_collectives(self.collectives, [stack.template for stack in self.blocks])

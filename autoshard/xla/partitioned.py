@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from autoshard.cost.values import StepCost, step_seconds
-from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.targets import Target
 from autoshard.mesh import Mesh
 from autoshard.xla.clock import collective_seconds, link_of
@@ -20,7 +19,7 @@ from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
 from autoshard.xla.names import template
 
-__all__ = ["partitioned_seconds", "target_collectives", "total_wire_bytes"]
+__all__ = ["partitioned_seconds", "target_collectives"]
 
 # Kind, mesh axis, bytes, whether of the backward pass.
 _Key = tuple[str, str, int, bool]
@@ -56,11 +55,6 @@ def _parent(one: Collective) -> str:
 def _may_be_added(one: Collective, data_axis: str) -> bool:
     within = data_axis not in one.axis.split(",")
     return one.kind == "all-reduce" and one.phase == "backward" and within
-
-
-def total_wire_bytes(collectives: tuple[Collective, ...]) -> float:
-    """Wire bytes through one device, by the ring formulas."""
-    return sum(c.count * wire_bytes(c.kind, c.n_bytes, c.group_size) for c in collectives)
 
 
 def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: Target) -> float:

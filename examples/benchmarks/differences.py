@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from tabulate import tabulate
 
 from autoshard.cost.values import StepCost
-from autoshard.hardware.collectives import wire_bytes
 from autoshard.xla.compiled import CompiledStep
 from autoshard.xla.partitioned import target_collectives
 
@@ -36,7 +35,7 @@ def difference_table(step: CompiledStep, cost: StepCost, data_axis: str) -> str:
     for one in target_collectives(step, data_axis):
         movement = found[one.kind, one.axis, one.n_bytes]
         movement.compiled += one.count
-        movement.wire -= one.count * wire_bytes(one.kind, one.n_bytes, one.group_size)
+        movement.wire -= one.wire_bytes
         movement.where[f"c:{one.layer} ({one.phase}, {one.count}/{one.launches})"] = None
     rows = sorted(found.items(), key=lambda pair: -abs(pair[1].wire))
     return _table([row for row in rows if row[1].predicted != row[1].compiled])

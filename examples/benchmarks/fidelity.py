@@ -41,7 +41,7 @@ from autoshard.cost.values import StepCost
 from autoshard.mesh import parse_mesh
 from autoshard.model.build import build
 from autoshard.xla.clock import step_time
-from autoshard.xla.partitioned import partitioned_seconds, target_collectives, total_wire_bytes
+from autoshard.xla.partitioned import partitioned_seconds, target_collectives
 
 DEVELOPMENT = ("gemma_2b_en", "llama3_8b_en", "gpt2_large_en", "mixtral_8_7b_en")
 HELD_OUT = ("gemma2_2b_en", "qwen2.5_7b_en", "phi3_mini_4k_instruct_en", "bert_large_en_uncased")
@@ -183,7 +183,9 @@ def _pair(row: Row) -> Pair | None:
     return Pair(
         layout=row["layout"],
         predicted_bytes=cost.collective_bytes,
-        compiled_bytes=total_wire_bytes(target_collectives(step, setup.mesh.data_axis)),
+        compiled_bytes=sum(
+            one.wire_bytes for one in target_collectives(step, setup.mesh.data_axis)
+        ),
         predicted_seconds=cost.step_seconds,
         compiled_seconds=partitioned_seconds(step, cost, setup.mesh, setup.target)
         if on_cpu

@@ -25,7 +25,6 @@ from autoshard.mesh import parse_mesh
 from autoshard.model.keras_import import PLANNING_ONLY
 from autoshard.model.workload import Workload
 from autoshard.xla.children import Child, child_environment
-from autoshard.xla.collectives import merge_collectives
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
@@ -220,9 +219,7 @@ def _answer(child: Child, question: Question) -> dict[str, Any]:
 
 def _compact(step: CompiledStep) -> dict[str, Any]:
     """The program, the collectives of all blocks together."""
-    blocks = [stack.template for stack in step.blocks]
-    merged = merge_collectives(step.collectives, blocks)
-    return to_record(replace(step, collectives=merged))
+    return to_record(replace(step, collectives=step.merged_collectives()))
 
 
 def _line(row: Row) -> str:
