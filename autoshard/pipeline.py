@@ -17,8 +17,8 @@ from autoshard.planning import Planning, Stopwatch, trace_model
 from autoshard.pricing import Candidate
 from autoshard.records.parts import (
     Alternative,
-    Collective,
     Compiled,
+    CompiledCollective,
     PlannedModel,
     Prediction,
     Reason,
@@ -32,13 +32,13 @@ from autoshard.setup import make_setup
 from autoshard.sharding_plan import Plan
 from autoshard.xla.compiled import CompiledStep
 
-__all__ = ["Outcome", "inspect", "make_plan", "plan"]
+__all__ = ["PlanOutcome", "inspect", "make_plan", "plan"]
 
 Verify = Literal["none", "cpu", "target"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class PlanOutcome:
     """A plan and everything that was found on the way to it.
 
     Attributes:
@@ -162,7 +162,7 @@ def plan(
     return outcome.plan
 
 
-def _nearest(outcome: Outcome) -> str:
+def _nearest(outcome: PlanOutcome) -> str:
     """What the nearest layout needs: by the target's compiler where it said so, else predicted."""
     if outcome.verdicts and outcome.verdicts[0].misfit:
         return f"by the target's compiler {outcome.verdicts[0].misfit}"
@@ -180,7 +180,7 @@ def make_plan(
     advise: bool = True,
     on_progress: Callable[[str], None] = lambda stage: None,
     **options: Any,
-) -> Outcome:
+) -> PlanOutcome:
     """As `plan`, but return all that was found, and a plan also where nothing fits.
 
     Args:
@@ -215,7 +215,7 @@ def make_plan(
     ask = advise and planning.best.excess_bytes > 0
     verdicts, failure = _verdicts(model, planning, verify, watch)
     winner = verdicts[0].candidate if verdicts else planning.candidates[0]
-    return Outcome(
+    return PlanOutcome(
         plan=_plan_value(planning, winner, verdicts),
         winner=winner,
         planning=planning,
@@ -311,9 +311,9 @@ def _compiled(verdict: Verdict, planning: Planning) -> Compiled | None:
     )
 
 
-def _collectives(step: CompiledStep, causes: Causes) -> tuple[Collective, ...]:
+def _collectives(step: CompiledStep, causes: Causes) -> tuple[CompiledCollective, ...]:
     return tuple(
-        Collective(
+        CompiledCollective(
             kind=item.kind,
             axis=item.axis or None,
             wire_bytes=round(item.wire_bytes),

@@ -10,7 +10,7 @@ import pytest
 
 from autoshard.execution.comparison import compare
 from autoshard.execution.placement import placed_by
-from autoshard.execution.requests import Outcome, Part, RunRequest
+from autoshard.execution.requests import Part, PartOutcome, RunRequest
 from autoshard.execution.tolerance import tolerance_of
 from autoshard.execution.worker import run_part
 from autoshard.layout.distribution import keras_distribution
@@ -72,12 +72,12 @@ def asked(name: str, part: Part, mesh: Mesh | None, rules: LayoutRules = ()) -> 
     )
 
 
-def ran(request: RunRequest) -> Outcome:
+def ran(request: RunRequest) -> PartOutcome:
     return run_part(request, lambda stage: None)
 
 
 @cache
-def unsharded(name: str, part: Part) -> Outcome:
+def unsharded(name: str, part: Part) -> PartOutcome:
     return ran(asked(name, part, None))
 
 

@@ -6,13 +6,13 @@ from test_end_to_end import small_gemma_backbone
 from autoshard.errors import MeshError, UsageError
 from autoshard.mesh import Mesh
 from autoshard.mesh_shapes import make_setups, mesh_shapes, tradeoffs
-from autoshard.pipeline import Outcome, make_plan
+from autoshard.pipeline import PlanOutcome, make_plan
 
 STEP = {"dtype": "float32", "seq_len": 16}
 
 
 @pytest.fixture(scope="module")
-def outcome() -> Outcome:
+def outcome() -> PlanOutcome:
     return make_plan(small_gemma_backbone, devices=8, **STEP)
 
 
@@ -23,13 +23,13 @@ def test_a_shape_for_every_divisor(n_devices: int) -> None:
     assert {mesh.n_devices for mesh in shapes} == {n_devices}
 
 
-def test_the_best_shape_is_the_best_of_the_plans_for_each(outcome: Outcome) -> None:
+def test_the_best_shape_is_the_best_of_the_plans_for_each(outcome: PlanOutcome) -> None:
     alone = [make_plan(small_gemma_backbone, str(mesh), batch=8, **STEP) for mesh in mesh_shapes(8)]
     assert outcome.planning.best.rank == min(one.planning.best.rank for one in alone)
     assert outcome.plan.mesh == outcome.shapes[0].setup.mesh
 
 
-def test_no_tradeoff_is_beaten_in_both_time_and_memory(outcome: Outcome) -> None:
+def test_no_tradeoff_is_beaten_in_both_time_and_memory(outcome: PlanOutcome) -> None:
     kept = [
         (t.scored.cost.step_seconds, t.scored.cost.memory.peak_bytes)
         for t in tradeoffs(outcome.shapes)

@@ -22,8 +22,8 @@ from autoshard.mesh import Mesh
 from autoshard.model.workload import Workload
 from autoshard.records.parts import (
     Alternative,
-    Collective,
     Compiled,
+    CompiledCollective,
     PlannedModel,
     Prediction,
     Reason,
@@ -56,7 +56,7 @@ PLAN = Plan(
         fits=None,
         peak_bytes_per_device=None,
         collectives=(
-            Collective(
+            CompiledCollective(
                 kind="all-reduce",
                 axis="model",
                 wire_bytes=44_040_192,
@@ -99,7 +99,12 @@ rules = st.lists(
     unique_by=lambda rule: rule.pattern,
 ).map(tuple)
 collectives = st.builds(
-    Collective, kind=texts, axis=st.none() | texts, wire_bytes=counts, count=counts, layer=texts
+    CompiledCollective,
+    kind=texts,
+    axis=st.none() | texts,
+    wire_bytes=counts,
+    count=counts,
+    layer=texts,
 )
 compiled = st.builds(
     Compiled,

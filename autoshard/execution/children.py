@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from autoshard.errors import ChildError, XlaError
-from autoshard.execution.requests import Cluster, Outcome, Part, RunRequest
+from autoshard.execution.requests import Cluster, Part, PartOutcome, RunRequest
 from autoshard.hardware.targets import parse_target
 from autoshard.xla.children import Child, child_environment
 
@@ -61,7 +61,7 @@ def execute(
     timeout_seconds: float,
     memory_limit_bytes: int | None = None,
     on_stage: Callable[[str], None] | None = None,
-) -> tuple[Outcome, ...]:
+) -> tuple[PartOutcome, ...]:
     """Run a part in a process of its own, or in several that share the mesh.
 
     Args:
@@ -107,7 +107,7 @@ def _shares(request: RunRequest, n_processes: int) -> list[RunRequest]:
 
 def _call_all(
     children: Sequence[Child], requests: Sequence[RunRequest], timeout_seconds: float
-) -> tuple[Outcome, ...]:
+) -> tuple[PartOutcome, ...]:
     """Call each child in a thread of its own; the first failure ends all of them."""
     with ThreadPoolExecutor(len(children)) as threads:
         calls = [

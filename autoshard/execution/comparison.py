@@ -22,7 +22,7 @@ def compare(
 
     Args:
         part: which part.
-        found: the arrays of the sharded run, as `Outcome` has them.
+        found: the arrays of the sharded run, as `PartOutcome` has them.
         reference: those of the reference.
         tolerance: the bounds.
         n_prompt: tokens that `generate` was given.

@@ -9,7 +9,7 @@ from autoshard.mesh import Mesh
 from autoshard.model.workload import Workload
 from autoshard.records.execution import Placed
 
-__all__ = ["Cluster", "Outcome", "Part", "RunRequest"]
+__all__ = ["Cluster", "PartOutcome", "Part", "RunRequest"]
 
 Part = Literal["load", "predict", "generate", "fit"]
 
@@ -64,7 +64,7 @@ class RunRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class PartOutcome:
     """What a process found.
 
     Attributes:

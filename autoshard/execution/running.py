@@ -13,7 +13,7 @@ from autoshard.errors import AutoshardError, ModelError, UsageError
 from autoshard.execution.children import execute
 from autoshard.execution.comparison import compare
 from autoshard.execution.memory import needed_bytes
-from autoshard.execution.requests import Outcome, Part, RunRequest
+from autoshard.execution.requests import Part, PartOutcome, RunRequest
 from autoshard.execution.tolerance import tolerance_of
 from autoshard.host import available_bytes
 from autoshard.mesh import round_up
@@ -227,7 +227,7 @@ def _compared(
     if job.n_processes == 1:
         reference = replace(reference, mesh=None, rules=())
 
-    def outcomes(title: str, asked: RunRequest, n_processes: int) -> tuple[Outcome, ...]:
+    def outcomes(title: str, asked: RunRequest, n_processes: int) -> tuple[PartOutcome, ...]:
         available = available_bytes()
         return execute(
             asked,
@@ -294,7 +294,7 @@ def _n_blocks(model: AbstractModel) -> int | None:
     return sum(len(stack.layers) for stack in find_stacks(model)) or None
 
 
-def _execution(outcomes: tuple[Outcome, ...]) -> Execution:
+def _execution(outcomes: tuple[PartOutcome, ...]) -> Execution:
     return Execution(
         build_seconds=max(o.build_seconds for o in outcomes),
         run_seconds=max(o.run_seconds for o in outcomes),
@@ -303,7 +303,7 @@ def _execution(outcomes: tuple[Outcome, ...]) -> Execution:
     )
 
 
-def _placed(outcomes: tuple[Outcome, ...]) -> Placed | None:
+def _placed(outcomes: tuple[PartOutcome, ...]) -> Placed | None:
     placed = [outcome.placed for outcome in outcomes if outcome.placed is not None]
     if not placed:
         return None

@@ -19,7 +19,7 @@ import numpy as np
 from autoshard.errors import ModelError, XlaError
 from autoshard.execution.checkpointing import checkpoint_blocks
 from autoshard.execution.placement import placed_by
-from autoshard.execution.requests import Outcome, RunRequest
+from autoshard.execution.requests import PartOutcome, RunRequest
 from autoshard.layout.distribution import keras_distribution
 from autoshard.model.build import build
 from autoshard.model.data import prompt_data, run_data, targets_of, token_name
@@ -35,7 +35,7 @@ Arrays = dict[str, Any]
 _BETA_2 = 0.99
 
 
-def run_part(request: RunRequest, progress: Callable[[str], None]) -> Outcome:
+def run_part(request: RunRequest, progress: Callable[[str], None]) -> PartOutcome:
     """Build a model with values and run one part.
 
     Args:
@@ -51,7 +51,7 @@ def run_part(request: RunRequest, progress: Callable[[str], None]) -> Outcome:
         return _run(request, progress)
 
 
-def _run(request: RunRequest, progress: Callable[[str], None]) -> Outcome:
+def _run(request: RunRequest, progress: Callable[[str], None]) -> PartOutcome:
     keras = import_keras()
     if request.cluster is not None:
         progress("join the other processes")
@@ -87,7 +87,7 @@ def _run(request: RunRequest, progress: Callable[[str], None]) -> Outcome:
                 f"{request.part} of {request.model}: {name} is 0 throughout, and nothing can be "
                 "compared"
             )
-    return Outcome(
+    return PartOutcome(
         build_seconds=built - start,
         run_seconds=ended - built,
         built_bytes=built_bytes,

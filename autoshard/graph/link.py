@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Label", "Labels", "Link", "Rule", "Shape", "drop_ones", "numbered"]
+__all__ = ["Label", "Labels", "Link", "LinkRule", "Shape", "drop_ones", "numbered"]
 
 Shape = tuple[int, ...]
 Label = Hashable
@@ -37,7 +37,7 @@ class Link:
     sizes: Mapping[Label, int] = field(default_factory=dict)
 
 
-Rule = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], Link]
+LinkRule = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], Link]
 
 
 def numbered(shape: Shape, whole: Sequence[int] = ()) -> Labels:

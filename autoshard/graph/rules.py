@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autoshard.graph.link import Label, Link, Rule, Shape, drop_ones, numbered
+from autoshard.graph.link import Label, Link, LinkRule, Shape, drop_ones, numbered
 from autoshard.graph.lookups import gather_rule, scatter_rule
 from autoshard.model.outputs import MARK
 
@@ -319,7 +319,7 @@ _ELEMENTWISE = (
 )
 # fmt: on
 
-LINK_RULES: Mapping[str, Rule] = {
+LINK_RULES: Mapping[str, LinkRule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(
         ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),

@@ -9,7 +9,6 @@ import numpy as np
 from autoshard.model.inputs import Input, model_inputs, output_structure
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel, layers_by_path
-from autoshard.model.signature import Array
 from autoshard.model.workload import Workload
 
 __all__ = ["Targets", "prompt_data", "run_data", "targets_of", "token_name"]
@@ -123,7 +122,7 @@ def _filled(shape: tuple[int | None, ...], batch: int, data: Any) -> tuple[int, 
     return (batch, *(size or lengths[0] for size in shape[1:]))
 
 
-def _drawn(data: Input, draw: np.random.Generator, n_tokens: int, alone: bool) -> Array:
+def _drawn(data: Input, draw: np.random.Generator, n_tokens: int, alone: bool) -> Any:
     if data.dtype.startswith(("float", "bfloat")):
         return draw.random(data.shape, "float32")
     if "mask" in data.name:

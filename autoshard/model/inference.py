@@ -9,11 +9,10 @@ from autoshard.model.inputs import model_inputs, output_structure
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel, one_line
 from autoshard.model.signature import (
-    Argument,
-    Array,
     Arrays,
-    Result,
     Step,
+    StepArgument,
+    StepResult,
     data_argument,
     training_mode,
     variable_arguments,
@@ -30,7 +29,7 @@ def prefill_step(model: AbstractModel, workload: Workload) -> Step:
     variables, n_trainable = variable_arguments(model.model)
     names = [path for path, _ in keras.tree.flatten_with_path(output_structure(model.model))]
 
-    def prefill(*arrays: Array) -> Arrays:
+    def prefill(*arrays: Any) -> Arrays:
         outputs, _ = model.model.stateless_call(
             arrays[:n_trainable],
             arrays[n_trainable : len(variables)],
@@ -43,7 +42,9 @@ def prefill_step(model: AbstractModel, workload: Workload) -> Step:
         function=prefill,
         arguments=(*variables, *map(data_argument, inputs)),
         results=tuple(
-            Result(role="logits" if model.generates else "output", path="/".join(map(str, name)))
+            StepResult(
+                role="logits" if model.generates else "output", path="/".join(map(str, name))
+            )
             for name in names
         ),
         task=model.task,
@@ -72,12 +73,14 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
     inputs, _ = model_inputs(model.model, workload, pictures=False)
     leaves = keras.tree.flatten(filled[1:])
     cache = tuple(
-        Argument(role="cache", path=f"cache/{i}", shape=tuple(leaf.shape), dtype=str(leaf.dtype))
+        StepArgument(
+            role="cache", path=f"cache/{i}", shape=tuple(leaf.shape), dtype=str(leaf.dtype)
+        )
         for i, leaf in enumerate(leaves)
     )
     ends = (len(variables), len(variables) + len(cache))
 
-    def decode(*arrays: Array) -> Arrays:
+    def decode(*arrays: Any) -> Arrays:
         def fill(*args: Any, **kwargs: Any) -> Any:
             # The prompt's hidden states come first, and no `next` reads them.
             hidden = keras.tree.map_structure(
@@ -85,7 +88,7 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
             )
             return (hidden, *keras.tree.pack_sequence_as(filled[1:], arrays[ends[0] : ends[1]]))
 
-        def sample(next: Any, prompt: Array, cache: Any, index: Array, **_: Any) -> Array:
+        def sample(next: Any, prompt: Any, cache: Any, index: Any, **_: Any) -> Any:
             turns.append(next(prompt, cache, index))
             return prompt
 
@@ -100,9 +103,9 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
         function=decode,
         arguments=(*variables, *cache, *map(data_argument, inputs)),
         results=(
-            Result(role="logits", path=""),
+            StepResult(role="logits", path=""),
             *(
-                Result(role="cache", path=cache[i].path, argument=ends[0] + i)
+                StepResult(role="cache", path=cache[i].path, argument=ends[0] + i)
                 for i in carried
                 if i is not None
             ),
@@ -113,7 +116,7 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
 
 
 def _cache_shapes(
-    model: Any, variables: Sequence[Argument], data: Sequence[Argument], structure: Any
+    model: Any, variables: Sequence[StepArgument], data: Sequence[StepArgument], structure: Any
 ) -> tuple[Any, tuple[int | None, ...]]:
     """The shapes that `_build_cache` returns, and which of those arrays `next` carries on.
 
@@ -124,12 +127,12 @@ def _cache_shapes(
     keras = import_keras()
     carried: list[int | None] = []
 
-    def prompt_pass(*arrays: Array) -> Any:
+    def prompt_pass(*arrays: Any) -> Any:
         def fill(*args: Any, **kwargs: Any) -> Any:
             results.append(build_cache(*args, **kwargs))
             return results[0]
 
-        def sample(next: Any, prompt: Array, cache: Any, index: Array, **_: Any) -> Array:
+        def sample(next: Any, prompt: Any, cache: Any, index: Any, **_: Any) -> Any:
             place = {id(leaf): i for i, leaf in enumerate(keras.tree.flatten(results[0][1:]))}
             carried.extend(place.get(id(leaf)) for leaf in keras.tree.flatten(cache))
             return prompt

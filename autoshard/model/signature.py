@@ -8,10 +8,9 @@ from autoshard.model.inputs import Input
 from autoshard.model.slots import Slot
 
 __all__ = [
-    "Argument",
-    "Array",
+    "StepArgument",
     "Arrays",
-    "Result",
+    "StepResult",
     "Step",
     "data_argument",
     "replaced",
@@ -20,12 +19,11 @@ __all__ = [
     "variable_arguments",
 ]
 
-Array = Any
-Arrays = tuple[Array, ...]
+Arrays = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Argument:
+class StepArgument:
     """One array that the step takes.
 
     Attributes:
@@ -45,7 +43,7 @@ class Argument:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class StepResult:
     """One array that the step returns.
 
     Attributes:
@@ -72,8 +70,8 @@ class Step:
     """
 
     function: Callable[..., Arrays]
-    arguments: tuple[Argument, ...]
-    results: tuple[Result, ...]
+    arguments: tuple[StepArgument, ...]
+    results: tuple[StepResult, ...]
     task: str
     loss: str | None
 
@@ -83,12 +81,12 @@ class Step:
         return tuple(r.argument for r in self.results if r.argument is not None)
 
 
-def variable_arguments(model: Any) -> tuple[tuple[Argument, ...], int]:
+def variable_arguments(model: Any) -> tuple[tuple[StepArgument, ...], int]:
     """The variables as `stateless_call` takes them, and how many of them, first, are trainable."""
     weights = {id(variable) for variable in model.weights}
     trainable, other = model.trainable_variables, model.non_trainable_variables
     arguments = tuple(
-        Argument(
+        StepArgument(
             role="weight" if id(v) in weights else "state",
             path=v.path,
             shape=tuple(v.shape),
@@ -100,22 +98,22 @@ def variable_arguments(model: Any) -> tuple[tuple[Argument, ...], int]:
     return arguments, len(trainable)
 
 
-def slot_argument(slot: Slot) -> Argument:
+def slot_argument(slot: Slot) -> StepArgument:
     """An optimizer's variable: laid out as its owner is."""
-    return Argument(
+    return StepArgument(
         role="slot", path=slot.path, shape=slot.shape, dtype=slot.dtype, layout_path=slot.owner
     )
 
 
-def data_argument(data: Input) -> Argument:
+def data_argument(data: Input) -> StepArgument:
     """An array of data."""
-    return Argument(role="data", path=data.name, shape=data.shape, dtype=data.dtype)
+    return StepArgument(role="data", path=data.name, shape=data.shape, dtype=data.dtype)
 
 
-def replaced(arguments: Sequence[Argument]) -> list[Result]:
+def replaced(arguments: Sequence[StepArgument]) -> list[StepResult]:
     """Results that replace these arguments, a step's first, one by one."""
     return [
-        Result(role=argument.role, path=argument.path, argument=index)
+        StepResult(role=argument.role, path=argument.path, argument=index)
         for index, argument in enumerate(arguments)
         if argument.role != "data"
     ]

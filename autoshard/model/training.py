@@ -8,10 +8,9 @@ from autoshard.model.inputs import Input, model_inputs
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import (
-    Array,
     Arrays,
-    Result,
     Step,
+    StepResult,
     data_argument,
     replaced,
     slot_argument,
@@ -29,7 +28,7 @@ class _Loss:
     """What is minimised, in words and as a function of the outputs and of these data."""
 
     words: str
-    function: Callable[..., Array]
+    function: Callable[..., Any]
     targets: tuple[Input, ...] = ()
 
 
@@ -45,13 +44,13 @@ def train_step(model: AbstractModel, workload: Workload) -> Step:
     ends = [n_trainable, len(variables), len(variables) + len(slots.slots)]
     ends.append(ends[-1] + len(inputs))
 
-    def train(*arrays: Array) -> Arrays:
+    def train(*arrays: Any) -> Arrays:
         trainable, other, opt = (
             list(arrays[start:end]) for start, end in zip([0, *ends[:2]], ends[:3], strict=True)
         )
         data = keras.tree.pack_sequence_as(structure, arrays[ends[2] : ends[3]])
 
-        def total_loss(trainable: list[Array]) -> tuple[Array, list[Array]]:
+        def total_loss(trainable: list[Any]) -> tuple[Any, list[Any]]:
             outputs, updated, extra = model.model.stateless_call(
                 trainable, other, data, return_losses=True, **training_mode(model.model, True)
             )
@@ -65,7 +64,7 @@ def train_step(model: AbstractModel, workload: Workload) -> Step:
     return Step(
         function=train,
         arguments=(*updated_arguments, *map(data_argument, (*inputs, *loss.targets))),
-        results=(*replaced(updated_arguments), Result(role="loss", path="loss")),
+        results=(*replaced(updated_arguments), StepResult(role="loss", path="loss")),
         task=model.task,
         loss=loss.words,
     )
@@ -75,7 +74,7 @@ def _loss(model: AbstractModel, workload: Workload) -> _Loss:
     keras = import_keras()
     if not model.generates:
 
-        def mean_square(outputs: Any) -> Array:
+        def mean_square(outputs: Any) -> Any:
             parts = [keras.ops.cast(o, "float32") for o in keras.tree.flatten(outputs)]
             return sum(keras.ops.mean(keras.ops.square(part)) for part in parts)
 
@@ -83,7 +82,7 @@ def _loss(model: AbstractModel, workload: Workload) -> _Loss:
 
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-    def next_token(logits: Any, labels: Array, sample_weight: Array) -> Array:
+    def next_token(logits: Any, labels: Any, sample_weight: Any) -> Any:
         return cross_entropy(labels, logits, sample_weight)
 
     # As CausalLM.fit is fed by its preprocessor: the labels are the tokens one place on, their

@@ -11,7 +11,7 @@ from autoshard.model.variables import ModelTable
 
 __all__ = [
     "Alternative",
-    "Collective",
+    "CompiledCollective",
     "Compiled",
     "PlannedFamily",
     "PlannedModel",
@@ -123,7 +123,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
+class CompiledCollective:
     """Collectives of one kind that a compiler put into the program.
 
     Attributes:
@@ -161,7 +161,7 @@ class Compiled:
     blocks: int | None
     fits: bool | None
     peak_bytes_per_device: int | None
-    collectives: tuple[Collective, ...]
+    collectives: tuple[CompiledCollective, ...]
     step_seconds: float | None
 
 

@@ -11,7 +11,7 @@ from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, format_rules, rules_text
 from autoshard.mesh import format_spec
 from autoshard.mesh_shapes import tradeoffs
-from autoshard.pipeline import Outcome
+from autoshard.pipeline import PlanOutcome
 from autoshard.pricing import Candidate
 from autoshard.records.parts import Reason
 from autoshard.search.candidates import legal_specs
@@ -30,7 +30,7 @@ _TRIFLE = 0.01
 _REFINED = ("reduce-scatter", "all-gather")
 
 
-def plan_text(outcome: Outcome, *, timings: bool = False) -> str:
+def plan_text(outcome: PlanOutcome, *, timings: bool = False) -> str:
     """Everything a person wants to know of a plan.
 
     Args:
@@ -57,7 +57,7 @@ def _map(plan: Plan) -> str:
     return head + rules_text(plan.rules)
 
 
-def _head(outcome: Outcome) -> str:
+def _head(outcome: PlanOutcome) -> str:
     setup, table = outcome.planning.setup, outcome.planning.table
     work = setup.workload
     lines = [
@@ -75,14 +75,14 @@ def _head(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def notes(outcome: Outcome) -> list[str]:
+def notes(outcome: PlanOutcome) -> list[str]:
     """What a user should know of the plan before it is used, a line each."""
     still = outcome.planning.setup.workload.stillness
     said = [f"note: {still}"] if still else []
     return said + [f"warning: {doubt}" for doubt in outcome.planning.doubts()]
 
 
-def _misfit(outcome: Outcome) -> str:
+def _misfit(outcome: PlanOutcome) -> str:
     assert outcome.winner.scored is not None
     peak = outcome.winner.scored.cost.memory.peak_bytes
     limit = format_bytes(outcome.planning.setup.memory_limit)
@@ -101,7 +101,7 @@ def _misfit(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _cost(outcome: Outcome) -> str:
+def _cost(outcome: PlanOutcome) -> str:
     assert outcome.winner.scored is not None
     scored, planning = outcome.winner.scored, outcome.planning
     cost, memory, result = scored.cost, scored.cost.memory, planning.result
@@ -135,7 +135,7 @@ def _cost(outcome: Outcome) -> str:
     )
 
 
-def _whole(outcome: Outcome) -> Iterator[str]:
+def _whole(outcome: PlanOutcome) -> Iterator[str]:
     """The weights that every device holds whole, and why, where they are more than a trifle."""
     table, mesh = outcome.planning.table, outcome.planning.setup.mesh
     families = resolve(outcome.plan.rules, table, mesh).whole(table, mesh)
@@ -151,7 +151,7 @@ def _whole(outcome: Outcome) -> Iterator[str]:
     yield "\n".join([f"whole on every device: {format_bytes(total)} of weights", *named])
 
 
-def _shapes(outcome: Outcome) -> Iterator[str]:
+def _shapes(outcome: PlanOutcome) -> Iterator[str]:
     """The shapes of the mesh, and what memory costs in time over all of them."""
     if not outcome.shapes:
         return
@@ -174,7 +174,7 @@ def _shapes(outcome: Outcome) -> Iterator[str]:
     )
 
 
-def _ranking(outcome: Outcome) -> str:
+def _ranking(outcome: PlanOutcome) -> str:
     said = {verdict.candidate.name: verdict for verdict in outcome.verdicts}
     rows = []
     planning = outcome.planning
@@ -192,7 +192,7 @@ def _ranking(outcome: Outcome) -> str:
     return "\n\n".join([f"{table}\n({note}){refused}", *_differences(outcome)])
 
 
-def _candidates(outcome: Outcome) -> tuple[Candidate, ...]:
+def _candidates(outcome: PlanOutcome) -> tuple[Candidate, ...]:
     """The candidates, the split by hand, and what else was compiled, each once."""
     planning = outcome.planning
     compiled = (verdict.candidate for verdict in outcome.verdicts)
@@ -229,7 +229,7 @@ def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ..
     )
 
 
-def _differences(outcome: Outcome) -> Iterator[str]:
+def _differences(outcome: PlanOutcome) -> Iterator[str]:
     """Each other candidate by the rules that it has not (-) and has (+) beside the plan's."""
     planning, winner = outcome.planning, outcome.winner.rules
     for candidate in _candidates(outcome):
@@ -250,7 +250,7 @@ def _changes(old: LayoutRules, new: LayoutRules) -> str:
     return "\n".join(f"{sign} {line}" for sign, text in signed for line in text.splitlines())
 
 
-def _verification(outcome: Outcome) -> Iterator[str]:
+def _verification(outcome: PlanOutcome) -> Iterator[str]:
     """Prediction beside compiler, collective by collective."""
     if not outcome.verdicts or outcome.verdicts[0].compiled is None:
         return
@@ -333,6 +333,6 @@ def _signed(amount: float, text: Callable[[float], str]) -> str:
     return f"{'+' if amount > 0 else '-'}{text(abs(amount))}"
 
 
-def _timings(outcome: Outcome) -> str:
+def _timings(outcome: PlanOutcome) -> str:
     rows = [(stage, f"{seconds:.2f} s") for stage, seconds in outcome.timings.items()]
     return tabulate(rows, headers=("stage", "measured"), disable_numparse=True)

@@ -17,7 +17,7 @@ from autoshard.search.problem import Node, Problem
 
 __all__ = ["ChoiceGraph", "Load"]
 
-Array = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 # What rounding may do to a sum of costs, relative to the largest.
@@ -30,7 +30,7 @@ class Load:
 
     start: int
     stop: int
-    usages: Array
+    usages: Floats
 
 
 @dataclass(slots=True)
@@ -61,10 +61,10 @@ class ChoiceGraph:
     n_times: int
     tolerance: float
     n_strategies: list[int]
-    costs: list[Array]
+    costs: list[Floats]
     kept: list[Indices]
     loads: list[list[Load]]
-    tables: list[dict[int, Array]]
+    tables: list[dict[int, Floats]]
     alive: dict[int, None]
     light: dict[int, None] = field(default_factory=dict)
     heavy: dict[int, None] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class ChoiceGraph:
         self.light[node] = None
         self.heavy[node] = None
 
-    def connect(self, u: int, v: int, table: Array) -> None:
+    def connect(self, u: int, v: int, table: Floats) -> None:
         """Add a table (sums, strategies of u, strategies of v) to the edge between two nodes."""
         if v in self.tables[u]:
             table = self.tables[u][v] + table
@@ -135,7 +135,7 @@ class ChoiceGraph:
         self.touch(u)
         self.touch(v)
 
-    def disconnect(self, u: int, v: int) -> Array:
+    def disconnect(self, u: int, v: int) -> Floats:
         """Take the edge between two nodes away and return its table, rows for u."""
         del self.tables[v][u]
         self.touch(u)
@@ -173,7 +173,7 @@ class ChoiceGraph:
             self._add_load(parent, Load(load.start, load.stop, load.usages[choice]))
         self._remove(node, (parent,), choice)
 
-    def eliminate(self, node: int, table: Array, choice: Indices) -> None:
+    def eliminate(self, node: int, table: Floats, choice: Indices) -> None:
         """Replace a node between two others by a table of what it costs at its best.
 
         Args:
@@ -213,7 +213,7 @@ class ChoiceGraph:
         """Pairs of choices on edges that are not forbidden."""
         return sum(int(np.isfinite(table[0]).sum()) for _, _, table in self.edges())
 
-    def weighted(self, weights: Array) -> "ChoiceGraph":
+    def weighted(self, weights: Floats) -> "ChoiceGraph":
         """A graph apart from this one whose one cost is a weighted mean of the sums."""
         twin = self.copy()
         for u in self.alive:
@@ -225,12 +225,12 @@ class ChoiceGraph:
             twin.tables[u][v], twin.tables[v][u] = mean, mean.swapaxes(1, 2)
         return twin
 
-    def edges(self) -> list[tuple[int, int, Array]]:
+    def edges(self) -> list[tuple[int, int, Floats]]:
         """Every edge once, `(u, v, table)` with u < v."""
         return [(u, v, t) for u in self.alive for v, t in self.tables[u].items() if u < v]
 
 
-def _costs_of(costs: object, parallel_costs: object, n_sums: int) -> Array:
+def _costs_of(costs: object, parallel_costs: object, n_sums: int) -> Floats:
     """Costs of both sums in one array; what is infinite in one is so in both."""
     sums = [costs] if n_sums == 1 else [costs, parallel_costs or costs]
     array = np.array(sums, dtype=np.float64)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from autoshard.search.choice_graph import Array, ChoiceGraph, Load
+from autoshard.search.choice_graph import ChoiceGraph, Floats, Load
 
 __all__ = ["State", "ball_around", "free_ball"]
 
@@ -42,9 +42,9 @@ class State:
             for load in graph.loads[u]:
                 change[load.start] += load.usages[chosen[u]]
                 change[load.stop] -= load.usages[chosen[u]]
-        self.used: Array = change.cumsum()[:-1]
+        self.used: Floats = change.cumsum()[:-1]
 
-    def _add(self, costs: Array) -> None:
+    def _add(self, costs: Floats) -> None:
         if np.isfinite(costs).all():
             self.sums += costs
         else:
@@ -119,7 +119,7 @@ class State:
             self.used[load.start : load.stop] += load.usages[best] - load.usages[present]
         return True
 
-    def _overuse(self, u: int) -> Array:
+    def _overuse(self, u: int) -> Floats:
         """Memory above the limit, summed over the times that the node is live, by strategy."""
         loads, n = self.graph.loads[u], len(self.graph.kept[u])
         if not loads:
@@ -133,7 +133,7 @@ class State:
         for load in loads:
             change = load.usages - load.usages[self.chosen[u]]
             usages[:, load.start - start : load.stop - start] += change[:, None]
-        over: Array = np.maximum(usages - self.graph.limit, 0.0).sum(axis=1) / self.graph.limit
+        over: Floats = np.maximum(usages - self.graph.limit, 0.0).sum(axis=1) / self.graph.limit
         return over
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.search.choice_graph import Array, ChoiceGraph, Indices
+from autoshard.search.choice_graph import ChoiceGraph, Floats, Indices
 
 __all__ = [
     "Answer",
-    "Program",
+    "Milp",
     "Row",
     "build_program",
     "cover_row",
@@ -62,12 +62,12 @@ class Row:
     """A further row: `entries . columns <= upper`."""
 
     columns: Indices
-    entries: Array
+    entries: Floats
     upper: float
 
 
 @dataclass(slots=True)
-class Program:
+class Milp:
     """Rows and columns of the program; a row is `lower <= entries . columns <= upper`.
 
     Args:
@@ -80,22 +80,22 @@ class Program:
     scale: float
     starts: dict[int, int] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
-    costs: list[Array] = field(default_factory=list)
+    costs: list[Floats] = field(default_factory=list)
     n_columns: int = 0
     n_binary: int = 0
     rows: list[Indices] = field(default_factory=list)
     columns: list[Indices] = field(default_factory=list)
-    entries: list[Array] = field(default_factory=list)
+    entries: list[Floats] = field(default_factory=list)
     lower: list[float] = field(default_factory=list)
     upper: list[float] = field(default_factory=list)
 
-    def add_columns(self, costs: Array) -> Indices:
+    def add_columns(self, costs: Floats) -> Indices:
         """Append columns with these costs, (sums, columns), and return their numbers."""
         self.costs.append(costs)
         first, self.n_columns = self.n_columns, self.n_columns + costs.shape[1]
         return np.arange(first, self.n_columns)
 
-    def add_entries(self, rows: Indices, columns: Indices, entries: Array) -> None:
+    def add_entries(self, rows: Indices, columns: Indices, entries: Floats) -> None:
         """Append matrix entries; `rows` count from the first row not yet added."""
         self.rows.append(rows + len(self.lower))
         self.columns.append(columns)
@@ -107,7 +107,7 @@ class Program:
         self.upper.extend(upper)
 
 
-def build_program(graph: ChoiceGraph, nodes: Sequence[int], size: float) -> Program:
+def build_program(graph: ChoiceGraph, nodes: Sequence[int], size: float) -> Milp:
     """The program of some nodes, without memory rows.
 
     Args:
@@ -115,7 +115,7 @@ def build_program(graph: ChoiceGraph, nodes: Sequence[int], size: float) -> Prog
         nodes: a union of its connected components.
         size: what the objective is about, above 0.
     """
-    program = Program(scale=_OBJECTIVE_SIZE / size)
+    program = Milp(scale=_OBJECTIVE_SIZE / size)
     for node in nodes:
         _add_choices(program, node, graph.costs[node])
     program.n_binary = program.n_columns
@@ -128,7 +128,7 @@ def build_program(graph: ChoiceGraph, nodes: Sequence[int], size: float) -> Prog
     return program
 
 
-def _add_choices(program: Program, node: int, costs: Array) -> None:
+def _add_choices(program: Milp, node: int, costs: Floats) -> None:
     columns = program.add_columns(costs)
     program.starts[node] = int(columns[0])
     program.sizes[node] = len(columns)
@@ -136,7 +136,7 @@ def _add_choices(program: Program, node: int, costs: Array) -> None:
     program.add_rows([1.0], [1.0])
 
 
-def _add_marginals(program: Program, u: int, v: int, table: Array) -> None:
+def _add_marginals(program: Milp, u: int, v: int, table: Floats) -> None:
     i, j = np.isfinite(table[0]).nonzero()
     pairs = program.add_columns(table[:, i, j])
     for node, strategy in ((u, i), (v, j)):
@@ -147,7 +147,7 @@ def _add_marginals(program: Program, u: int, v: int, table: Array) -> None:
         program.add_rows([0.0] * n, [0.0] * n)
 
 
-def _add_excess(program: Program) -> None:
+def _add_excess(program: Milp) -> None:
     costs = np.concatenate(program.costs, axis=1)
     scale = program.scale * _EXCESS_SIZE / _OBJECTIVE_SIZE
     excess = (costs[1] - costs[0]) * scale
@@ -158,13 +158,13 @@ def _add_excess(program: Program) -> None:
     program.add_rows([-np.inf], [0.0])
 
 
-def memory_row(graph: ChoiceGraph, program: Program, time: int) -> Row:
+def memory_row(graph: ChoiceGraph, program: Milp, time: int) -> Row:
     """Usage of the nodes live at a time, in parts of the limit, is at most 1."""
     columns, usages = _live_columns(graph, program, time)
     return Row(columns=columns, entries=usages / graph.limit, upper=1.0)
 
 
-def cover_row(graph: ChoiceGraph, program: Program, time: int, values: Mapping[int, int]) -> Row:
+def cover_row(graph: ChoiceGraph, program: Milp, time: int, values: Mapping[int, int]) -> Row:
     """Not all nodes live at a time, which together exceed the limit, use that much or more."""
     columns, usages = _live_columns(graph, program, time)
     taken = dict(zip(columns.tolist(), usages.tolist(), strict=True))
@@ -178,7 +178,7 @@ def cover_row(graph: ChoiceGraph, program: Program, time: int, values: Mapping[i
     return Row(columns=np.array(covered), entries=np.ones(len(covered)), upper=n_nodes - 1.0)
 
 
-def _live_columns(graph: ChoiceGraph, program: Program, time: int) -> tuple[Indices, Array]:
+def _live_columns(graph: ChoiceGraph, program: Milp, time: int) -> tuple[Indices, Floats]:
     columns, usages = [], []
     for node, start in program.starts.items():
         live = [x.usages for x in graph.loads[node] if x.start <= time < x.stop]
@@ -188,7 +188,7 @@ def _live_columns(graph: ChoiceGraph, program: Program, time: int) -> tuple[Indi
     return np.concatenate(columns), np.concatenate(usages)
 
 
-def solve_program(program: Program, extra: Sequence[Row], gap: float, seconds: float) -> Answer:
+def solve_program(program: Milp, extra: Sequence[Row], gap: float, seconds: float) -> Answer:
     """Solve with more rows.
 
     Args:
@@ -222,7 +222,7 @@ def solve_program(program: Program, extra: Sequence[Row], gap: float, seconds: f
     return _read(program, result)
 
 
-def _read(program: Program, result: Any) -> Answer:
+def _read(program: Milp, result: Any) -> Answer:
     if result.status == _INFEASIBLE:
         return Answer(values=None, bound=np.inf, infeasible=True)
     bound = result.mip_dual_bound

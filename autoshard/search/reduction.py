@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoshard.errors import NothingFitsError
-from autoshard.search.choice_graph import Array, ChoiceGraph, Indices
+from autoshard.search.choice_graph import ChoiceGraph, Floats, Indices
 
 __all__ = ["reduce_graph"]
 
@@ -144,20 +144,20 @@ def _drop_dominated(graph: ChoiceGraph, node: int) -> None:
             graph.restrict(node, keep)
 
 
-def _differences(table: Array) -> Array:
+def _differences(table: Floats) -> Floats:
     """`table[k, a, j] - table[k, b, j]` at `[k, a, b, j]`: +inf where a is forbidden anyway."""
     with np.errstate(invalid="ignore"):
-        difference: Array = table[:, :, None] - table[:, None]
+        difference: Floats = table[:, :, None] - table[:, None]
     difference[np.isnan(difference)] = np.inf
     return difference
 
 
-def _least_differences(table: Array) -> Array:
-    least: Array = _differences(table).min(axis=3)
+def _least_differences(table: Floats) -> Floats:
+    least: Floats = _differences(table).min(axis=3)
     return least
 
 
-def _dominated(given: Array, no_heavier: Mask, tolerance: float) -> Mask:
+def _dominated(given: Floats, no_heavier: Mask, tolerance: float) -> Mask:
     """Where `[a, j]` some b is no worse than a: `given[k, a, b, j] >= 0` for every sum k."""
     with np.errstate(invalid="ignore"):
         total = given.sum(axis=0)

@@ -16,7 +16,7 @@ its node or edge: with a known answer, entries that exceed it go away (`forbid_d
 
 import numpy as np
 
-from autoshard.search.choice_graph import Array, ChoiceGraph
+from autoshard.search.choice_graph import ChoiceGraph, Floats
 from autoshard.search.local_search import State
 
 __all__ = ["Ascent", "Relaxation"]
@@ -38,7 +38,7 @@ class Relaxation:
         weights: weight of each sum, adding up to 1.
     """
 
-    def __init__(self, graph: ChoiceGraph, weights: Array) -> None:
+    def __init__(self, graph: ChoiceGraph, weights: Floats) -> None:
         self._graph = graph
         self._order = tuple(graph.alive)
         self._rank = {node: rank for rank, node in enumerate(self._order)}
@@ -46,8 +46,8 @@ class Relaxation:
         used = weights > 0
         weights = weights[used]
         self._costs = {u: weights @ graph.costs[u][used] for u in self._order}
-        self._tables: dict[int, dict[int, Array]] = {u: {} for u in self._order}
-        self._messages: dict[int, dict[int, Array]] = {u: {} for u in self._order}
+        self._tables: dict[int, dict[int, Floats]] = {u: {} for u in self._order}
+        self._messages: dict[int, dict[int, Floats]] = {u: {} for u in self._order}
         for u, v, table in graph.edges():
             mean = np.tensordot(weights, table[used], 1)
             self._tables[u][v], self._tables[v][u] = mean, mean.T
@@ -56,7 +56,7 @@ class Relaxation:
         self.prices = np.zeros(graph.n_times)
         self._priced = dict(self._costs)
 
-    def set_prices(self, prices: Array) -> None:
+    def set_prices(self, prices: Floats) -> None:
         """Put a price on a byte at each time."""
         self.prices = prices
         total = np.concatenate([[0.0], prices.cumsum()])
@@ -87,14 +87,14 @@ class Relaxation:
                 self._messages[v][u] = (tables[v] - here[v][:, None]).min(axis=0)
         return chosen
 
-    def node_costs(self, u: int) -> Array:
+    def node_costs(self, u: int) -> Floats:
         """What the strategies of a node cost after all moves."""
-        total: Array = self._priced[u] + sum(self._messages[u].values())
+        total: Floats = self._priced[u] + sum(self._messages[u].values())
         return total
 
-    def edge_costs(self, u: int, v: int) -> Array:
+    def edge_costs(self, u: int, v: int) -> Floats:
         """What pairs cost after all moves."""
-        table: Array = self._tables[u][v] - self._messages[u][v][:, None] - self._messages[v][u]
+        table: Floats = self._tables[u][v] - self._messages[u][v][:, None] - self._messages[v][u]
         return table
 
     def bound(self) -> float:
@@ -144,7 +144,7 @@ class Ascent:
         weights: of the sums, adding up to 1.
     """
 
-    def __init__(self, graph: ChoiceGraph, weights: Array) -> None:
+    def __init__(self, graph: ChoiceGraph, weights: Floats) -> None:
         self._graph = graph
         self._relaxation = Relaxation(graph, weights)
         self._best_prices = self._relaxation.prices

@@ -24,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 
 from autoshard.errors import NothingFitsError
-from autoshard.search.choice_graph import Array, ChoiceGraph
+from autoshard.search.choice_graph import ChoiceGraph, Floats
 from autoshard.search.components import solve_graph
 from autoshard.search.local_search import State, ball_around, free_ball
 from autoshard.search.problem import Problem, Solution, cost_of, peak_usage, sums_of
@@ -109,7 +109,7 @@ class _Search:
         self.cost = math.inf if problem.nodes else 0.0
         self.bound = -math.inf if problem.nodes else 0.0
         self.state: State | None = None
-        self.weights: Array | None = None
+        self.weights: Floats | None = None
         self.n_nodes = self.n_edges = 0
 
     def left(self) -> float:

@@ -20,7 +20,7 @@ from autoshard.layout.distribution import keras_distribution
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.keras_import import import_keras
-from autoshard.model.step import Argument, Step
+from autoshard.model.step import Step, StepArgument
 
 __all__ = ["lower", "target_devices"]
 
@@ -91,7 +91,7 @@ def lower(step: Step, rules: LayoutRules, mesh: Mesh, target: Target) -> tuple[A
         return traced.lower(), traced.jaxpr
 
 
-def _sharding(distribution: Any, argument: Argument) -> Any:
+def _sharding(distribution: Any, argument: StepArgument) -> Any:
     """The JAX sharding of an argument; None leaves it to the compiler."""
     if argument.role == "cache":
         return None
@@ -114,7 +114,7 @@ def _sharding(distribution: Any, argument: Argument) -> Any:
     return _checked(layout, argument)
 
 
-def _checked(layout: Any, argument: Argument) -> Any:
+def _checked(layout: Any, argument: StepArgument) -> Any:
     sharding = layout.backend_layout
     written = f"'{argument.path}' of shape {argument.shape} cannot be laid out as " \
         f"{format_spec(tuple(layout.axes))}"  # fmt: skip

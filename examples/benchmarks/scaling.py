@@ -16,7 +16,7 @@ from verdicts import plan_here
 
 from autoshard.model.catalogue import Preset, get
 from autoshard.model.keras_import import import_keras_hub
-from autoshard.pipeline import Outcome, make_plan
+from autoshard.pipeline import PlanOutcome, make_plan
 from autoshard.units import format_seconds
 
 DEPTHS = (2, 8, 28, 80)
@@ -59,7 +59,7 @@ def main() -> None:
     print(tabulate(rows(preset, planned), headers=HEADERS, disable_numparse=True))
 
 
-def rows(preset: Preset, planned: Callable[..., Outcome]) -> Iterator[tuple[str, ...]]:
+def rows(preset: Preset, planned: Callable[..., PlanOutcome]) -> Iterator[tuple[str, ...]]:
     """A row for each depth on one mesh, then one for each mesh with the preset's own depth."""
     mesh, target = DEEP
     for depth in DEPTHS:
@@ -75,7 +75,7 @@ def _with_depth(preset: Preset, depth: int) -> Any:
     return backbone.from_config({**preset.config(), "num_layers": depth})
 
 
-def _cells(outcome: Outcome) -> tuple[str, ...]:
+def _cells(outcome: PlanOutcome) -> tuple[str, ...]:
     seconds = outcome.timings
     total = sum(seconds.values())
     return (
