@@ -5,21 +5,16 @@ each is held against the rules to tell which one causes it. The prediction stand
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from autoshard.errors import OutOfMemoryError, UsageError
-from autoshard.hardware.targets import Target, parse_target
+from autoshard.errors import OutOfMemoryError
+from autoshard.hardware.targets import Target
 from autoshard.host import available_bytes
 from autoshard.installed import installed_version
 from autoshard.layout.causes import Causes
-from autoshard.layout.reading import read_layout
-from autoshard.layout.resolve import resolve
-from autoshard.layout.rules import LayoutRules
-from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.folding import Folding
-from autoshard.model.recipe import AbstractModel
 from autoshard.planning import make_program
 from autoshard.pricing import make_pricer, score_rules
 from autoshard.records.parts import Prediction, Versions
@@ -30,38 +25,19 @@ from autoshard.records.verification import (
     VerifiedCollective,
 )
 from autoshard.search.descent import Scorer
-from autoshard.setup import Setup, limit_bytes, make_setup, named_target
-from autoshard.sharding_plan import Plan, load, plan_of
+from autoshard.setup import Setup
+from autoshard.subject import Subject, subject_of
 from autoshard.xla.cache import verdict_cache
 from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
-__all__ = ["Subject", "subject_of", "verify"]
+__all__ = ["verify"]
 
 # Who asks for one program waits longer than who asks for several.
 _PATIENCE_SECONDS = 1800.0
 _COMPILER_PACKAGES = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What is verified.
-
-    Attributes:
-        name: by which a child builds the model.
-        model: the model, without values.
-        rules: the layout map.
-        setup: mesh, target, workload, memory.
-        predicted: what the plan says of that target, if it says anything.
-    """
-
-    name: str
-    model: AbstractModel
-    rules: LayoutRules
-    setup: Setup
-    predicted: Prediction | None
 
 
 def verify(
@@ -118,65 +94,6 @@ def verify(
         except OutOfMemoryError as error:
             return replace(_empty(subject, predicted), fits=False, refusal=str(error))
     return _judged(subject, step, predicted)
-
-
-def subject_of(
-    layout: Any,
-    *,
-    model: str | None = None,
-    target: str | None = None,
-    memory_limit: str | int | None = None,
-    **options: Any,
-) -> Subject:
-    """Read what is to be verified: see `verify`."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if model is None:
-        if isinstance(layout, str) and (layout == "kerashub" or layout.endswith(".py")):
-            raise UsageError(
-                f"{layout} is no plan: name the model and the mesh it is for (--model, --mesh)"
-            )
-        if given:
-            raise UsageError(
-                f"a plan states its own {', '.join(sorted(given))}; leave that out, or name the "
-                "model whose layout this is"
-            )
-        return _planned(layout if isinstance(layout, Plan) else load(layout), target, memory_limit)
-    if not isinstance(model, str):
-        raise UsageError("the compiler's process builds the model itself: pass its name")
-    plan = plan_of(layout)
-    if "mesh" not in given:
-        raise UsageError(
-            "a plan states its own model and mesh: leave the model out, or name a mesh too"
-            if plan
-            else "a layout that is no plan needs its mesh, such as 1x8"
-        )
-    setup = make_setup(**given, target=target, memory_limit=memory_limit)
-    workload = setup.workload
-    built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    setup = replace(setup, workload=built.own(workload))
-    rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
-    resolve(rules, built.table(), setup.mesh).checked()
-    return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)
-
-
-def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> Subject:
-    workload = plan.workload
-    built = build(plan.model.name, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    plan.check_model(built.table())
-    own = parse_target(plan.target)
-    limit = limit_bytes(memory_limit, own)
-    setup = Setup(mesh=plan.mesh, target=own, workload=workload, memory_limit=limit)
-    if target is not None:
-        new = named_target(target, setup.mesh)
-        setup = replace(setup, target=new, memory_limit=limit_bytes(memory_limit, new))
-    same = setup.target == own or setup.target.chip.kind == "cpu"
-    return Subject(
-        name=plan.model.name,
-        model=built,
-        rules=plan.rules,
-        setup=setup,
-        predicted=plan.predicted if same else None,
-    )
 
 
 def _predict(subject: Subject, blocks: int | None) -> Prediction | None:

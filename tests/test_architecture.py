@@ -30,6 +30,7 @@ ROOMS = (
     "records",
     "sharding_plan",
     "setup",
+    "subject",
     "pricing",
     "planning",
     "checking",

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from autoshard.errors import MeshError, UnknownNameError, UsageError
 from autoshard.hardware.chips import get_chip, known_chips
-from autoshard.hardware.gpu_config import gpu_target_config
 from autoshard.hardware.links import device_coordinates
 from autoshard.hardware.targets import (
     Target,
@@ -23,6 +22,7 @@ from autoshard.hardware.targets import (
     target_of,
 )
 from autoshard.mesh import Mesh, parse_mesh
+from autoshard.xla.topology import gpu_target_config, topology_options
 
 
 def line(n_devices: int) -> Mesh:
@@ -167,17 +167,17 @@ def test_more_gpus_than_a_node_holds_become_nodes() -> None:
 
 
 def test_slices_that_hosts_do_not_tile_get_one_chip_a_host() -> None:
-    assert parse_target("tpu:v5e:2x4").topology_options() == {
+    assert topology_options(parse_target("tpu:v5e:2x4")) == {
         "platform": "tpu",
         "topology_name": "v5e:2x4",
     }
-    assert parse_target("tpu:v5e:1x8:2").topology_options() == {
+    assert topology_options(parse_target("tpu:v5e:1x8:2")) == {
         "platform": "tpu",
         "topology_name": "v5e:1x8",
         "num_slices": 2,
         "chips_per_host_bounds": (1, 1, 1),
     }
-    assert parse_target("tpu:v4:2x2x1").topology_options()["chip_config_name"] == "megacore"
+    assert topology_options(parse_target("tpu:v4:2x2x1"))["chip_config_name"] == "megacore"
 
 
 _ASK_THE_COMPILER = """
@@ -203,7 +203,7 @@ def test_the_compiler_lists_the_devices_of_every_target_as_we_do() -> None:
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    asked = json.dumps([target.topology_options() for target in ours])
+    asked = json.dumps([topology_options(target) for target in ours])
     result = subprocess.run(
         [sys.executable, "-c", _ASK_THE_COMPILER, asked],
         env=environment,

@@ -25,8 +25,8 @@ from autoshard.model.values import stores_values
 from autoshard.model.workload import QUANTIZED, Workload
 from autoshard.records.execution import Execution, PartRun, Placed, PlanRun
 from autoshard.records.parts import Versions
+from autoshard.subject import Subject, subject_of
 from autoshard.units import format_bytes
-from autoshard.verification import Subject, subject_of
 
 __all__ = ["run"]
 

@@ -146,7 +146,7 @@ def device_coordinates(target: Target) -> tuple[_Place, ...]:
 
 
 def _host(spot: tuple[int, ...], topology: tuple[int, ...]) -> tuple[int, ...]:
-    # A slice that hosts of 2x2 chips do not tile has one chip a host (see Target.topology_options).
+    # A slice that hosts of 2x2 chips do not tile has one chip a host: see `xla/topology.py`.
     if len(topology) < 2 or any(size % HOST_EDGE for size in topology[:2]):
         return ()
     return (spot[0] // HOST_EDGE, spot[1] // HOST_EDGE, *spot[2:])

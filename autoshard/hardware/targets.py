@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.chips import Chip, get_chip
-from autoshard.hardware.gpu_config import gpu_target_config
 from autoshard.mesh import Mesh
 
 __all__ = ["HOST_EDGE", "Target", "check_devices", "default_target", "parse_target", "target_of"]
@@ -75,38 +74,6 @@ class Target:
     def devices_per_slice(self) -> int:
         """Devices of one slice or node."""
         return math.prod(self.topology) * self.chip.devices_per_chip
-
-    def topology_options(self) -> dict[str, object]:
-        """The arguments by which `jax.experimental.topologies.get_topology_desc` makes the machine.
-
-        The TPU compiler deals slices out to hosts of 2x2 chips and refuses what these do not tile;
-        one chip a host makes any slice compile, 1x1 and 2x3 too. The CUDA compiler counts slices,
-        nodes and GPUs of a node, and is told what a GPU is.
-
-        >>> parse_target("tpu:v5e:2x3").topology_options()["chips_per_host_bounds"]
-        (1, 1, 1)
-        >>> parse_target("gpu:h100-sxm:2x8").topology_options()["topology"]
-        '1x2x8'
-        """
-        assert self.chip.kind != "cpu", self
-        if self.chip.kind == "gpu":
-            return {
-                "platform": "cuda",
-                "topology_name": "",
-                "target_config": gpu_target_config(self.chip),
-                "topology": f"1x{self.n_slices}x{self.topology[0]}",
-            }
-        sizes = "x".join(str(size) for size in self.topology)
-        options: dict[str, object] = {
-            "platform": "tpu",
-            "topology_name": f"{self.chip.name.removeprefix('tpu:')}:{sizes}",
-            **self.chip.topology_options,
-        }
-        if self.n_slices > 1:
-            options["num_slices"] = self.n_slices
-        if any(size % HOST_EDGE for size in self.topology[:2]):
-            options["chips_per_host_bounds"] = (1, 1, 1)
-        return options
 
 
 def parse_target(text: str) -> Target:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from autoshard.errors import NothingFitsError, UsageError
-from autoshard.search.problem import Node, Problem
+from autoshard.errors import UsageError
+from autoshard.search.problem import Infeasible, Node, Problem
 
 __all__ = ["ChoiceGraph", "Load"]
 
@@ -146,10 +146,10 @@ class ChoiceGraph:
         """Leave a node only some of its strategies.
 
         Raises:
-            NothingFitsError: none are left, so the problem has no feasible choice.
+            Infeasible: none are left, so the problem has no feasible choice.
         """
         if not keep.any():
-            raise NothingFitsError(f"no strategy of node {node} can be part of any choice")
+            raise Infeasible(f"no strategy of node {node} can be part of any choice")
         self.costs[node] = self.costs[node][:, keep]
         self.kept[node] = self.kept[node][keep]
         for load in self.loads[node]:

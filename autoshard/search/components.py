@@ -10,10 +10,10 @@ import time
 
 import numpy as np
 
-from autoshard.errors import NothingFitsError
 from autoshard.search.choice_graph import ChoiceGraph
 from autoshard.search.local_search import State
 from autoshard.search.milp import Answer, build_program, cover_row, memory_row, solve_program
+from autoshard.search.problem import Infeasible
 
 __all__ = ["solve_graph"]
 
@@ -53,7 +53,7 @@ def _solve_component(
         left = deadline - time.monotonic() if seconds < math.inf else math.inf
         answer = solve_program(program, rows, gap, left)
         if answer.infeasible:
-            raise NothingFitsError("no choice keeps the memory limit")
+            raise Infeasible("no choice keeps the memory limit")
         if answer.values is None or not times:
             return answer
         used = State(graph, dict.fromkeys(graph.alive, 0) | answer.values).used

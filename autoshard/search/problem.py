@@ -22,9 +22,13 @@ import numpy as np
 
 from autoshard.errors import UsageError
 
-__all__ = ["Edge", "Node", "Problem", "Solution", "cost_of", "peak_usage", "sums_of"]
+__all__ = ["Edge", "Infeasible", "Node", "Problem", "Solution", "cost_of", "peak_usage", "sums_of"]
 
 Table = tuple[tuple[float, ...], ...]
+
+
+class Infeasible(Exception):
+    """A problem of which no choice keeps the limits; a solver's own, its answer says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ With two sums, "costs no more" means in both of them.
 import numpy as np
 import numpy.typing as npt
 
-from autoshard.errors import NothingFitsError
 from autoshard.search.choice_graph import ChoiceGraph, Floats, Indices
+from autoshard.search.problem import Infeasible
 
 __all__ = ["reduce_graph"]
 
@@ -45,7 +45,7 @@ def reduce_graph(graph: ChoiceGraph, *, thorough: bool = True) -> None:
         thorough: False to leave `_drop_dominated` out for the nodes of the largest tables.
 
     Raises:
-        NothingFitsError: the problem has no feasible choice.
+        Infeasible: the problem has no feasible choice.
     """
     _bound_memory(graph)
     while graph.light or graph.heavy:
@@ -202,7 +202,7 @@ def _bound_memory(graph: ChoiceGraph) -> None:
     least, most = least.cumsum(), most.cumsum()
     slack = 1e-9 * graph.limit
     if least.max() > graph.limit + slack:
-        raise NothingFitsError(
+        raise Infeasible(
             f"the least usage of every node together is {least.max():.0f} bytes; "
             f"the limit is {graph.limit:.0f}"
         )

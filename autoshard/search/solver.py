@@ -23,11 +23,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from autoshard.errors import NothingFitsError
 from autoshard.search.choice_graph import ChoiceGraph, Floats
 from autoshard.search.components import solve_graph
 from autoshard.search.local_search import State, ball_around, free_ball
-from autoshard.search.problem import Problem, Solution, cost_of, peak_usage, sums_of
+from autoshard.search.problem import Infeasible, Problem, Solution, cost_of, peak_usage, sums_of
 from autoshard.search.reduction import reduce_graph
 from autoshard.search.relaxation import Ascent
 
@@ -92,7 +91,7 @@ def solve(
         if search.relative_gap() > gap and graph.n_entries() > _LARGE:
             graph = search.tighten(graph)
         search.finish(graph)
-    except NothingFitsError:
+    except Infeasible:
         # Nothing (else) is left: what is known already is the best.
         search.bound = search.cost
     return search.solution()
@@ -284,7 +283,7 @@ class _Search:
                 start = time.monotonic()
                 chosen, _ = solve_graph(part, self.gap, seconds, State(part, present))
                 quick = time.monotonic() - start < 1.0
-            except NothingFitsError:
+            except Infeasible:
                 continue
             size = min(size * 1.1, len(nodes)) if quick else max(size * 0.7, _SMALLEST_BALL)
             values = dict(enumerate(part.choices(chosen)))

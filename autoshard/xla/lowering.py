@@ -21,6 +21,7 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.keras_import import import_keras
 from autoshard.model.step import Step, StepArgument
+from autoshard.xla.topology import topology_options
 
 __all__ = ["lower", "target_devices"]
 
@@ -44,7 +45,7 @@ def target_devices(target: Target) -> tuple[Any, ...]:
             )
         return tuple(devices[: target.n_devices])
     try:
-        topology = topologies.get_topology_desc(**target.topology_options())
+        topology = topologies.get_topology_desc(**topology_options(target))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         compiler = target.chip.kind.upper()

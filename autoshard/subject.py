@@ -1,0 +1,104 @@
+"""What is verified, by a compiler or by a run: a model, its layout, the devices and the step."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoshard.errors import UsageError
+from autoshard.hardware.targets import parse_target
+from autoshard.layout.reading import read_layout
+from autoshard.layout.resolve import resolve
+from autoshard.layout.rules import LayoutRules
+from autoshard.model.build import build
+from autoshard.model.recipe import AbstractModel
+from autoshard.records.parts import Prediction
+from autoshard.setup import Setup, limit_bytes, make_setup, named_target
+from autoshard.sharding_plan import Plan, load, plan_of
+
+__all__ = ["Subject", "subject_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is verified.
+
+    Attributes:
+        name: by which a child builds the model.
+        model: the model, without values.
+        rules: the layout map.
+        setup: mesh, target, workload, memory.
+        predicted: what the plan says of that target, if it says anything.
+    """
+
+    name: str
+    model: AbstractModel
+    rules: LayoutRules
+    setup: Setup
+    predicted: Prediction | None
+
+
+def subject_of(
+    layout: Any,
+    *,
+    model: str | None = None,
+    target: str | None = None,
+    memory_limit: str | int | None = None,
+    **options: Any,
+) -> Subject:
+    """Read what is to be verified.
+
+    Args:
+        layout, model, target, memory_limit, **options: as for `autoshard.verify`.
+
+    Raises:
+        UsageError: a value is wrong, or a plan came with the options of a map.
+        PlanFileError: the plan was made for another model.
+        LayoutError: Keras refuses the map.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if model is None:
+        if isinstance(layout, str) and (layout == "kerashub" or layout.endswith(".py")):
+            raise UsageError(
+                f"{layout} is no plan: name the model and the mesh it is for (--model, --mesh)"
+            )
+        if given:
+            raise UsageError(
+                f"a plan states its own {', '.join(sorted(given))}; leave that out, or name the "
+                "model whose layout this is"
+            )
+        return _planned(layout if isinstance(layout, Plan) else load(layout), target, memory_limit)
+    if not isinstance(model, str):
+        raise UsageError("the compiler's process builds the model itself: pass its name")
+    plan = plan_of(layout)
+    if "mesh" not in given:
+        raise UsageError(
+            "a plan states its own model and mesh: leave the model out, or name a mesh too"
+            if plan
+            else "a layout that is no plan needs its mesh, such as 1x8"
+        )
+    setup = make_setup(**given, target=target, memory_limit=memory_limit)
+    workload = setup.workload
+    built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    setup = replace(setup, workload=built.own(workload))
+    rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
+    resolve(rules, built.table(), setup.mesh).checked()
+    return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)
+
+
+def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> Subject:
+    workload = plan.workload
+    built = build(plan.model.name, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    plan.check_model(built.table())
+    own = parse_target(plan.target)
+    limit = limit_bytes(memory_limit, own)
+    setup = Setup(mesh=plan.mesh, target=own, workload=workload, memory_limit=limit)
+    if target is not None:
+        new = named_target(target, setup.mesh)
+        setup = replace(setup, target=new, memory_limit=limit_bytes(memory_limit, new))
+    same = setup.target == own or setup.target.chip.kind == "cpu"
+    return Subject(
+        name=plan.model.name,
+        model=built,
+        rules=plan.rules,
+        setup=setup,
+        predicted=plan.predicted if same else None,
+    )
