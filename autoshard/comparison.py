@@ -12,6 +12,7 @@ from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh
+from autoshard.model.paths import tails
 from autoshard.model.variables import ModelTable
 from autoshard.planning import Stopwatch, TracedModel, run_planner, trace_model
 from autoshard.pricing import make_pricer, score_rules
@@ -164,7 +165,5 @@ def _layer_templates(table: ModelTable) -> dict[str, str]:
 
 
 def _template(layer: str, layers: dict[str, str]) -> str:
-    """A traced op names its layer from the outermost model down; variables start further in."""
-    parts = layer.split("/")
-    starts = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((layers[path] for path in starts if path in layers), layer)
+    """The template of the layer of a traced op."""
+    return next((layers[path] for path in tails(layer) if path in layers), layer)

@@ -7,12 +7,12 @@ from typing import Any
 from autoshard.errors import ModelError, UsageError
 from autoshard.hardware.targets import target_of
 from autoshard.mesh import Mesh, round_up
+from autoshard.model.workload import DEFAULT_LORA_RANK
 from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner, trace_model
 from autoshard.setup import Setup
 
 __all__ = ["Remedy", "remedies"]
 
-_RANK = 4
 _MOST_DOUBLINGS = 4
 
 
@@ -38,7 +38,7 @@ def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) ->
         model: what `autoshard.plan` takes.
         traced: the same, its step that of the setup.
         setup: the request for which no layout fits.
-        watch: measures the stages.
+        watch: announces each change.
     """
     found = []
     for changes in (_adapted(setup), _smaller_batches(setup), _more_devices(setup)):
@@ -66,9 +66,9 @@ def _remedy(change: str, planning: Planning) -> Remedy | None:
 def _adapted(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Low-rank factors in place of the whole model, with a smaller batch if need be."""
     if setup.workload.kind == "train":
-        workload = replace(setup.workload, kind="lora", lora_rank=_RANK)
+        workload = replace(setup.workload, kind="lora", lora_rank=DEFAULT_LORA_RANK)
         adapted = replace(setup, workload=workload)
-        name = f"--workload lora --lora-rank {_RANK}"
+        name = f"--workload lora --lora-rank {DEFAULT_LORA_RANK}"
         yield name, adapted
         for smaller, changed in _smaller_batches(adapted):
             yield f"{name} {smaller}", changed

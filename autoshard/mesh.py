@@ -19,7 +19,6 @@ __all__ = [
     "format_spec",
     "parse_mesh",
     "round_up",
-    "shard_bytes",
     "shard_shape",
 ]
 
@@ -161,11 +160,6 @@ def shard_shape(shape: Sequence[int], spec: Spec, mesh: Mesh) -> tuple[int, ...]
         size if axis is None else -(-size // sizes[axis])
         for size, axis in zip(shape, axes, strict=True)
     )
-
-
-def shard_bytes(shape: Sequence[int], itemsize: int, spec: Spec, mesh: Mesh) -> int:
-    """The bytes of one device's shard of an array of `shape` and `itemsize` bytes an element."""
-    return math.prod(shard_shape(shape, spec, mesh)) * itemsize
 
 
 def format_spec(spec: Spec) -> str:

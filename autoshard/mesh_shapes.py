@@ -10,6 +10,7 @@ from typing import Any
 from autoshard.errors import MeshError
 from autoshard.hardware.targets import Target
 from autoshard.mesh import Mesh, parse_mesh, round_up
+from autoshard.model.workload import DEFAULT_BATCH
 from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner
 from autoshard.search.descent import Scored
 from autoshard.setup import Setup, make_setup, named_target
@@ -66,7 +67,7 @@ def make_setups(
         MeshError: the axes are not two.
     """
     shapes = mesh_shapes(n_devices)
-    batch = round_up(8, n_devices) if batch is None else batch
+    batch = round_up(DEFAULT_BATCH, n_devices) if batch is None else batch
     if isinstance(target, str):
         target = named_target(target, shapes[0])
     return tuple(

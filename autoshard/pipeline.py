@@ -30,6 +30,7 @@ from autoshard.search.ranking import SearchResult
 from autoshard.settling import Verdict, compiler_for, settle
 from autoshard.setup import make_setup
 from autoshard.sharding_plan import Plan
+from autoshard.units import format_bytes
 from autoshard.xla.compiled import CompiledStep
 
 __all__ = ["PlanOutcome", "inspect", "make_plan", "plan"]
@@ -115,7 +116,7 @@ def plan(
             slice of that many devices.
         slices: so many of that target, joined by the data-centre network (GPU nodes: InfiniBand).
         workload: `train`, `lora`, `prefill` or `decode`.
-        batch: sequences of the global batch; by default 8, or what the data axis divides.
+        batch: sequences of the global batch; by default 8, or the next multiple of the data axis.
         seq_len: tokens a sequence.
         lora_rank: rank of the low-rank factors.
         dtype: as for `inspect`.
@@ -153,8 +154,8 @@ def plan(
         raise XlaError(outcome.failure)
     if not outcome.fits:
         raise NothingFitsError(
-            f"no layout of {outcome.plan.model.name} keeps {outcome.planning.setup.memory_limit} "
-            f"bytes a device; {_nearest(outcome)}"
+            f"no layout of {outcome.plan.model.name} keeps "
+            f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
             + "".join(f"; {remedy.change} would fit" for remedy in outcome.remedies)
         )
     for doubt in outcome.planning.doubts():
@@ -167,7 +168,7 @@ def _nearest(outcome: PlanOutcome) -> str:
     if outcome.verdicts and outcome.verdicts[0].misfit:
         return f"by the target's compiler {outcome.verdicts[0].misfit}"
     assert outcome.winner.scored is not None
-    return f"the nearest needs {outcome.winner.scored.cost.memory.peak_bytes}"
+    return f"the nearest needs {format_bytes(outcome.winner.scored.cost.memory.peak_bytes)}"
 
 
 def make_plan(

@@ -17,6 +17,7 @@ from autoshard.mesh import Mesh, Spec
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.outputs import OutputShapes
+from autoshard.model.paths import tails
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
@@ -301,10 +302,8 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
 
 
 def _layer_count(layer: str, multiplicity: Callable[[str], int]) -> int:
-    """A traced op names its layer from the outermost model down; blocks may start further in."""
-    parts = layer.split("/")
-    counts = (multiplicity("/".join(parts[start:])) for start in range(len(parts)))
-    return next((count for count in counts if count != 1), 1)
+    """How many layers of the real model the layer of a traced op stands for."""
+    return next((count for count in map(multiplicity, tails(layer)) if count != 1), 1)
 
 
 def _by_hand(table: ModelTable, result: SearchResult, mesh: Mesh) -> Candidate | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
 from autoshard.mesh import Mesh, as_mesh, round_up
-from autoshard.model.workload import Workload
+from autoshard.model.workload import DEFAULT_BATCH, DEFAULT_LORA_RANK, Workload
 from autoshard.units import parse_bytes
 from autoshard.xla.attached import attached_target
 
@@ -72,14 +72,14 @@ def make_setup(
     check_devices(mesh, target)
     n_data = mesh.sizes[mesh.data_axis]
     if batch is None:
-        batch = round_up(8, n_data)
+        batch = round_up(DEFAULT_BATCH, n_data)
     if batch % n_data:
         raise MeshError(
             f"a batch of {batch} does not divide over the {n_data} devices of the data axis "
             f"'{mesh.data_axis}'; use a multiple of {n_data}"
         )
     if workload == "lora" and lora_rank is None:
-        lora_rank = 4
+        lora_rank = DEFAULT_LORA_RANK
     return Setup(
         mesh=mesh,
         target=target,

@@ -59,7 +59,7 @@ class Plan:
         predicted: what the formulas say of the step.
         compiled: what a compiler says of it, None where none was asked.
         reasons: why each family got its spec.
-        alternatives: the runners-up, best first.
+        alternatives: the runners-up, those that were compiled first, each kind best first.
         versions: the packages that made it.
     """
 

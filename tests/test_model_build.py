@@ -90,7 +90,7 @@ def test_outputs_that_keras_asks_the_map_for_are_in_the_table() -> None:
     """Compared with what Keras asks during a real trace."""
     from autoshard.model.abstract import recording_scope
 
-    model = fold(build("gemma_2b_en"))
+    model = build("gemma_2b_en", repeats=3)
     with recording_scope() as recorder:
         step = make_step(model, Workload(kind="prefill", batch=1, seq_len=4))
         import jax
@@ -109,7 +109,7 @@ def test_a_callable_by_name_is_built_without_values() -> None:
     assert model.task == "GemmaCausalLM"
     assert {v.dtype for v in model.table().variables} == {"bfloat16"}
     assert all(v._value is None for v in model.backbone.weights)
-    folded = fold(model)
+    folded = fold(model, periods=3)
     assert folded.folding.blocks[0].traced == 3
 
 
@@ -118,7 +118,7 @@ def test_a_model_with_values_keeps_them() -> None:
     model = build(given)
     assert model.model is given
     assert model.table().n_parameters == given.count_params()
-    assert fold(model).folding.blocks[0].n_blocks == 5
+    assert fold(model, periods=3).folding.blocks[0].n_blocks == 5
     assert all(v._value is not None for v in given.weights)
     assert model.dtype == "float32"
     assert trace_model(given, Workload(dtype=None)).workload.dtype == "float32"
@@ -177,7 +177,7 @@ def test_a_model_is_planned_whatever_was_built_before_it() -> None:
 def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
     model = build(plain_network)
     assert model.task == "Functional"
-    assert fold(model).folding.blocks == ()
+    assert fold(model, periods=3).folding.blocks == ()
     step = make_step(model, Workload(kind="train", batch=2, optimizer="sgd"))
     assert step.loss == "mean square of the outputs"
     trace(step)
@@ -208,7 +208,7 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert build(str(tmp_path / "model.keras"), dtype="float32").table().fingerprint == expected
     read = build(str(tmp_path / "config.json"), dtype="float32")
     assert read.table().fingerprint == expected
-    assert any(stack.traced < stack.n_blocks for stack in fold(read).folding.blocks)
+    assert any(stack.traced < stack.n_blocks for stack in fold(read, periods=3).folding.blocks)
     assert build(str(tmp_path), dtype="float32").table().fingerprint == expected
     # A file is planned as it was saved, where nothing else is asked for.
     backbone = small_gemma(dtype="float16").backbone

@@ -22,7 +22,7 @@ from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.values import stores_values
-from autoshard.model.workload import QUANTIZED, Workload
+from autoshard.model.workload import DEFAULT_LORA_RANK, QUANTIZED, Workload
 from autoshard.records.execution import Execution, PartRun, Placed, PlanRun
 from autoshard.records.parts import Versions
 from autoshard.subject import Subject, subject_of
@@ -31,7 +31,6 @@ from autoshard.units import format_bytes
 __all__ = ["run"]
 
 _PART_SECONDS = 3600.0
-_LORA_RANK = 4
 _N_STEPS = 3
 _N_PROMPT = 4
 # Tokens of a sequence, raised to a multiple of the devices, so that a rule may split them.
@@ -174,9 +173,9 @@ def _training(job: _Job) -> _Job:
 
 def _adapting(job: _Job, note: str) -> _Job:
     """Training of low-rank factors, for a model that takes some."""
-    workload = replace(job.workload, kind="lora", lora_rank=_LORA_RANK)
+    workload = replace(job.workload, kind="lora", lora_rank=DEFAULT_LORA_RANK)
     try:
-        lora = build(job.subject.name, dtype=workload.dtype, lora_rank=_LORA_RANK)
+        lora = build(job.subject.name, dtype=workload.dtype, lora_rank=DEFAULT_LORA_RANK)
     except (ModelError, UsageError):
         return job
     if not lora.model.trainable_variables:

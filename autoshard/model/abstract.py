@@ -1,6 +1,6 @@
 """Keras models without values: variables keep shape, dtype and path, and take no memory.
 
-The private names of Keras that this needs are all used here.
+The private names of Keras that this takes are all used here.
 """
 
 import collections

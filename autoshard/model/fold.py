@@ -23,13 +23,12 @@ Keys = tuple[str | int, ...]
 Rows = Counter[tuple[Any, ...]]
 
 
-def fold(model: AbstractModel, *, periods: int = 3) -> AbstractModel:
+def fold(model: AbstractModel, *, periods: int) -> AbstractModel:
     """Build a model again with fewer blocks.
 
     Args:
         model: the whole model.
-        periods: how many periods of each stack to keep, at least 1; 3 keeps a first, a middle and
-            a last.
+        periods: how many periods of each stack to keep, at least 1.
 
     Raises:
         UsageError: fewer than 1.

@@ -7,8 +7,8 @@ more period:
     n_blocks = lead + n_periods * period + remainder
     traced   = lead + k * period + remainder
 
-The traced copy holds the first periods and the last one. With three of them the middle one stands
-for all `n_periods - 2` of its kind.
+The traced copy holds the first periods and the last one. The last of the first stands for those
+left out: of two periods the first for `n_periods - 1`, of three the middle for `n_periods - 2`.
 """
 
 import math

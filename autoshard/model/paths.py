@@ -17,10 +17,10 @@ Told apart from the paths alone:
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["PathNames", "number_of", "ranked"]
+__all__ = ["PathNames", "number_of", "ranked", "tails"]
 
 _NUMBERED = re.compile(r"(.+?)_(\d+)")
 # Fewer may be any layers: of a chain of two kinds, such as `dense_0` and `norm_0`, each may want a
@@ -139,6 +139,19 @@ def ranked(paths: Iterable[str]) -> tuple[str, ...]:
             parent = f"{parent}/{segment}"
         result.append("/".join([*parts, variable]))
     return tuple(result)
+
+
+def tails(path: str) -> Iterator[str]:
+    """A path, and what is left of it without its first layers, one after the other.
+
+    A traced op names its layer from the outermost model down; blocks and variables start further
+    in.
+
+    >>> list(tails("net/block_0/mlp"))
+    ['net/block_0/mlp', 'block_0/mlp', 'mlp']
+    """
+    parts = path.split("/")
+    return ("/".join(parts[start:]) for start in range(len(parts)))
 
 
 def number_of(path: str) -> int:

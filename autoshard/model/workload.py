@@ -5,7 +5,17 @@ from typing import Literal, get_args
 
 from autoshard.errors import UnknownNameError, UsageError
 
-__all__ = ["DEFAULT_DTYPE", "DTYPES", "KINDS", "OPTIMIZERS", "QUANTIZED", "Kind", "Workload"]
+__all__ = [
+    "DEFAULT_BATCH",
+    "DEFAULT_DTYPE",
+    "DEFAULT_LORA_RANK",
+    "DTYPES",
+    "KINDS",
+    "OPTIMIZERS",
+    "QUANTIZED",
+    "Kind",
+    "Workload",
+]
 
 Kind = Literal["train", "lora", "prefill", "decode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -13,6 +23,8 @@ OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 # Weights in eight bits, all else in bfloat16.
 QUANTIZED = "int8"
 DEFAULT_DTYPE = "bfloat16"
+DEFAULT_BATCH = 8
+DEFAULT_LORA_RANK = 4
 DTYPES = (DEFAULT_DTYPE, "float16", "float32", "mixed_bfloat16", QUANTIZED)
 
 
@@ -33,7 +45,7 @@ class Workload:
     """
 
     kind: Kind = "train"
-    batch: int = 8
+    batch: int = DEFAULT_BATCH
     seq_len: int = 512
     dtype: str | None = DEFAULT_DTYPE
     optimizer: str = "adam"

@@ -39,7 +39,8 @@ class SearchResult:
 
     Attributes:
         ranked: layouts from best to worst, distinct in cost.
-        bound_seconds: no layout has a faster step, by the cost model; None where none fits.
+        bound_seconds: no layout has a faster step, by the cost model; None where not even the
+            weights and slots of any fit.
         n_scored: how many assignments were propagated and priced.
         scorer: what priced them, and remembers.
         choices: what was to be decided for each family and layer output.

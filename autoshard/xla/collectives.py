@@ -111,7 +111,7 @@ def read_collectives(
         normalise: turns a site into what the target would do in its place.
 
     Returns:
-        The collectives, equal ones merged, in the order in which they first run.
+        The collectives, equal ones merged, those of the entry computation before those of loops.
     """
     differentiated = any("transpose(" in i.op_name for c in module for i in c.instructions)
     found: list[Collective] = []

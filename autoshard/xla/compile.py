@@ -94,7 +94,7 @@ def compile_deep(
     """
 
     def compiled(periods: int) -> CompiledStep:
-        copy = request.with_repeats(periods)
+        copy = replace(request, repeats=periods)
         return compile_in(child, copy, timeout_seconds=timeout_seconds)
 
     small = compiled(2)

@@ -1,6 +1,5 @@
 """What is asked of a compiler, and what it answers, as values."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from autoshard.errors import UsageError
@@ -36,10 +35,6 @@ class CompileRequest:
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
             raise UsageError(f"cannot compile {self.repeats} blocks; at least 1")
-
-    def with_repeats(self, repeats: int | None) -> "CompileRequest":
-        """The same request for a copy of that many periods."""
-        return dataclasses.replace(self, repeats=repeats)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

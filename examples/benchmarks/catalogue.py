@@ -18,7 +18,7 @@ from verdicts import plan_here
 from autoshard.errors import AutoshardError
 from autoshard.model.catalogue import get, names
 from autoshard.model.keras_import import import_keras_hub
-from autoshard.pipeline import Outcome, make_plan
+from autoshard.pipeline import PlanOutcome, make_plan
 from autoshard.units import format_bytes, format_seconds
 
 HEADERS = (
@@ -75,7 +75,7 @@ def planned(alike: Sequence[str], mesh: str, workload: str) -> tuple[Line, float
     return (label, *_cells(outcome)), sum(outcome.timings.values())
 
 
-def _cells(outcome: Outcome) -> Line:
+def _cells(outcome: PlanOutcome) -> Line:
     predicted = outcome.plan.predicted
     return (
         f"{sum(outcome.timings.values()):.2f}",

@@ -4,6 +4,7 @@ The planner itself prices a copy of the model in which one block stands for many
 stands for itself alone, so that prediction and compiler speak of the same program.
 """
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -13,7 +14,7 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
-from autoshard.mesh import Mesh, shard_bytes
+from autoshard.mesh import Mesh, shard_shape
 from autoshard.model.build import build
 from autoshard.model.folding import Folding
 from autoshard.model.variables import ModelTable, dtype_bytes
@@ -64,8 +65,7 @@ def held_bytes(table: ModelTable, rules: LayoutRules, mesh: Mesh, workload: str)
     """Bytes of weights and optimizer on a device, of the whole model: exact, and below the peak."""
     assignment = resolve(rules, table, mesh).assignment
     return _COPIES[workload] * sum(
-        shard_bytes(
-            variable.shape, dtype_bytes(variable.dtype), assignment.get(variable.family, ()), mesh
-        )
+        math.prod(shard_shape(variable.shape, assignment.get(variable.family, ()), mesh))
+        * dtype_bytes(variable.dtype)
         for variable in table.variables
     )
