@@ -9,7 +9,8 @@ from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, as_mesh, round_up
-from autoshard.model.build import build, fold
+from autoshard.model.build import build
+from autoshard.model.fold import fold
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planning import make_program

@@ -274,10 +274,10 @@ def _reasons(result: SearchResult, scored: Scored) -> Iterator[Reason]:
     """Why each family and laid out output has its spec."""
     specs = dict(scored.assignment)
     for choices in result.choices:
-        spec = specs.get(choices.family, NO_RULE)
+        spec = specs.get(choices.name, NO_RULE)
         if spec == NO_RULE:
             continue
-        reason = Reason(family=choices.family, spec=spec)
+        reason = Reason(family=choices.name, spec=spec)
         found = result.next_best(scored, choices)
         if found is not None:
             other, next_best = found

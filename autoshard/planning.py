@@ -206,7 +206,7 @@ def run_planner(
             )
         beyond = _named("without generate", table, result.unbound)
         by_hand = _by_hand(table, result, setup.mesh)
-        nothing = {choices.family: choices.specs[0] for choices in result.choices}
+        nothing = {choices.name: choices.specs[0] for choices in result.choices}
         whole = Candidate(name="no rule", rules=(), scored=result.scorer.score(nothing))
         known = {candidate.rules: candidate for candidate in candidates}
     return Planning(

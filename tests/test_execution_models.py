@@ -16,8 +16,9 @@ from autoshard.execution.worker import run_part
 from autoshard.layout.distribution import keras_distribution
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
-from autoshard.model.build import AbstractModel, build
+from autoshard.model.build import build
 from autoshard.model.loading import sharded_loading
+from autoshard.model.recipe import AbstractModel
 from autoshard.model.values import with_values
 from autoshard.model.workload import Workload
 

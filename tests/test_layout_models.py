@@ -18,8 +18,9 @@ from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, Rule, match
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Spec, divides
-from autoshard.model.build import AbstractModel, build
+from autoshard.model.build import build
 from autoshard.model.keras_import import import_keras_hub
+from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import Family
 from autoshard.model.workload import Workload
 from autoshard.records.parts import PlannedModel, Prediction

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from autoshard.errors import ModelError, UsageError
-from autoshard.model.build import build, fold
+from autoshard.model.build import build
+from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import Workload

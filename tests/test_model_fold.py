@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoshard.model.build import build, fold
+from autoshard.model.build import build
+from autoshard.model.fold import fold
 from autoshard.model.folding import BlockStack, Folding, find_repetition
 
 

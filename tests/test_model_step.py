@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 from autoshard.errors import ModelError
-from autoshard.model.build import build, fold
+from autoshard.model.build import build
+from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras
-from autoshard.model.step import Step, make_step, trace
+from autoshard.model.signature import Step
+from autoshard.model.step import make_step, trace
 from autoshard.model.workload import OPTIMIZERS, Workload
 
 

@@ -262,7 +262,7 @@ def test_the_cache_of_all_blocks_is_counted() -> None:
 
 def test_weights_that_the_step_does_not_read_are_split_for_their_memory() -> None:
     found = plan("small_models:gemma4", make_setup("2x4", dtype="float32", seq_len=16))
-    choices = {choices.family: choices for choices in found.result.choices}
+    choices = {choices.name: choices for choices in found.result.choices}
     tower = choices["image_encoder/encoder_block_*/ffw_linear/dense/kernel"]
     assert tower.specs == (("batch", "model"),)
     assert len(choices["decoder_block_*/ffw_linear/kernel"].specs) > 1
@@ -297,16 +297,16 @@ def test_no_change_of_one_family_beats_the_first(optimizer: str) -> None:
 def test_a_stream_is_left_whole_by_rules_for_all_its_addends_or_by_none(gemma: Planning) -> None:
     result = gemma.result
     outputs = [choices for choices in result.choices if choices.is_output]
-    stream = next(one for one in outputs if one.family == "decoder_block_*/ffw_linear/output")
-    addends = [one.family for one in outputs if one.siblings == stream.siblings]
+    stream = next(one for one in outputs if one.name == "decoder_block_*/ffw_linear/output")
+    addends = [one.name for one in outputs if one.siblings == stream.siblings]
     assert len(addends) > 1
     weights = {name: spec for name, spec in result.ranked[0].assignment if "output" not in name}
     whole, split = ("batch", None, None), ("batch", None, "model")
     groups = _output_groups(outputs)
     for laid, holds in (
-        ({stream.family: whole}, False),
+        ({stream.name: whole}, False),
         (dict.fromkeys(addends, whole), True),
-        ({stream.family: split}, True),
+        ({stream.name: split}, True),
         ({}, True),
     ):
         assert _holds(result.scorer.score({**weights, **laid}), groups) == holds

@@ -36,8 +36,15 @@ class Table:
 
 def test_neither_a_weight_nor_an_output_bars_the_way_to_the_other() -> None:
     families = [
-        Choices(family=WEIGHT, shape=(8, 8), specs=((None, None), SPLIT), siblings="w", n_bytes=64),
-        Choices(family=OUTPUT, shape=(8, 8), specs=(NO_RULE, SPLIT), siblings="o", n_bytes=64),
+        Choices(name=WEIGHT, shape=(8, 8), specs=((None, None), SPLIT), siblings="w", n_bytes=64),
+        Choices(
+            name=OUTPUT,
+            shape=(8, 8),
+            specs=(NO_RULE, SPLIT),
+            siblings="o",
+            n_bytes=64,
+            is_output=True,
+        ),
     ]
     start = {WEIGHT: (None, None), OUTPUT: NO_RULE}
     for best in ((True, False), (False, True)):
@@ -55,11 +62,18 @@ def test_of_outputs_laid_out_together_those_that_gain_nothing_lose_their_rule() 
             return Found(assignment=laid, rank=seconds * (1 + 0.01 * len(laid)))
 
     families = [
-        Choices(family=name, shape=(8, 8), specs=(NO_RULE, SPLIT), siblings="o", n_bytes=64)
+        Choices(
+            name=name,
+            shape=(8, 8),
+            specs=(NO_RULE, SPLIT),
+            siblings="o",
+            n_bytes=64,
+            is_output=True,
+        )
         for name in ("first/output", "second/output")
     ]
     scorer: Any = OneGains({})
-    found: Any = descend(scorer, families, [{choices.family: NO_RULE for choices in families}])
+    found: Any = descend(scorer, families, [{choices.name: NO_RULE for choices in families}])
     assert found.assignment == (("first/output", SPLIT),)
 
 

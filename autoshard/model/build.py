@@ -23,7 +23,7 @@ from autoshard.model.recipe import (
 from autoshard.model.references import recipe_of
 from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED
 
-__all__ = ["AbstractModel", "build", "fold"]
+__all__ = ["build"]
 
 
 def build(

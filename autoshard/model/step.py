@@ -8,11 +8,11 @@ from autoshard.model.inference import decode_step, prefill_step
 from autoshard.model.keras_import import import_keras_hub
 from autoshard.model.outputs import OutputShapes, marking_scope
 from autoshard.model.recipe import AbstractModel, layers_by_path, one_line
-from autoshard.model.signature import Step, StepArgument, StepResult
+from autoshard.model.signature import Step
 from autoshard.model.training import train_step
 from autoshard.model.workload import Workload
 
-__all__ = ["StepArgument", "StepResult", "Step", "generate_shapes", "make_step", "trace"]
+__all__ = ["generate_shapes", "make_step", "trace"]
 
 
 def make_step(model: AbstractModel, workload: Workload) -> Step:

@@ -51,24 +51,21 @@ class Choices:
     """What is to be decided for one family, or for one layer output.
 
     Attributes:
-        family: its name, or the template of the output.
+        name: of the family, or the template of the output.
         shape: shape of each of its variables.
         specs: the legal ones, the replicated one first; of an output `NO_RULE` first.
         siblings: name shared by families that are read by the same op shapes (query, key and
             value; gate and up), and so are moved together before they are moved alone.
         n_bytes: bytes of all its variables, whole.
+        is_output: whether it is a layer output, which may go without a rule.
     """
 
-    family: str
+    name: str
     shape: tuple[int, ...]
     specs: tuple[Spec, ...]
     siblings: str
     n_bytes: int
-
-    @property
-    def is_output(self) -> bool:
-        """Whether it is a layer output, which may go without a rule."""
-        return self.specs[0] == NO_RULE
+    is_output: bool = False
 
 
 def legal_specs(shape: Sequence[int], mesh: Mesh) -> Iterator[Spec]:
@@ -117,7 +114,7 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
 
     return tuple(
         Choices(
-            family=family,
+            name=family,
             shape=shapes[family],
             specs=specs(family),
             siblings=f"{_parent(family)} {shapes[family]}",
@@ -160,7 +157,7 @@ def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
         spec = tuple(
             mesh.axis_names[-1] if dim == split else None for dim in range(len(choices.shape))
         )
-        assignment[choices.family] = spec if spec in choices.specs else choices.specs[0]
+        assignment[choices.name] = spec if spec in choices.specs else choices.specs[0]
     return assignment
 
 
@@ -188,11 +185,12 @@ def output_choices(program: Program, mesh: Mesh, shapes: Shapes) -> tuple[Choice
         if len(specs) > 0:
             choices.append(
                 Choices(
-                    family=template,
+                    name=template,
                     shape=output.shape,
                     specs=(NO_RULE, *specs),
                     siblings=f"output {output.group}",
                     n_bytes=output.n_bytes,
+                    is_output=True,
                 )
             )
     return tuple(choices)

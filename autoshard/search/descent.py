@@ -139,7 +139,7 @@ def n_assignments(families: Sequence[Choices]) -> int:
 
 def exhaust(scorer: Scorer, families: Sequence[Choices]) -> Scored:
     """The best of all assignments."""
-    names = [choices.family for choices in families]
+    names = [choices.name for choices in families]
     return min(
         (
             scorer.score(dict(zip(names, specs, strict=True)))
@@ -182,8 +182,8 @@ def _without_idle_outputs(scorer: Scorer, families: Sequence[Choices], best: Sco
     """A layout without those rules for outputs, of groups laid out together, that gain nothing."""
     for choices in families:
         now = dict(best.assignment)
-        if choices.is_output and choices.family in now:
-            found = scorer.score({**now, choices.family: NO_RULE})
+        if choices.is_output and choices.name in now:
+            found = scorer.score({**now, choices.name: NO_RULE})
             best = min(found, best, key=lambda scored: scored.rank)
     return best
 
@@ -193,7 +193,7 @@ def _shake(families: Sequence[Choices], source: random.Random) -> dict[str, Spec
     groups = sibling_groups(choices for choices in families if not choices.is_output)
     drawn = source.sample(sorted(groups), min(2, len(groups)))
     specs = {name: source.choice(groups[name][0].specs) for name in drawn}
-    return {choices.family: specs[name] for name in drawn for choices in groups[name]}
+    return {choices.name: specs[name] for name in drawn for choices in groups[name]}
 
 
 def sibling_groups(families: Iterable[Choices]) -> dict[str, list[Choices]]:
@@ -213,9 +213,9 @@ def starting_points(
     The second fits wherever anything does, or nearly, so that a tight limit leaves a way down. The
     third is what people do by hand.
     """
-    whole = {choices.family: choices.specs[0] for choices in families}
+    whole = {choices.name: choices.specs[0] for choices in families}
     smallest = {
-        choices.family: min(
+        choices.name: min(
             choices.specs, key=lambda spec: math.prod(shard_shape(choices.shape, spec, mesh))
         )
         for choices in families
@@ -232,7 +232,7 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
         A further start; None where there are no two groups, or where whole weights do not fit:
         what a descent makes of the mixture XLA propagates otherwise than we do.
     """
-    whole = {choices.family: choices.specs[0] for choices in families}
+    whole = {choices.name: choices.specs[0] for choices in families}
     groups = sibling_groups(choices for choices in families if choices.is_output)
     if len(groups) < 2 or scorer.score(whole).excess_bytes:
         return None
@@ -302,7 +302,7 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
 
 def _lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict[str, Spec]:
     """Lay out the outputs of one group that `spec` is legal for, whatever the assignment now."""
-    return {choices.family: spec for choices in members if spec in choices.specs}
+    return {choices.name: spec for choices in members if spec in choices.specs}
 
 
 def _put(
@@ -315,11 +315,11 @@ def _put(
     changed = {}
     for members, dim in places:
         for choices in members:
-            old = now[choices.family]
+            old = now[choices.name]
             displaced = old[dim] if dim >= 0 else None
             spec = tuple(displaced if entry == axis else entry for entry in old)
             if dim >= 0:
                 spec = (*spec[:dim], axis, *spec[dim + 1 :])
             if spec in choices.specs:
-                changed[choices.family] = spec
+                changed[choices.name] = spec
     return changed

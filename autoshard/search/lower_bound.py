@@ -86,7 +86,7 @@ def relax(
     assignment = {}
     if solution.feasible:
         for choices, node in zip(families, builder.family_nodes, strict=True):
-            assignment[choices.family] = choices.specs[solution.choices[node]]
+            assignment[choices.name] = choices.specs[solution.choices[node]]
     return Relaxed(assignment=assignment, bound_seconds=solution.bound)
 
 
@@ -114,7 +114,7 @@ class _Builder:
 
     def add_arguments(self, families: Sequence[Choices], mesh: Mesh) -> None:
         """One node a family; its groups (blocks, slots) follow it. Other arguments are fixed."""
-        base = {choices.family: choices.specs[0] for choices in families}
+        base = {choices.name: choices.specs[0] for choices in families}
         family_of = {
             self.stands_for[argument.group]: argument.family
             for argument in self.program.arguments
@@ -127,16 +127,16 @@ class _Builder:
                 self.node_of[group] = self.add_node((0.0,))
         for choices in families:
             options = [
-                fixed_layouts(self.program, {**base, choices.family: spec}, mesh)
+                fixed_layouts(self.program, {**base, choices.name: spec}, mesh)
                 for spec in choices.specs
             ]
             held, seconds = zip(
-                *(self.argument_costs(choices.family, option) for option in options), strict=True
+                *(self.argument_costs(choices.name, option) for option in options), strict=True
             )
             node = self.add_node(seconds, held)
             self.family_nodes.append(node)
             for group, family in family_of.items():
-                if family == choices.family:
+                if family == choices.name:
                     self.node_of[group] = node
                     self.layouts_of[group] = tuple(option[group] for option in options)
 

@@ -117,12 +117,12 @@ def search(
         points = [*own, *({**own[1], **start} for start in starts)]
         alone = outputs_alone(scorer, everything)
         best = descend(scorer, everything, [*points, alone] if alone else points)
-    names = {choices.family for choices in families}
+    names = {choices.name for choices in families}
     free = output_choices(program, mesh, unbound_outputs or {})
     origins = [dict(best.assignment), _only(best, names)]
     beyond = descend(scorer, [*families, *free], origins) if free else best
     # Whole weights, which any map can tell, are among what is chosen from.
-    scorer.score({choices.family: choices.specs[0] for choices in everything})
+    scorer.score({choices.name: choices.specs[0] for choices in everything})
     first = min(_worthy(scorer, everything, tied), key=lambda scored: scored.rank)
     _walk(scorer, everything, first)
     worthy = _worthy(scorer, everything, tied)
@@ -147,8 +147,8 @@ def _moved_together(
     """The families, those that need one spec as siblings."""
     group_of = {name: f"tied {place}" for place, group in enumerate(tied) for name in group}
     return tuple(
-        replace(choices, siblings=f"{group_of[choices.family]} {len(choices.shape)}")
-        if choices.family in group_of
+        replace(choices, siblings=f"{group_of[choices.name]} {len(choices.shape)}")
+        if choices.name in group_of
         else choices
         for choices in families
     )
@@ -168,8 +168,8 @@ def _worthy(
     scorer: Scorer, families: Sequence[Choices], tied: Sequence[Collection[str]]
 ) -> list[Scored]:
     """Of all that was scored what may be chosen, and gains by its rules for outputs."""
-    names = {choices.family for choices in families if not choices.is_output}
-    specs = {choices.family: choices.specs for choices in families}
+    names = {choices.name for choices in families if not choices.is_output}
+    specs = {choices.name: choices.specs for choices in families}
     groups = _output_groups(families)
     kept = [scored for scored in scorer.seen.values() if _keeps(scored, specs, tied)]
     for scored in kept:
@@ -197,7 +197,7 @@ def _holds(scored: Scored, groups: Iterable[Sequence[Choices]]) -> bool:
     laid = dict(scored.assignment)
     axes = {axis for spec in laid.values() for axis in spec if axis is not None}
     for members in groups:
-        specs = {laid.get(choices.family, NO_RULE) for choices in members}
+        specs = {laid.get(choices.name, NO_RULE) for choices in members}
         if NO_RULE in specs and not all(spec == NO_RULE or axes <= set(spec) for spec in specs):
             return False
     return True
@@ -273,9 +273,9 @@ def _equal(a: float, b: float) -> bool:
 def _neighbours(scorer: Scorer, scored: Scored, choices: Choices) -> list[tuple[Scored, Spec]]:
     """A layout with every other spec of one family, all else equal."""
     assignment = dict(scored.assignment)
-    spec = assignment.get(choices.family, NO_RULE)
+    spec = assignment.get(choices.name, NO_RULE)
     return [
-        (scorer.score({**assignment, choices.family: other}), other)
+        (scorer.score({**assignment, choices.name: other}), other)
         for other in choices.specs
         if other != spec
     ]

@@ -13,9 +13,11 @@ from autoshard.errors import OutOfMemoryError, XlaError
 from autoshard.graph.flops import matmul_flops
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.mesh import Mesh
-from autoshard.model.build import AbstractModel, build
+from autoshard.model.build import build
 from autoshard.model.folding import BlockStack
-from autoshard.model.step import Step, make_step
+from autoshard.model.recipe import AbstractModel
+from autoshard.model.signature import Step
+from autoshard.model.step import make_step
 from autoshard.model.workload import Workload
 from autoshard.xla.cache import VerdictCache
 from autoshard.xla.children import Child

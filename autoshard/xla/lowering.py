@@ -20,7 +20,7 @@ from autoshard.layout.distribution import keras_distribution
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.keras_import import import_keras
-from autoshard.model.step import Step, StepArgument
+from autoshard.model.signature import Step, StepArgument
 from autoshard.xla.topology import topology_options
 
 __all__ = ["lower", "target_devices"]

@@ -40,7 +40,8 @@ from verdicts import (
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, parse_mesh
-from autoshard.model.build import AbstractModel, build
+from autoshard.model.build import build
+from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
 from autoshard.pipeline import make_plan
 from autoshard.settling import worth_compiling
