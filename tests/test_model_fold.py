@@ -63,7 +63,7 @@ def test_periods_are_found_and_multiplicities_add_up(
     name: str, template: str, n_blocks: int, lead: int, period: int, traced: int
 ) -> None:
     model = build(name)
-    folded = fold(model)
+    folded = fold(model, periods=3)
     stack = next(s for s in folded.folding.blocks if s.template == template)
     assert (stack.n_blocks, stack.lead, stack.period) == (n_blocks, lead, period)
     assert stack.traced == traced
@@ -85,4 +85,4 @@ def test_k_and_2k_periods_can_be_built() -> None:
 def test_families_of_the_folded_model_are_those_of_the_whole() -> None:
     model = build("gemma_7b_en")
     names = [family.name for family in model.table().families()]
-    assert [family.name for family in fold(model).table().families()] == names
+    assert [family.name for family in fold(model, periods=3).table().families()] == names

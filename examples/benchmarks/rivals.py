@@ -82,7 +82,7 @@ def main() -> None:
     if not arguments.table:
         answer_all(_questions(arguments), results, retry_errors=arguments.retry_errors)
     table = compact_table if arguments.compact else rivals_table
-    print(table(_entries(results, arguments), OURS, RIVALS, HAND))
+    print(table(entries(results, arguments), OURS, RIVALS, HAND))
 
 
 def _arguments() -> argparse.Namespace:
@@ -138,7 +138,7 @@ def _layouts(
         yield from zip(OURS, (candidate.rules for candidate in candidates), strict=False)
 
 
-def _entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
+def entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
     """The verdicts that the table shows, in its order."""
     places = {name: place for place, name in enumerate(MODELS)}
     versions = installed_versions()

@@ -1,0 +1,78 @@
+"""README: its commands are commands, its source is source, its figures are those that are kept."""
+
+import ast
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click import Command
+
+from autoshard.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+
+import rivals  # noqa: E402
+from tables import compact_table  # noqa: E402
+from verdicts import Results  # noqa: E402
+
+
+def commands() -> Iterator[str]:
+    """Every call of the command that README shows, in code blocks and between backticks."""
+    lines = README.replace("\\\n", " ")
+    yield from re.findall(r"(?m)^(?:\$ | {4}|.*&& )(autoshard \w.*)$", lines)
+    yield from (call.replace("\\|", "|") for call in re.findall(r"`(autoshard \w[^`]*)`", lines))
+
+
+def cells(table: str) -> list[list[str]]:
+    """The rows of a table in Markdown, whatever their padding."""
+    rows = (line.strip("|").split("|") for line in table.splitlines() if line.startswith("| "))
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize("call", sorted(set(commands())))
+def test_every_command_is_understood(call: str) -> None:
+    _, name, *arguments = shlex.split(call)
+    command = main.commands[name]
+    assert isinstance(command, Command)
+    command.make_context(name, arguments)
+
+
+def test_every_piece_of_python_is_python() -> None:
+    pieces = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(pieces) > 1
+    for piece in pieces:
+        ast.parse(piece)
+
+
+def test_the_table_of_rivals_is_that_of_the_kept_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(path=rivals.RESULTS, fields=rivals.KEY)
+    *_, last = results.rows.values()
+    # Of the versions that it was made with, whatever is installed here.
+    monkeypatch.setattr(rivals, "installed_versions", lambda: last["versions"])
+    monkeypatch.setattr(rivals, "verdict_target", lambda: last["target"])
+    everything = Namespace(
+        workload=rivals.WORKLOADS, models=rivals.MODELS, meshes=rivals.MESHES, links=False
+    )
+    entries = rivals.entries(results, everything)
+    table = compact_table(entries, rivals.OURS, rivals.RIVALS, rivals.HAND)
+    shown = README.partition("<!-- rivals -->\n")[2].partition("<!-- end -->")[0]
+    assert cells(shown) == cells(table)
+    summary = [line for line in table.splitlines() if line and not line.startswith("|")]
+    assert "; ".join(summary) in shown
+
+
+@pytest.mark.parametrize(
+    ("report", "figure"),
+    [("tpu-v3-2x2", "9.24"), ("tpu-v5e-2x4", "10.61"), ("gpu-h100-sxm-8", "12.64")],
+)
+def test_the_compilers_said_what_readme_says_of_them(report: str, figure: str) -> None:
+    text = (ROOT / "examples" / "reports" / f"gemma_7b_en-1x8-train-{report}.txt").read_text()
+    assert figure in README
+    assert f"{figure} GiB" in text
