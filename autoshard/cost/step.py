@@ -1,6 +1,6 @@
 """The cost of a whole step under one layout of every group."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +9,12 @@ from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.strategies import OpCost, price_op
-from autoshard.cost.transfers import Transfer
+from autoshard.cost.transfers import Transfer, local_bytes
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import Layout, Op, Program
-from autoshard.graph.propagation import picker
+from autoshard.graph.program import WHOLE, Layout, Op, Program
+from autoshard.graph.propagation import own_layout, picker
 from autoshard.graph.tying import price_look
+from autoshard.hardware.collectives import seconds as collective_seconds
 from autoshard.hardware.collectives import wire_bytes
 
 __all__ = ["StepPricer"]
@@ -60,14 +61,25 @@ class StepPricer:
             if not self.arguments.is_free(argument)
         ]
         self._argument_prices: dict[tuple[int, Layout], float] = {}
+        self._meeting = [
+            (index, op.results[0].group) for index, op in enumerate(program.ops) if op.n_meetings
+        ]
+        self._torn_at: dict[tuple[int, tuple[Layout, ...]], tuple[Traffic, ...]] = {}
         # The layouts priced last, and what each op adds under them.
         self._last: Sequence[Layout | None] = (None,) * len(program.groups)
         self._compute = np.zeros(len(program.ops))
         self._n_bytes = np.zeros((len(program.ops), 4))
         self._moving: dict[int, _Share] = {}
 
-    def price(self, layouts: Sequence[Layout]) -> StepCost:
-        """The step under `layouts`, one a group."""
+    def price(
+        self, layouts: Sequence[Layout], constrained: Collection[int] = frozenset()
+    ) -> StepCost:
+        """The step under some layouts.
+
+        Args:
+            layouts: one a group.
+            constrained: groups of whose arrays each is laid out so from the start.
+        """
         self._follow(layouts)
         compute = float(self._compute.sum())
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
@@ -83,6 +95,11 @@ class StepPricer:
                 same = once[:-1]
                 alone[same] = 0.0 if same in alone else alone_seconds
         compute += sum(alone.values())
+        for index, group in self._meeting:
+            if group not in constrained:
+                around = self._around[index](layouts)
+                for place, moved in enumerate(self._torn(index, around)):
+                    traffic["torn", index, place] = moved
         return StepCost(
             compute_seconds=compute,
             blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
@@ -148,6 +165,37 @@ class StepPricer:
             layer=op.layer,
             backward=op.backward,
         )
+
+    def _torn(self, index: int, around: tuple[Layout, ...]) -> tuple[Traffic, ...]:
+        """What moves where a matmul's result lies otherwise than its group; remembered.
+
+        One of the arrays is dealt out again at each elementwise op where the two meet; which one
+        makes no difference, for all are of one size.
+        """
+        found = self._torn_at.get((index, around))
+        if found is None:
+            found = self._torn_at[index, around] = tuple(self._tearing(index, around))
+        return found
+
+    def _tearing(self, index: int, around: tuple[Layout, ...]) -> Iterator[Traffic]:
+        op, axis_sizes = self.program.ops[index], self.machine.axis_sizes
+        sizes = [self.program.groups[group].sizes for group in op.groups]
+        n_bytes = local_bytes(op.results[0].n_bytes, around[-1], axis_sizes)
+        own = own_layout(op, around[:-1], sizes, axis_sizes)
+        for axis, (mine, shared) in enumerate(zip(own, around[-1], strict=True)):
+            if mine != shared and WHOLE not in (mine, shared):
+                link = self.machine.links[axis]
+                yield Traffic(
+                    kind="all-to-all",
+                    axis=link.axis,
+                    n_bytes=n_bytes,
+                    wire_bytes=wire_bytes("all-to-all", n_bytes, link.size),
+                    seconds=collective_seconds("all-to-all", n_bytes, link),
+                    overlapped=False,
+                    count=op.count * op.n_meetings,
+                    layer=op.layer,
+                    backward=op.backward,
+                )
 
     def _once(self, op: Op, transfer: Transfer) -> tuple[object, ...]:
         """What makes two transfers the same one; last, in which groups of devices.

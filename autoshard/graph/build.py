@@ -12,6 +12,7 @@ from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
 from autoshard.graph.liveness import Lives, read_lives
+from autoshard.graph.meetings import count_meetings
 from autoshard.graph.program import Argument, Array, Group, LayerOutput, Op, Program, StepOutput
 
 __all__ = ["StepInput", "build_program"]
@@ -80,6 +81,13 @@ def build_program(
             ops.append(op)
     lives = read_lives(flat, op_of)
     ops = _as_summed(ops, lives)
+    meetings = count_meetings(flat, grouping.group_of)
+    ops = [
+        replace(op, n_meetings=meetings[op.results[0].identity])
+        if op.results and op.results[0].identity in meetings
+        else op
+        for op in ops
+    ]
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
     layer_outputs = _layer_outputs(flat, numbering, templates or {})

@@ -74,6 +74,8 @@ class Op:
             as that of the experts is; None for any other op.
         addends: for each written sum, as a residual stream's, of which its result is the part that
             is made last: the number of arrays that the sum reads.
+        n_meetings: how often elementwise ops bring a matmul's result together with arrays of its
+            group that others laid out.
     """
 
     primitive: str
@@ -92,6 +94,7 @@ class Op:
     window: int = 1
     summed_batch: int | None = None
     addends: tuple[int, ...] = ()
+    n_meetings: int = 0
 
     @property
     def is_convolution(self) -> bool:

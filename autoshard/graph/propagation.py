@@ -21,7 +21,7 @@ import numpy as np
 
 from autoshard.graph.program import WHOLE, Layout, Op, Program
 
-__all__ = ["Propagator", "picker", "propagate", "splits_evenly"]
+__all__ = ["Propagator", "own_layout", "picker", "propagate", "splits_evenly"]
 
 _LEVELS = 4
 
@@ -216,6 +216,22 @@ def _spread(
         if tuple(layout) != around[at]:
             changed.append((at, tuple(layout)))
     return changed
+
+
+def own_layout(
+    op: Op, operands: Sequence[Layout], sizes: Sequence[tuple[int, ...]], axis_sizes: Sequence[int]
+) -> Layout:
+    """How an op of one result lays that out by its operands alone.
+
+    Args:
+        op: the op.
+        operands: their layouts.
+        sizes: those of the groups of its operands and of its result.
+        axis_sizes: devices along each mesh axis.
+    """
+    whole = (WHOLE,) * len(axis_sizes)
+    changed = dict(_spread(op, 1, (*operands, whole), sizes, axis_sizes))
+    return changed.get(len(operands), whole)
 
 
 def _wanted(op: Op, level: int, around: Sequence[Layout]) -> list[tuple[int, list[int]]]:

@@ -119,7 +119,8 @@ class Scorer:
         found = self.seen.get(key)
         if found is None:
             fixed = fixed_layouts(self.pricer.program, assignment, self.mesh)
-            cost = self.pricer.price(self._propagator.propagate(fixed))
+            layouts = self._propagator.propagate(fixed)
+            cost = self.pricer.price(layouts, frozenset(fixed))
             limit = math.inf if self.memory_limit is None else self.memory_limit
             excess = max(0.0, cost.memory.peak_bytes - limit)
             found = Scored(
