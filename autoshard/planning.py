@@ -73,6 +73,8 @@ class Planning:
         candidates: the best layouts that a LayoutMap can express, best first.
         by_hand: what people write, told by shapes; a candidate where it is one, None where rules
             cannot tell it.
+        plain: the best without rules for layer outputs; a candidate where it is one, None where
+            rules cannot tell it.
         whole: every weight whole on every device, the data split; a candidate where it is one.
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` is slow or fails, or None.
@@ -88,6 +90,7 @@ class Planning:
     rivals: tuple[Candidate, ...]
     program: Program
     by_hand: Candidate | None
+    plain: Candidate | None
     whole: Candidate
     without_generate: Candidate | None
 
@@ -206,6 +209,7 @@ def run_planner(
             )
         beyond = _named("without generate", table, result.unbound)
         by_hand = _by_hand(table, result, setup.mesh)
+        plain = _named("no rule for outputs", table, result.plain)
         nothing = {choices.name: choices.specs[0] for choices in result.choices}
         whole = Candidate(name="no rule", rules=(), scored=result.scorer.score(nothing))
         known = {candidate.rules: candidate for candidate in candidates}
@@ -218,6 +222,7 @@ def run_planner(
         candidates=candidates,
         rivals=rivals,
         by_hand=known.get(by_hand.rules, by_hand) if by_hand else None,
+        plain=known.get(plain.rules, plain) if plain else None,
         whole=known.get((), whole),
         without_generate=beyond,
         program=traced.program,

@@ -6,7 +6,7 @@ collectives there are; their time is that of the target's links, and compute is 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +34,8 @@ __all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
 _N_SETTLED = 3
 # The split by hand is compiled unless it is predicted to take so many times as long.
 _NEAR = 1.25
+# What is predicted to be so many times as fast as the best compiled is worth a compile.
+_CLEARLY = 1.1
 # A step of at most so many times another's is taken to be as fast.
 _SAME = 1.01
 # Within which one candidate has to compile: several times what whole models took on two cores.
@@ -81,9 +83,9 @@ def settle(
 ) -> tuple[Verdict, ...]:
     """Compile the best candidates shallowly, rank them, and compile the winner at full depth.
 
-    Where all are slower than the split by hand or no rule at all is predicted to be, those are
-    compiled too. Where the winner turns out slower than the next was, shallow, the next is compiled
-    at full depth too.
+    Where all are clearly slower than another layout is predicted to be, that is compiled too: a
+    further candidate, the best without rules for outputs, the split by hand, no rule at all. Where
+    the winner turns out slower than the next was, shallow, the next is compiled at full depth too.
 
     Args:
         model: the model's name, by which a child builds it.
@@ -108,10 +110,9 @@ def settle(
         for candidate in worth_compiling(planning, compiler):
             on_progress(f"compile {candidate.name} for {compiler}, shallow")
             verdicts.append(_verdict(model, planning, candidate, compiler, deep))
-        best = min(verdict.weighed_seconds for verdict in verdicts)
-        for candidate in _underrated(planning, [one.candidate for one in verdicts], best):
-            on_progress(f"compile {candidate.name} for {compiler}, shallow")
-            verdicts.append(_verdict(model, planning, candidate, compiler, deep))
+        while (another := _underrated(planning, verdicts)) is not None:
+            on_progress(f"compile {another.name} for {compiler}, shallow")
+            verdicts.append(_verdict(model, planning, another, compiler, deep))
         verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.weighed_seconds))
         whole: list[Verdict] = []
         refused: list[Verdict] = []
@@ -149,16 +150,19 @@ def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ..
     return chosen if hand.step_seconds > _NEAR * chosen[0].step_seconds else (*chosen, hand)
 
 
-def _underrated(
-    planning: Planning, compiled: Sequence[Candidate], seconds: float
-) -> Iterator[Candidate]:
-    """What needs no search, where it is predicted to beat what the best compiled to."""
-    for candidate in (planning.by_hand, planning.whole):
-        if candidate is None or candidate in compiled or not candidate.fits:
-            continue
-        assert candidate.scored is not None
-        if candidate.scored.weigh(candidate.step_seconds) < seconds:
-            yield candidate
+def _underrated(planning: Planning, verdicts: Sequence[Verdict]) -> Candidate | None:
+    """What is predicted to be clearly faster than the best compiled, the fastest of several."""
+    asked = {verdict.candidate.rules for verdict in verdicts}
+    best = min((one.weighed_seconds for one in verdicts if one.fits is not False), default=math.inf)
+    others = (*planning.candidates, planning.plain, planning.by_hand, planning.whole)
+    faster = [
+        (seconds, candidate)
+        for candidate in others
+        if candidate is not None and candidate.rules not in asked and candidate.fits
+        if candidate.scored is not None
+        if (seconds := candidate.scored.weigh(candidate.step_seconds)) * _CLEARLY < best
+    ]
+    return min(faster, key=lambda pair: pair[0])[1] if faster else None
 
 
 def _request(model: str, setup: Setup, candidate: Candidate, compiler: Target) -> CompileRequest:

@@ -33,8 +33,10 @@ def planned() -> Planning:
 
 @pytest.fixture
 def planning(planned: Planning) -> Planning:
-    """Of which nothing but the candidates is compiled."""
-    return replace(planned, by_hand=None, whole=replace(planned.whole, scored=None))
+    """Of which nothing but the first three candidates is compiled."""
+    whole = replace(planned.whole, scored=None)
+    first = planned.candidates[:3]
+    return replace(planned, candidates=first, plain=None, by_hand=None, whole=whole)
 
 
 def program(n_cycles: int) -> CompiledStep:
@@ -281,3 +283,23 @@ def test_no_rule_at_all_can_win_where_what_was_searched_for_disappoints(
     first, *others = settle("gemma_2b_en", planned, TARGET)
     assert first.candidate is planned.whole and first.candidate.rules == ()
     assert planned.by_hand in [verdict.candidate for verdict in others]
+
+
+def test_a_further_candidate_is_compiled_where_the_first_disappoint(planned, compiled_by) -> None:
+    first = [candidate.rules for candidate in planned.candidates[:3]]
+    fourth = planned.candidates[3]
+
+    def compiler(request: CompileRequest) -> CompiledStep:
+        return program(10**6 if request.rules == fourth.rules else 10**9)
+
+    compiled_by(compiler, compiler)
+    winner, *others = settle("gemma_2b_en", planned, TARGET)
+    assert winner.candidate is fourth
+    assert {verdict.candidate.rules for verdict in others} >= set(first)
+
+
+def test_no_more_is_compiled_than_is_predicted_to_be_clearly_faster(planned, compiled_by) -> None:
+    (best, *_) = planned.candidates
+    as_predicted = round(best.step_seconds * TARGET.chip.clock_hz)
+    compiled_by(lambda _: program(as_predicted), lambda _: program(as_predicted))
+    assert len(settle("gemma_2b_en", planned, TARGET)) <= 4

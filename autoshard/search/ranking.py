@@ -48,6 +48,7 @@ class SearchResult:
             that exceed the limit among them.
         unbound: a layout that is better than all of these, but breaks the bounds on layer outputs;
             None where there is none.
+        plain: the best without rules for layer outputs.
         tied: groups of families that a map can give only one spec.
     """
 
@@ -58,6 +59,7 @@ class SearchResult:
     choices: tuple[Choices, ...]
     front: tuple[Scored, ...] = ()
     unbound: Scored | None = None
+    plain: Scored | None = None
     tied: Sequence[Collection[str]] = ()
 
     def next_best(self, scored: Scored, choices: Choices) -> tuple[Scored, Spec] | None:
@@ -137,6 +139,7 @@ def search(
         unbound=beyond
         if beyond.rank < ranked[0].rank and _holds(beyond, _output_groups([*bound, *free]))
         else None,
+        plain=next((scored for scored in ranked if not scored.n_outputs), None),
         tied=tied,
     )
 
