@@ -112,6 +112,22 @@ def test_terms_that_are_made_of_the_same_are_no_sum_of_a_stream() -> None:
     assert no_stream(gated)
 
 
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 1), ("float32", 2)])
+def test_what_a_matmul_of_float32_reads_is_rounded_before_it_is_moved(
+    dtype: str, share: int
+) -> None:
+    op = program_of(lambda x, w: x @ w, (512, 1024), (1024, 256)).ops[0]
+    machine = replace(MACHINE, matmul_dtype=dtype)
+    for one, n_bytes in (
+        (machine, 1024 * 256 * 4 // share),
+        (replace(machine, as_partitioned=True), 1024 * 256 * 4),
+    ):
+        (gathered,) = price_op(op, ((0,), (1,), (0,)), one).transfers
+        assert (gathered.kind, gathered.n_bytes) == ("all-gather", n_bytes)
+    summed = price_op(op, ((1,), (0,), (WHOLE,)), machine).transfers
+    assert [one.n_bytes for one in summed] == [512 * 256 * 4]
+
+
 def convolve(x: Any, kernel: Any) -> Any:
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

@@ -25,6 +25,7 @@ from autoshard.cost.transfers import (
     folded_sums,
     layout_of,
     local_bytes,
+    moved_bytes,
     n_parts,
     op_transfers,
 )
@@ -351,7 +352,10 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     # A lookup reads the rows it returns, not the table; so does a slice.
     cuts = op.kind == "gather" or op.primitive in ("slice", "dynamic_slice")
     read, written = (
-        sum(local_bytes(a.n_bytes, layout_of(a, choice), sizes) for a in arrays)
+        sum(
+            local_bytes(_bytes_in_memory(op, a, machine), layout_of(a, choice), sizes)
+            for a in arrays
+        )
         for arrays in (op.results if cuts else op.operands, op.results)
     )
     moving = memory_seconds(machine.chip, read, written)
@@ -366,6 +370,14 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     else:  # a loop, whose matmuls may have any shape
         efficiency = machine.chip.matmul_efficiency_max
     return max(moving, op.flops / n_parts(choice, sizes) / (peak * efficiency))
+
+
+def _bytes_in_memory(op: Op, array: Array, machine: Machine) -> int:
+    """Bytes of an array, whole, where its op reads or writes it.
+
+    What a matmul writes is taken to be read by another.
+    """
+    return array.n_bytes if array.is_held else moved_bytes(op, array, machine)
 
 
 def _in_eight_bits(op: Op, array: Array) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "folded_sums",
     "layout_of",
     "local_bytes",
+    "moved_bytes",
     "n_parts",
     "op_transfers",
 ]
@@ -210,6 +211,12 @@ def array_transfers(
     ]
 
 
+def moved_bytes(op: Op, array: Array, machine: Machine) -> int:
+    """Bytes of an operand of an op, whole, as it is moved to it."""
+    rounded = machine.rounds_operands and op.kind == "contraction"
+    return array.n_bytes // 2 if rounded else array.n_bytes
+
+
 def layout_of(array: Array, choice: Choice) -> Layout:
     """How an array lies where its op makes this choice."""
     factors = array.factors
@@ -249,18 +256,19 @@ def _moves(
     is other work meanwhile, except in groups of two.
     """
     sizes = machine.axis_sizes
+    all_bytes = array.n_bytes if position is None else moved_bytes(op, array, machine)
     for axis, (source, target) in enumerate(zip(have, want, strict=True)):
         if source in (target, WHOLE):
             continue
         if target == WHOLE:
             # The gathered array is still split over the axes that split it before and after.
-            n_bytes = local_bytes(array.n_bytes, want, sizes)
+            n_bytes = local_bytes(all_bytes, want, sizes)
             gather = _transfer("all-gather", axis, n_bytes, machine, position, want)
             on_tpu = machine.chip.kind == "tpu"
             early = array.is_held or (on_tpu and op.backward and sizes[axis] > 2)
             yield gather if early else replace(gather, overlapped=False)
         else:
-            n_bytes = local_bytes(array.n_bytes, have, sizes)
+            n_bytes = local_bytes(all_bytes, have, sizes)
             yield _transfer("all-to-all", axis, n_bytes, machine, position, want)
 
 

@@ -257,8 +257,9 @@ def _verification(outcome: PlanOutcome) -> Iterator[str]:
     verdict = outcome.verdicts[0]
     compiled = verdict.compiled
     assert compiled is not None and outcome.winner.scored is not None
-    predicted = _predicted_counts(outcome.winner.scored.cost)
-    found = _counts(target_collectives(compiled, outcome.plan.mesh.data_axis))
+    cost = outcome.winner.scored.cost
+    predicted = _predicted_counts(cost)
+    found = _counts(target_collectives(compiled, outcome.plan.mesh.data_axis, cost))
     arrays = _counts(compiled.collectives)
     on_cpu = compiled.target.startswith("cpu")
     keys = sorted(predicted | found, key=lambda key: -key[2] * max(predicted[key], found[key]))

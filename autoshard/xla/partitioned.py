@@ -25,12 +25,15 @@ __all__ = ["partitioned_seconds", "target_collectives"]
 _Key = tuple[str, str, int, bool]
 
 
-def target_collectives(step: CompiledStep, data_axis: str) -> tuple[Collective, ...]:
+def target_collectives(
+    step: CompiledStep, data_axis: str, cost: StepCost | None = None
+) -> tuple[Collective, ...]:
     """The collectives of a program as the target runs them.
 
     Args:
         step: the program.
         data_axis: name of the mesh axis that splits the data.
+        cost: the prediction of it: what it foresees as bfloat16 the target rounds to that.
     """
     if not step.target.startswith("cpu"):
         return step.collectives
@@ -44,7 +47,19 @@ def target_collectives(step: CompiledStep, data_axis: str) -> tuple[Collective, 
             apart.append(one)
     added = [max(several, key=lambda one: one.count) for several in siblings.values()]
     # Each moves on its own: how XLA for CPUs combines them into one launch is its own affair.
-    return tuple(replace(one, launches=one.count) for one in (*apart, *added))
+    moved = (replace(one, launches=one.count) for one in (*apart, *added))
+    return tuple(moved if cost is None else _rounded(moved, cost))
+
+
+def _rounded(collectives: Iterable[Collective], cost: StepCost) -> Iterator[Collective]:
+    """With the gathers of float32 that are foreseen with half their bytes, and not with all."""
+    foreseen = {(item.kind, item.axis, item.n_bytes) for item in cost.traffic}
+    for one in collectives:
+        sizes = [n for n in (one.n_bytes, one.n_bytes // 2) if (one.kind, one.axis, n) in foreseen]
+        if one.kind == "all-gather" and one.dtype == "f32" and sizes == [one.n_bytes // 2]:
+            yield replace(one, n_bytes=one.n_bytes // 2, dtype="bf16")
+        else:
+            yield one
 
 
 def _parent(one: Collective) -> str:
@@ -74,7 +89,7 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
         key = (item.kind, item.axis, item.n_bytes, item.backward)
         foreseen[key] += item.count
         beside_compute[key] += item.count * item.overlapped
-    collectives = list(_folded(target_collectives(step, mesh.data_axis), foreseen, mesh))
+    collectives = list(_folded(target_collectives(step, mesh.data_axis, cost), foreseen, mesh))
     found: Counter[_Key] = Counter()
     for one in collectives:
         found[_key(one)] += one.count
