@@ -228,6 +228,7 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
     """Whole weights, and the two groups of layer outputs laid out that are best together.
 
     One rule alone may lose what two win: a matmul between them gathers one operand or the other.
+    Of a large program not all pairs are tried: those of the largest outputs.
 
     Returns:
         A further start; None where there are no two groups, or where whole weights do not fit:
@@ -237,12 +238,14 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
     groups = sibling_groups(choices for choices in families if choices.is_output)
     if len(groups) < 2 or scorer.score(whole).excess_bytes:
         return None
+    largest = sorted(groups.values(), key=lambda members: -sum(one.n_bytes for one in members))
     laid = (
         {**whole, **_lay(first, one, whole), **_lay(second, other, whole)}
-        for first, second in itertools.combinations(groups.values(), 2)
+        for first, second in itertools.combinations(largest, 2)
         for one, other in itertools.product(first[0].specs[1:], second[0].specs[1:])
+        if not scorer.is_spent
     )
-    return min(laid, key=lambda assignment: scorer.score(assignment).rank)
+    return min(laid, key=lambda assignment: scorer.score(assignment).rank, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
