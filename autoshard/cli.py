@@ -360,7 +360,7 @@ def _run(layout: str, processes: int, form: str, **options: Any) -> None:
 
 
 def _names(axes: str | None) -> list[str] | None:
-    return axes.split(",") if axes else None
+    return [name.strip() for name in axes.split(",")] if axes else None
 
 
 def _set_backend() -> None:

@@ -64,9 +64,15 @@ def compare(
     setup = replace(setup, workload=traced.workload)
     table = traced.table
     read = [(_name(layout), _rules(layout, traced, setup, on_progress)) for layout in layouts]
+    foreign = [_foreign(layout, table) for layout in layouts]
     pricer = make_pricer(traced.program, setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
-    compared = [_compared(name, rules, table, scorer) for name, rules in read]
+    compared = [
+        replace(one, warnings=(*warnings, *one.warnings))
+        for one, warnings in zip(
+            (_compared(name, rules, table, scorer) for name, rules in read), foreign, strict=True
+        )
+    ]
     return Comparison(
         model=table.name,
         mesh=setup.mesh,
@@ -103,6 +109,16 @@ def _rules(
         return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh)
     except (LayoutError, PlanFileError) as error:
         return str(error)
+
+
+def _foreign(layout: str | os.PathLike[str] | Plan, table: ModelTable) -> tuple[str, ...]:
+    """What to say of a plan that was made for another model."""
+    try:
+        if layout != _PLANNED and (plan := plan_of(layout)) is not None:
+            plan.check_model(table)
+    except PlanFileError as error:
+        return (str(error),)
+    return ()
 
 
 def _compared(

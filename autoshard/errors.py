@@ -62,7 +62,10 @@ class UnknownNameError(UsageError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
-        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+        names = list(known)
+        begins = [one for one in names if name and one.startswith(name)]
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        near = list(dict.fromkeys([*begins, *close]))[:3]
         offer = f"; did you mean {' or '.join(near)}?" if near else ""
         super().__init__(f"unknown {kind} '{name}'{offer}{' ' + hint if hint else ''}")
         self.name = name

@@ -6,8 +6,9 @@ mesh axis that splits it, or None. We write a sharded array as `A[I_model, J]`.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from autoshard.errors import MeshError
 
@@ -107,11 +108,12 @@ def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
     return Mesh(shape=shape, axis_names=tuple(names))
 
 
-def as_mesh(mesh: "str | Mesh", axis_names: Sequence[str] | None = None) -> Mesh:
+def as_mesh(mesh: "str | Mesh | Any", axis_names: Sequence[str] | None = None) -> Mesh:
     """A mesh from what a caller gives.
 
     Args:
-        mesh: a text such as `1x8`, or a `Mesh`, which has names.
+        mesh: a text such as `1x8`, or what has names: a `Mesh`, a `keras.distribution.DeviceMesh`,
+            a `jax.sharding.Mesh`.
         axis_names: as for `parse_mesh`.
 
     Raises:
@@ -121,6 +123,10 @@ def as_mesh(mesh: "str | Mesh", axis_names: Sequence[str] | None = None) -> Mesh
         raise MeshError(f"axes is the text {axis_names!r}; give a list of names, one an axis")
     if isinstance(mesh, str):
         return parse_mesh(mesh, axis_names)
+    shape, names = getattr(mesh, "shape", None), getattr(mesh, "axis_names", None)
+    if not isinstance(mesh, Mesh) and shape is not None and names is not None:
+        sizes = shape.values() if isinstance(shape, Mapping) else shape
+        mesh = Mesh(shape=tuple(map(int, sizes)), axis_names=tuple(names))
     if not isinstance(mesh, Mesh):
         raise MeshError(f"mesh is {mesh!r}; give a text like 1x8, or a Mesh")
     if axis_names is not None and tuple(axis_names) != mesh.axis_names:

@@ -60,6 +60,10 @@ def make_setup(
         MeshError: mesh and target differ in devices, or the data axis does not divide the batch.
         UsageError: a value is unknown or out of range.
     """
+    numbers = {"batch": batch, "seq_len": seq_len, "slices": slices, "lora_rank": lora_rank}
+    for name, number in numbers.items():
+        if number is not None and type(number) is not int:
+            raise UsageError(f"{name} is {number!r}; give a whole number")
     mesh = as_mesh(mesh, axes)
     if isinstance(target, str):
         target = named_target(target, mesh)

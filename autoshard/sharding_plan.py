@@ -143,18 +143,21 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan file. Either the whole file is there afterwards or nothing has changed.
 
-        What is there and no file, a pipe say, is written to.
+        What is no file, as a pipe or `/dev/stdout`, is written to.
 
         Raises:
             PlanFileError: it cannot be written.
         """
-        path = Path(path).resolve()
-        text = self.to_json()
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path, text = Path(path), self.to_json()
         try:
-            if path.exists() and not path.is_file():
+            if os.fspath(path) == "/dev/stdout":
+                print(text, end="", flush=True)
+                return
+            if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
                 path.write_text(text, encoding="utf-8")
                 return
+            path = path.resolve()
+            beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
                 with beside.open("x", encoding="utf-8", newline="\n") as file:
                     file.write(text)

@@ -62,6 +62,12 @@ def test_a_rule_that_takes_nothing_is_pointed_at() -> None:
     assert "warning: rule 'nothing'" in comparison_text(found)
 
 
+def test_a_plan_for_another_model_is_said_to_be_one() -> None:
+    plan = autoshard.plan("bert_tiny_en_uncased", mesh="1x8", seq_len=16)
+    (layout,) = compare(small_gemma_backbone, [plan], **OPTIONS).layouts
+    assert any("bert_tiny_en_uncased" in warning for warning in layout.warnings)
+
+
 def test_text_and_json_hold_every_layout() -> None:
     found = compare(small_gemma_backbone, [CONTRACTED, "kerashub"], **OPTIONS)
     text = comparison_text(found)

@@ -124,6 +124,12 @@ def test_an_unknown_chip_in_a_target_gives_the_nearest_names(text: str, near: st
     assert near in caught.value.near
 
 
+def test_names_that_begin_alike_are_the_nearest() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        parse_target("gpu:a100:8")
+    assert caught.value.near[:2] == ("gpu:a100-40gb-sxm", "gpu:a100-80gb-sxm")
+
+
 def test_a_mesh_of_another_size_is_refused() -> None:
     with pytest.raises(MeshError) as caught:
         check_devices(parse_mesh("1x8"), parse_target("tpu:v5e:4x4"))

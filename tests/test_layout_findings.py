@@ -63,6 +63,13 @@ def test_a_family_name_is_told_from_a_regex() -> None:
     )
 
 
+def test_a_forgotten_r_and_a_rule_for_an_optimizer_are_told_so() -> None:
+    ((_, forgotten),) = found(rule("decoder_block_\b/ffw_linear/kernel", "model"))
+    assert forgotten.endswith("write r before the quotes, or double the backslash")
+    ((_, slot),) = found(rule("adam/.*_momentum", "model"))
+    assert slot.endswith("what an optimizer holds lies as its weight does: leave the rule out")
+
+
 def test_a_rule_written_for_older_keras_is_told_so() -> None:
     assert found(rule("ffw_linear/kernel", "model")) == [
         (

@@ -1,12 +1,16 @@
 """The shape of the mesh: every one is planned, and the fastest that fits is taken."""
 
+import jax
+import numpy as np
 import pytest
 from test_end_to_end import small_gemma_backbone
 
 from autoshard.errors import MeshError, UsageError
-from autoshard.mesh import Mesh
+from autoshard.mesh import Mesh, as_mesh
 from autoshard.mesh_shapes import make_setups, mesh_shapes, tradeoffs
+from autoshard.model.keras_import import import_keras
 from autoshard.pipeline import PlanOutcome, make_plan
+from autoshard.setup import make_setup
 
 STEP = {"dtype": "float32", "seq_len": 16}
 
@@ -48,6 +52,24 @@ def test_no_tradeoff_is_beaten_in_both_time_and_memory(outcome: PlanOutcome) -> 
 def test_shapes_over_which_the_batch_does_not_divide_are_left_out() -> None:
     assert [str(setup.mesh) for setup in make_setups(8, batch=2)] == ["1x8", "2x4"]
     assert {setup.workload.batch for setup in make_setups(12)} == {12}
+
+
+def test_meshes_of_keras_and_jax_are_meshes() -> None:
+    keras = import_keras()
+    devices = ["cpu:0"] * 8
+    made = keras.distribution.DeviceMesh((2, 4), ["data", "tensor"], devices)
+    expected = Mesh(shape=(2, 4), axis_names=("data", "tensor"))
+    assert as_mesh(made) == expected
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "tensor"))
+    assert as_mesh(one) == Mesh(shape=(1, 1), axis_names=("data", "tensor"))
+    with pytest.raises(MeshError, match="give a text like 1x8"):
+        as_mesh((2, 4))
+
+
+@pytest.mark.parametrize("name", ["batch", "seq_len", "slices", "lora_rank"])
+def test_what_is_no_whole_number_is_wrong_usage(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is '8'; give a whole number"):
+        make_setup("1x8", **{name: "8"})
 
 
 def test_one_of_mesh_and_devices_is_asked_for() -> None:

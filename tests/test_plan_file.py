@@ -241,6 +241,13 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
+def test_standard_output_is_written_to_like_any_other_text(capsys: Any) -> None:
+    print("before")
+    PLAN.save("/dev/stdout")
+    print("after")
+    assert capsys.readouterr().out == f"before\n{PLAN.to_json()}after\n"
+
+
 def test_a_number_that_json_lacks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     plan = replace(PLAN, predicted=replace(PREDICTED, step_seconds=float("inf")))
     with pytest.raises(PlanFileError) as error:

@@ -7,6 +7,7 @@ takes the output of a layer; one that takes some layers of a family and not the 
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -209,6 +210,10 @@ def _idle_hint(rule: Rule, taken: Mapping[str, LayoutRules], table: ModelTable) 
     if "_*" in rule.pattern:
         numbered = rule.pattern.replace("_*", r"_\d+")
         return f"a rule is a regex: write '{numbered}' for every block"
+    if not rule.pattern.isprintable():
+        return f"it holds {rule.pattern!r}: write r before the quotes, or double the backslash"
+    if re.search(r"optimizer|momentum|velocity|adam", rule.pattern):
+        return "what an optimizer holds lies as its weight does: leave the rule out"
     templates = [family.template for family in table.families()]
     near = difflib.get_close_matches(rule.pattern, templates, n=1, cutoff=0.3)
     if near:

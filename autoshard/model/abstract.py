@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras, without_tensorflow
 
 __all__ = ["OutputRecorder", "abstract_scope", "fresh_names", "recording_scope"]
@@ -30,6 +31,13 @@ class OutputRecorder:
 
     def get_variable_layout(self, variable: Any) -> None:
         """Answer that the variable lies wherever its device is."""
+
+    def get_data_layout(self, data_shape: Any) -> None:
+        """Refuse: data means that the model is trained or called while it is built."""
+        raise ModelError(
+            "the model is trained, or called on data, while it is built; return it before that: "
+            "no weights are needed to plan"
+        )
 
 
 @contextmanager

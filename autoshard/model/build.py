@@ -52,6 +52,8 @@ def build(
         ModelError: Keras cannot build the model without values.
     """
     keras = import_keras()
+    if isinstance(reference, keras.layers.Layer) and not isinstance(reference, keras.Model):
+        raise UsageError(f"'{reference.name}' is a layer; give a keras.Model with it")
     if isinstance(reference, keras.Model):
         model = _with_own_dtype(_given(reference, lora_rank), dtype)
     elif dtype == QUANTIZED:
