@@ -109,7 +109,7 @@ def plan(
 
     Args:
         model: as for `inspect`.
-        mesh: such as `1x8`, or a `Mesh`.
+        mesh: such as `1x8`, or a `Mesh`, a `keras.distribution.DeviceMesh`, a `jax.sharding.Mesh`.
         devices: instead of a mesh, how many devices; the shape of the mesh is then chosen too.
         axes: names of the mesh axes, the data axis first.
         target: such as `tpu:v5e:2x4`, or `attached` for what JAX sees; by default the smallest v5e

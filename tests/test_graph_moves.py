@@ -72,3 +72,40 @@ def test_what_moves_data_is_laid_out_and_moved_as_by_xla(name: str) -> None:
         traffic = StepPricer(program, MACHINE).price(layouts).traffic
         assert sorted({moved.kind for moved in traffic}) == expected
         assert sorted(set(re.findall(rf" ({KINDS})\(", compiled.as_text()))) == expected
+
+
+@pytest.mark.parametrize(("rows", "is_torn"), [(64, True), (32, False)])
+def test_a_gradient_that_lies_otherwise_than_what_it_is_multiplied_with_is_dealt_out(
+    rows: int, is_torn: bool
+) -> None:
+    """A gated layer, its gradient split by rows, its weights by hidden units.
+
+    Where the gradient is no smaller than the weight, XLA lays their product out as the gradient.
+    """
+
+    def gated(x: Any, into: Any, out: Any) -> Any:
+        both = jnp.einsum("bsd,dgh->bsgh", x, into)
+        return (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]) @ out
+
+    def backward(x: Any, into: Any, out: Any, gradient: Any) -> Any:
+        return jax.vjp(gated, x, into, out)[1](gradient)
+
+    shapes = ((2, rows, 32), (32, 2, 128), (128, 32), (2, rows, 32))
+    specs = (jax.P(None, "model"), jax.P(None, None, "model"), jax.P("model"), jax.P(None, "model"))
+    program = program_of(backward, *shapes)
+    fixed = {
+        argument.group: (dim,)
+        for argument, dim in zip(program.arguments, (1, 2, 0, 1), strict=True)
+    }
+    traffic = StepPricer(program, MACHINE).price(propagate(program, fixed, (8,)), fixed).traffic
+    dealt = sum(moved.count for moved in traffic if moved.kind == "all-to-all")
+
+    mesh = jax.sharding.Mesh(jax.devices()[:8], ("model",))
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    compiled = jax.jit(backward).lower(*arrays).compile().as_text()
+    found = len(re.findall(r" all-to-all\(", compiled))
+    assert (found > 0) == (dealt > 0) == is_torn
+    assert abs(found - dealt) <= 1

@@ -3,8 +3,8 @@
 Arrays that elementwise ops join are laid out as one group. But where the partitioner comes to a
 matmul, in the order of the program, it lays the result out by the operands alone; where that is not
 how the group is laid out, each elementwise op at which the two meet moves one of them, and what it
-makes lies as its first operand does. In the gradient of a gated feed-forward layer that is four
-times for one matmul.
+makes lies as its first operand does. In the gradient of a gated feed-forward layer that is four or
+five times for one matmul.
 """
 
 from collections import Counter
