@@ -12,7 +12,7 @@ from test_graph_rules import program_of
 
 from autoshard.cost.step import StepPricer
 from autoshard.graph.program import WHOLE
-from autoshard.graph.propagation import propagate
+from autoshard.graph.propagation import Propagator, propagate
 
 KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 Move = Callable[[Any, Any], Any]
@@ -97,7 +97,9 @@ def test_a_gradient_that_lies_otherwise_than_what_it_is_multiplied_with_is_dealt
         argument.group: (dim,)
         for argument, dim in zip(program.arguments, (1, 2, 0, 1), strict=True)
     }
-    traffic = StepPricer(program, MACHINE).price(propagate(program, fixed, (8,)), fixed).traffic
+    propagator = Propagator(program, (8,))
+    layouts = propagator.propagate(fixed)
+    traffic = StepPricer(program, MACHINE).price(layouts, propagator.torn).traffic
     dealt = sum(moved.count for moved in traffic if moved.kind == "all-to-all")
 
     mesh = jax.sharding.Mesh(jax.devices()[:8], ("model",))

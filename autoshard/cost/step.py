@@ -1,6 +1,6 @@
 """The cost of a whole step under one layout of every group."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import Transfer, local_bytes
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import WHOLE, Layout, Op, Program
-from autoshard.graph.propagation import own_layout, picker
+from autoshard.graph.propagation import picker
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import seconds as collective_seconds
 from autoshard.hardware.collectives import wire_bytes
@@ -61,24 +61,18 @@ class StepPricer:
             if not self.arguments.is_free(argument)
         ]
         self._argument_prices: dict[tuple[int, Layout], float] = {}
-        self._meeting = [
-            (index, op.results[0].group) for index, op in enumerate(program.ops) if op.n_meetings
-        ]
-        self._torn_at: dict[tuple[int, tuple[Layout, ...]], tuple[Traffic, ...]] = {}
         # The layouts priced last, and what each op adds under them.
         self._last: Sequence[Layout | None] = (None,) * len(program.groups)
         self._compute = np.zeros(len(program.ops))
         self._n_bytes = np.zeros((len(program.ops), 4))
         self._moving: dict[int, _Share] = {}
 
-    def price(
-        self, layouts: Sequence[Layout], constrained: Collection[int] = frozenset()
-    ) -> StepCost:
+    def price(self, layouts: Sequence[Layout], torn: Sequence[tuple[int, Layout]] = ()) -> StepCost:
         """The step under some layouts.
 
         Args:
             layouts: one a group.
-            constrained: groups of whose arrays each is laid out so from the start.
+            torn: matmuls whose results lie otherwise than their groups, and how; see `Propagator`.
         """
         self._follow(layouts)
         compute = float(self._compute.sum())
@@ -95,11 +89,10 @@ class StepPricer:
                 same = once[:-1]
                 alone[same] = 0.0 if same in alone else alone_seconds
         compute += sum(alone.values())
-        for index, group in self._meeting:
-            if group not in constrained:
-                around = self._around[index](layouts)
-                for place, moved in enumerate(self._torn(index, around)):
-                    traffic["torn", index, place] = moved
+        for index, own in torn:
+            shared = layouts[self.program.ops[index].results[0].group]
+            for moved in self._tearing(index, own, shared):
+                traffic["torn", index, moved.axis] = moved
         return StepCost(
             compute_seconds=compute,
             blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
@@ -166,24 +159,16 @@ class StepPricer:
             backward=op.backward,
         )
 
-    def _torn(self, index: int, around: tuple[Layout, ...]) -> tuple[Traffic, ...]:
-        """What moves where a matmul's result lies otherwise than its group; remembered.
+    def _tearing(self, index: int, own: Layout, shared: Layout) -> Iterator[Traffic]:
+        """What moves where a matmul's result lies otherwise than its group.
 
         One of the arrays is dealt out again at each elementwise op where the two meet; which one
         makes no difference, for all are of one size.
         """
-        found = self._torn_at.get((index, around))
-        if found is None:
-            found = self._torn_at[index, around] = tuple(self._tearing(index, around))
-        return found
-
-    def _tearing(self, index: int, around: tuple[Layout, ...]) -> Iterator[Traffic]:
-        op, axis_sizes = self.program.ops[index], self.machine.axis_sizes
-        sizes = [self.program.groups[group].sizes for group in op.groups]
-        n_bytes = local_bytes(op.results[0].n_bytes, around[-1], axis_sizes)
-        own = own_layout(op, around[:-1], sizes, axis_sizes)
-        for axis, (mine, shared) in enumerate(zip(own, around[-1], strict=True)):
-            if mine != shared and WHOLE not in (mine, shared):
+        op = self.program.ops[index]
+        n_bytes = local_bytes(op.results[0].n_bytes, shared, self.machine.axis_sizes)
+        for axis, (mine, other) in enumerate(zip(own, shared, strict=True)):
+            if mine != other and WHOLE not in (mine, other):
                 link = self.machine.links[axis]
                 yield Traffic(
                     kind="all-to-all",

@@ -15,6 +15,8 @@ from autoshard.graph.jaxpr import Equation, FlatJaxpr
 __all__ = ["count_meetings"]
 
 _JOINING = ("elementwise", "reshape")
+# A sum of both, as a residual stream, lies as the group does.
+_ADDING = ("add", "add_any", "sub")
 # What these make lies as whoever reads it wants.
 _FREE = ("broadcast", "source")
 
@@ -39,8 +41,10 @@ def count_meetings(flat: FlatJaxpr, group_of: Sequence[int]) -> dict[int, int]:
             continue
         sources = [laid_by[i] for i in _members(equation, flat, group_of) if i in laid_by]
         if sources:
-            laid_by[equation.results[0]] = sources[0]
-            if len(set(sources)) > 1:
+            met = len(set(sources)) > 1
+            sum_of_both = met and equation.primitive in _ADDING
+            laid_by[equation.results[0]] = None if sum_of_both else sources[0]
+            if met:
                 meetings.update(source for source in set(sources) if source is not None)
     return dict(meetings)
 

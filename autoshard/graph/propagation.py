@@ -21,9 +21,11 @@ import numpy as np
 
 from autoshard.graph.program import WHOLE, Layout, Op, Program
 
-__all__ = ["Propagator", "own_layout", "picker", "propagate", "splits_evenly"]
+__all__ = ["Propagator", "picker", "propagate", "splits_evenly"]
 
 _LEVELS = 4
+# The level at which matmuls have their first turn.
+_TEARING = 1
 
 _Changes = tuple[tuple[int, Layout], ...]
 
@@ -63,9 +65,15 @@ class Propagator:
     Args:
         program: the step.
         axis_sizes: devices along each mesh axis.
+
+    Attributes:
+        torn: of the layouts spread last, the matmuls whose results met others of their groups that
+            were laid out before, with the layouts that their operands alone gave them then.
     """
 
     def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
+        self.torn: list[tuple[int, Layout]] = []
+        self._meets = bytearray(op.n_meetings > 0 for op in program.ops)
         self._program = program
         self._axis_sizes = tuple(axis_sizes)
         self._touching = program.touching()
@@ -96,6 +104,7 @@ class Propagator:
         """
         whole = (WHOLE,) * len(self._axis_sizes)
         state = [fixed.get(group, whole) for group in range(len(self._program.groups))]
+        self.torn = []
         if not self._axis_sizes:
             return tuple(state)
         # Nothing comes of an op around which all is whole.
@@ -128,6 +137,8 @@ class Propagator:
                 index = queue.popleft()
                 waiting[index] = False
             around = self._around[index](state)
+            if at >= 0 and level == _TEARING and self._meets[index]:
+                self._tear(index, around, fixed)
             changes = spreads[index].get(around)
             if changes is None:
                 changes = self._spread(index, level, around)
@@ -145,6 +156,22 @@ class Propagator:
                         queue.append(other)
             if at >= 0:
                 at = ready.find(1, at + 1)
+
+    def _tear(self, index: int, around: tuple[Layout, ...], fixed: Mapping[int, Layout]) -> None:
+        """Note a matmul whose operands give its result another layout than its group has."""
+        shared, whole = around[-1], (WHOLE,) * len(self._axis_sizes)
+        if shared == whole or self._groups_of[index][-1] in fixed:
+            return
+        alone = (*around[:-1], whole)
+        changes = self._spreads[_TEARING][index].get(alone)
+        if changes is None:
+            changes = self._spread(index, _TEARING, alone)
+        own = dict(changes).get(len(around) - 1, whole)
+        if any(
+            mine != other and WHOLE not in (mine, other)
+            for mine, other in zip(own, shared, strict=True)
+        ):
+            self.torn.append((index, own))
 
     def _spread(self, index: int, level: int, around: tuple[Layout, ...]) -> _Changes:
         """What one op changes: positions among its arrays, and their new layouts."""
@@ -216,22 +243,6 @@ def _spread(
         if tuple(layout) != around[at]:
             changed.append((at, tuple(layout)))
     return changed
-
-
-def own_layout(
-    op: Op, operands: Sequence[Layout], sizes: Sequence[tuple[int, ...]], axis_sizes: Sequence[int]
-) -> Layout:
-    """How an op of one result lays that out by its operands alone.
-
-    Args:
-        op: the op.
-        operands: their layouts.
-        sizes: those of the groups of its operands and of its result.
-        axis_sizes: devices along each mesh axis.
-    """
-    whole = (WHOLE,) * len(axis_sizes)
-    changed = dict(_spread(op, 1, (*operands, whole), sizes, axis_sizes))
-    return changed.get(len(operands), whole)
 
 
 def _wanted(op: Op, level: int, around: Sequence[Layout]) -> list[tuple[int, list[int]]]:

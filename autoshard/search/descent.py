@@ -120,7 +120,7 @@ class Scorer:
         if found is None:
             fixed = fixed_layouts(self.pricer.program, assignment, self.mesh)
             layouts = self._propagator.propagate(fixed)
-            cost = self.pricer.price(layouts, frozenset(fixed))
+            cost = self.pricer.price(layouts, self._propagator.torn)
             limit = math.inf if self.memory_limit is None else self.memory_limit
             excess = max(0.0, cost.memory.peak_bytes - limit)
             found = Scored(
