@@ -75,12 +75,15 @@ class StepPricer:
             torn: matmuls whose results lie otherwise than their groups, and how; see `Propagator`.
         """
         self._follow(layouts)
+        apart = {index: self._apart(index, own, layouts) for index, own in torn}
         compute = float(self._compute.sum())
+        compute += sum(one.compute_seconds - self._compute[index] for index, one in apart.items())
+        moving = {**self._moving, **apart}
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
         alone: dict[tuple[object, ...], float] = {}
-        for index in sorted(self._moving):
-            for once, moved, seconds, alone_seconds in self._moving[index].transfers:
+        for index in sorted(moving):
+            for once, moved, seconds, alone_seconds in moving[index].transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once.
                 if once not in traffic:
@@ -158,6 +161,14 @@ class StepPricer:
             layer=op.layer,
             backward=op.backward,
         )
+
+    def _apart(self, index: int, own: Layout, layouts: Sequence[Layout]) -> _Share:
+        """What a matmul adds whose result lies otherwise than its group."""
+        around = (*self._around[index](layouts)[:-1], own)
+        share = self._shares[index].get(around)
+        if share is None:
+            share = self._shares[index][around] = self._share(index, around)
+        return share
 
     def _tearing(self, index: int, own: Layout, shared: Layout) -> Iterator[Traffic]:
         """What moves where a matmul's result lies otherwise than its group.

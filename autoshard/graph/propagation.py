@@ -73,7 +73,7 @@ class Propagator:
 
     def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
         self.torn: list[tuple[int, Layout]] = []
-        self._meets = bytearray(op.n_meetings > 0 for op in program.ops)
+        self._meets = bytearray(map(_may_tear, program.ops))
         self._program = program
         self._axis_sizes = tuple(axis_sizes)
         self._touching = program.touching()
@@ -180,6 +180,17 @@ class Propagator:
         changes = tuple(_spread(op, level, around, sizes, self._axis_sizes))
         self._spreads[level][index][around] = changes
         return changes
+
+
+def _may_tear(op: Op) -> bool:
+    """Whether a matmul's result meets others, and is no smaller than what it is made of.
+
+    Of smaller ones, as where the gradient of the logits becomes that of a stream, programs compiled
+    show no tear.
+    """
+    if not op.n_meetings:
+        return False
+    return op.results[0].n_bytes >= min(operand.n_bytes for operand in op.operands)
 
 
 def _look(op: Op, program: Program) -> tuple[object, ...]:
