@@ -6,7 +6,7 @@ from typing import Any
 
 from autoshard.errors import PlanFileError, UsageError
 from autoshard.layout.reading import read_layout
-from autoshard.layout.resolve import Finding, resolve
+from autoshard.layout.resolve import Finding, FindingKind, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, as_mesh, round_up
 from autoshard.model.build import build
@@ -66,7 +66,8 @@ def check(
     workload = replace(abstract.own(workload), batch=batch)
     program = make_program(fold(abstract, periods=2), workload)
     refused = refused_outputs(found.outputs, table, grid, program)
-    return (*_output_findings(rules, refused, workload), *findings)
+    every = (*_output_findings(rules, refused, workload), *findings)
+    return tuple(sorted(every, key=lambda finding: finding.severity == "warning"))
 
 
 def _reading_findings(unreadable: Sequence[str]) -> Iterator[Finding]:
@@ -83,11 +84,9 @@ def _origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
 
 
 def _output_findings(
-    rules: LayoutRules, refused: Mapping[str, str], workload: Workload
+    rules: LayoutRules, refused: Mapping[str, tuple[FindingKind, str]], workload: Workload
 ) -> Iterator[Finding]:
-    for path, reason in refused.items():
+    for path, (kind, reason) in refused.items():
         (rule,) = {rule.pattern for rule in matching_rules(rules, path)}
-        message = (
-            f"rule '{rule}': {reason} in a step of {workload.batch} x {workload.seq_len} tokens"
-        )
-        yield Finding(kind="output-shape", rule=rule, message=message)
+        message = f"rule '{rule}', with {workload.batch} x {workload.seq_len} tokens: {reason}"
+        yield Finding(kind=kind, rule=rule, message=message)

@@ -10,7 +10,7 @@ from autoshard.errors import AutoshardError, LayoutError
 from autoshard.graph.program import Program
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
-from autoshard.layout.resolve import resolve
+from autoshard.layout.resolve import FindingKind, resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, Spec, divides, format_spec
 from autoshard.model.recipe import AbstractModel
@@ -98,7 +98,8 @@ def score_rules(name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer
         return Candidate(name=name, rules=rules, scored=None, failure=str(error))
     outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
     refused = refused_outputs(resolution.outputs, table, scorer.mesh, scorer.pricer.program)
-    failure = _uneven(resolution.outputs, table) or next(iter(refused.values()), "")
+    failure = _uneven(resolution.outputs, table)
+    failure = failure or next((reason for _, reason in refused.values()), "")
     if failure:
         return Candidate(name=name, rules=rules, scored=None, failure=failure)
     assignment = _known({**resolution.assignment, **outputs}, scorer)
@@ -107,8 +108,8 @@ def score_rules(name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer
 
 def refused_outputs(
     outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, program: Program
-) -> dict[str, str]:
-    """The layer outputs that JAX cannot lay out as a map says, and why, each in one line.
+) -> dict[str, tuple[FindingKind, str]]:
+    """The layer outputs that JAX cannot lay out evenly as a map says, and why, each in one line.
 
     Args:
         outputs: path of a layer output -> its spec.
@@ -117,18 +118,21 @@ def refused_outputs(
         program: a step of the model, which has the shapes.
 
     Returns:
-        Path -> the reason; of equal blocks with one spec the first path.
+        Path -> what is wrong, and the reason; of equal blocks with one spec the first path.
     """
     shapes = program.output_shapes()
     first: dict[tuple[str, Spec], str] = {}
     for path, spec in outputs.items():
         first.setdefault((table.templates[path], spec), path)
-    refused: dict[str, str] = {}
+    refused: dict[str, tuple[FindingKind, str]] = {}
     for (template, spec), path in first.items():
         for shape in shapes.get(template, ()):
-            if len(spec) > len(shape) or not divides(shape, spec, mesh):
-                reason = f"JAX refuses {format_spec(spec)} for '{template}', of shape {shape}"
-                refused.setdefault(path, reason)
+            what = f"{format_spec(spec)} for '{template}', of shape {shape}"
+            if len(spec) > len(shape):
+                refused.setdefault(path, ("output-shape", f"JAX refuses {what}"))
+            elif not divides(shape, spec, mesh):
+                reason = f"JAX pads {what}, in a compiled call, and refuses it in another"
+                refused.setdefault(path, ("uneven-output", reason))
     return refused
 
 

@@ -31,10 +31,11 @@ FindingKind = Literal[
     "takes-output",
     "split-family",
     "output-shape",
+    "uneven-output",
     "unreadable",
     "other-model",
 ]
-_WARNINGS = ("other-model", "takes-nothing", "takes-output", "split-family")
+_WARNINGS = ("other-model", "takes-nothing", "takes-output", "split-family", "uneven-output")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
