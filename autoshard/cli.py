@@ -231,6 +231,8 @@ def check(
 
     findings = find(model, layout, mesh=mesh, axes=_names(axes), seq_len=seq_len)
     click.echo((findings_json if form == "json" else findings_text)(findings))
+    if mesh is None and not layout.endswith(".json"):
+        click.echo("autoshard: axis names and divisibility are checked with --mesh", err=True)
     if findings:
         sys.exit(1)
 

@@ -58,6 +58,7 @@ def plan_small(*options: str) -> Result:
             "like cpu:8, and no slices",
         ),
         (("plan", "test_cli:leaves", "--mesh", "1x8"), 1, "SystemExit"),
+        (("plan", "mine.py:model", "--mesh", "1x8"), 2, "name its module: mine:model"),
         (("plan", "mine.py", "--mesh", "1x8"), 2, "as in mine:make_model"),
         (("plan", SMALL, "--mesh", "1x8", "-o", ""), 2, "output file is empty"),
         (("inspect", "gemma_2b_en", "--layer", "decoder_blok_0"), 2, "decoder_block_0"),

@@ -81,6 +81,9 @@ def recipe_of(
 
 def _imported(reference: str) -> Callable[[], Any]:
     module_name, _, attribute = reference.partition(":")
+    if module_name.endswith(".py"):
+        dotted = module_name.removesuffix(".py").replace("/", ".")
+        raise UsageError(f"'{module_name}' is a file; name its module: {dotted}:{attribute}")
     try:
         with redirect_stdout(sys.stderr):  # what it prints is no output of ours
             made: Any = importlib.import_module(module_name)
