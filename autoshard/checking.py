@@ -17,7 +17,7 @@ from autoshard.planning import make_program
 from autoshard.pricing import refused_outputs
 from autoshard.sharding_plan import Plan, plan_of
 
-__all__ = ["check"]
+__all__ = ["check", "origin_findings"]
 
 
 def check(
@@ -57,7 +57,7 @@ def check(
         made.rules if made else read_layout(layout, abstract.backbone, grid, unreadable=unreadable)
     )
     found = resolve(rules, table, grid)
-    findings = (*_reading_findings(unreadable), *found.findings, *_origin_findings(made, table))
+    findings = (*_reading_findings(unreadable), *found.findings, *origin_findings(made, table))
     knows_axes = all(finding.kind != "unknown-axis" for finding in findings)
     if grid is None or not found.outputs or not knows_axes:
         return findings
@@ -75,7 +75,8 @@ def _reading_findings(unreadable: Sequence[str]) -> Iterator[Finding]:
         yield Finding(kind="unreadable", rule=None, message=message)
 
 
-def _origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
+def origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
+    """What is wrong with where a plan comes from: it was made for another model."""
     try:
         if plan:
             plan.check_model(table)

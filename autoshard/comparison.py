@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from autoshard.checking import origin_findings
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.causes import Causes
@@ -63,16 +64,10 @@ def compare(
     traced = trace_model(model, setup.workload, Stopwatch(progress=on_progress))
     setup = replace(setup, workload=traced.workload)
     table = traced.table
-    read = [(_name(layout), _rules(layout, traced, setup, on_progress)) for layout in layouts]
-    foreign = [_foreign(layout, table) for layout in layouts]
+    read = [(_name(layout), *_read(layout, traced, setup, on_progress)) for layout in layouts]
     pricer = make_pricer(traced.program, setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
-    compared = [
-        replace(one, warnings=(*warnings, *one.warnings))
-        for one, warnings in zip(
-            (_compared(name, rules, table, scorer) for name, rules in read), foreign, strict=True
-        )
-    ]
+    compared = [_compared(*one, table, scorer) for one in read]
     return Comparison(
         model=table.name,
         mesh=setup.mesh,
@@ -91,43 +86,38 @@ def _name(layout: str | os.PathLike[str] | Plan) -> str:
     return "source" if "layout_map[" in name else name
 
 
-def _rules(
+def _read(
     layout: str | os.PathLike[str] | Plan,
     traced: TracedModel,
     setup: Setup,
     on_progress: Callable[[str], None],
-) -> LayoutRules | str:
-    """The rules of a layout, or why there are none: no map ships, or a file cannot be read."""
+) -> tuple[LayoutRules | str, tuple[str, ...]]:
+    """The rules of a layout, or why there are none, and what to say of where they come from."""
     if layout == _PLANNED:
         watch = Stopwatch(progress=on_progress)
-        return run_planner(traced, setup, top=1, watch=watch).candidates[0].rules
+        return run_planner(traced, setup, top=1, watch=watch).candidates[0].rules, ()
     try:
         plan = plan_of(layout)
         if plan is not None:
-            return plan.rules
+            origin = origin_findings(plan, traced.table)
+            return plan.rules, tuple(finding.message for finding in origin)
         assert not isinstance(layout, Plan)
-        return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh)
+        return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh), ()
     except (LayoutError, PlanFileError) as error:
-        return str(error)
-
-
-def _foreign(layout: str | os.PathLike[str] | Plan, table: ModelTable) -> tuple[str, ...]:
-    """What to say of a plan that was made for another model."""
-    try:
-        if layout != _PLANNED and (plan := plan_of(layout)) is not None:
-            plan.check_model(table)
-    except PlanFileError as error:
-        return (str(error),)
-    return ()
+        return str(error), ()
 
 
 def _compared(
-    name: str, rules: LayoutRules | str, table: ModelTable, scorer: Scorer
+    name: str,
+    rules: LayoutRules | str,
+    warnings: tuple[str, ...],
+    table: ModelTable,
+    scorer: Scorer,
 ) -> ComparedLayout:
     if isinstance(rules, str):
         return ComparedLayout(name=name, rules=(), failure=rules)
     candidate = score_rules(name, rules, table, scorer)
-    layout = ComparedLayout(name=name, rules=rules, failure=candidate.failure)
+    layout = ComparedLayout(name=name, rules=rules, failure=candidate.failure, warnings=warnings)
     if candidate.scored is None:
         return layout
     resolution = resolve(rules, table, scorer.mesh)
@@ -139,7 +129,7 @@ def _compared(
         excess_bytes=candidate.scored.excess_bytes,
         whole_bytes=sum(family.n_bytes for family in whole),
         collectives=tuple(_costly(candidate.scored.cost, causes, table)),
-        warnings=tuple(finding.message for finding in resolution.findings),
+        warnings=(*warnings, *(finding.message for finding in resolution.findings)),
     )
 
 

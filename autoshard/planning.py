@@ -23,7 +23,7 @@ from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.pricing import Candidate, make_pricer, published_maps
-from autoshard.search.candidates import fixed_layouts, split_by_hand
+from autoshard.search.candidates import all_whole, fixed_layouts, split_by_hand
 from autoshard.search.descent import Scored
 from autoshard.search.ranking import SearchResult, search
 from autoshard.setup import Setup
@@ -210,8 +210,8 @@ def run_planner(
         beyond = _named("without generate", table, result.unbound)
         by_hand = _by_hand(table, result, setup.mesh)
         plain = _named("no rule for outputs", table, result.plain)
-        nothing = {choices.name: choices.specs[0] for choices in result.choices}
-        whole = Candidate(name="no rule", rules=(), scored=result.scorer.score(nothing))
+        scored = result.scorer.score(all_whole(result.choices))
+        no_rule = Candidate(name="no rule", rules=(), scored=scored)
         known = {candidate.rules: candidate for candidate in candidates}
     return Planning(
         setup=setup,
@@ -223,7 +223,7 @@ def run_planner(
         rivals=rivals,
         by_hand=known.get(by_hand.rules, by_hand) if by_hand else None,
         plain=known.get(plain.rules, plain) if plain else None,
-        whole=known.get((), whole),
+        whole=known.get((), no_rule),
         without_generate=beyond,
         program=traced.program,
     )

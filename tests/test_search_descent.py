@@ -34,17 +34,21 @@ class Table:
         return Found(assignment=laid, rank=self._costs[key])
 
 
+def output(name: str) -> Choices:
+    return Choices(
+        name=name,
+        shape=(8, 8),
+        specs=(NO_RULE, SPLIT),
+        siblings="o",
+        n_bytes=64,
+        is_output=True,
+    )
+
+
 def test_neither_a_weight_nor_an_output_bars_the_way_to_the_other() -> None:
     families = [
         Choices(name=WEIGHT, shape=(8, 8), specs=((None, None), SPLIT), siblings="w", n_bytes=64),
-        Choices(
-            name=OUTPUT,
-            shape=(8, 8),
-            specs=(NO_RULE, SPLIT),
-            siblings="o",
-            n_bytes=64,
-            is_output=True,
-        ),
+        output(OUTPUT),
     ]
     start = {WEIGHT: (None, None), OUTPUT: NO_RULE}
     for best in ((True, False), (False, True)):
@@ -61,17 +65,7 @@ def test_of_outputs_laid_out_together_those_that_gain_nothing_lose_their_rule() 
             seconds = 5.0 if ("first/output", SPLIT) in laid else 10.0
             return Found(assignment=laid, rank=seconds * (1 + 0.01 * len(laid)))
 
-    families = [
-        Choices(
-            name=name,
-            shape=(8, 8),
-            specs=(NO_RULE, SPLIT),
-            siblings="o",
-            n_bytes=64,
-            is_output=True,
-        )
-        for name in ("first/output", "second/output")
-    ]
+    families = [output("first/output"), output("second/output")]
     scorer: Any = OneGains({})
     found: Any = descend(scorer, families, [{choices.name: NO_RULE for choices in families}])
     assert found.assignment == (("first/output", SPLIT),)

@@ -11,8 +11,8 @@ from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import Transfer, local_bytes
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import WHOLE, Layout, Op, Program
-from autoshard.graph.propagation import picker
+from autoshard.graph.program import Layout, Op, Program
+from autoshard.graph.propagation import picker, torn_axes
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import seconds as collective_seconds
 from autoshard.hardware.collectives import wire_bytes
@@ -75,7 +75,10 @@ class StepPricer:
             torn: matmuls whose results lie otherwise than their groups, and how; see `Propagator`.
         """
         self._follow(layouts)
-        apart = {index: self._apart(index, own, layouts) for index, own in torn}
+        apart = {
+            index: self._share(index, (*self._around[index](layouts)[:-1], own))
+            for index, own in torn
+        }
         compute = float(self._compute.sum())
         compute += sum(one.compute_seconds - self._compute[index] for index, one in apart.items())
         moving = {**self._moving, **apart}
@@ -110,10 +113,7 @@ class StepPricer:
             g for g, (new, old) in enumerate(zip(layouts, self._last, strict=True)) if new != old
         )
         for index in {index for group in changed for index in self._touching[group]}:
-            around = self._around[index](layouts)
-            share = self._shares[index].get(around)
-            if share is None:
-                share = self._shares[index][around] = self._share(index, around)
+            share = self._share(index, self._around[index](layouts))
             self._compute[index] = share.compute_seconds
             self._n_bytes[index] = share.n_bytes
             if share.transfers:
@@ -123,6 +123,13 @@ class StepPricer:
         self._last = layouts
 
     def _share(self, index: int, around: tuple[Layout, ...]) -> _Share:
+        """What op `index` adds, the layouts of its operands and results given; remembered."""
+        share = self._shares[index].get(around)
+        if share is None:
+            share = self._shares[index][around] = self._new_share(index, around)
+        return share
+
+    def _new_share(self, index: int, around: tuple[Layout, ...]) -> _Share:
         op = self.program.ops[index]
         cost = self._op_cost(index, around)
         return _Share(
@@ -162,14 +169,6 @@ class StepPricer:
             backward=op.backward,
         )
 
-    def _apart(self, index: int, own: Layout, layouts: Sequence[Layout]) -> _Share:
-        """What a matmul adds whose result lies otherwise than its group."""
-        around = (*self._around[index](layouts)[:-1], own)
-        share = self._shares[index].get(around)
-        if share is None:
-            share = self._shares[index][around] = self._share(index, around)
-        return share
-
     def _tearing(self, index: int, own: Layout, shared: Layout) -> Iterator[Traffic]:
         """What moves where a matmul's result lies otherwise than its group.
 
@@ -178,20 +177,19 @@ class StepPricer:
         """
         op = self.program.ops[index]
         n_bytes = local_bytes(op.results[0].n_bytes, shared, self.machine.axis_sizes)
-        for axis, (mine, other) in enumerate(zip(own, shared, strict=True)):
-            if mine != other and WHOLE not in (mine, other):
-                link = self.machine.links[axis]
-                yield Traffic(
-                    kind="all-to-all",
-                    axis=link.axis,
-                    n_bytes=n_bytes,
-                    wire_bytes=wire_bytes("all-to-all", n_bytes, link.size),
-                    seconds=collective_seconds("all-to-all", n_bytes, link),
-                    overlapped=False,
-                    count=op.count * op.n_meetings,
-                    layer=op.layer,
-                    backward=op.backward,
-                )
+        for axis in torn_axes(own, shared):
+            link = self.machine.links[axis]
+            yield Traffic(
+                kind="all-to-all",
+                axis=link.axis,
+                n_bytes=n_bytes,
+                wire_bytes=wire_bytes("all-to-all", n_bytes, link.size),
+                seconds=collective_seconds("all-to-all", n_bytes, link),
+                overlapped=False,
+                count=op.count * op.n_meetings,
+                layer=op.layer,
+                backward=op.backward,
+            )
 
     def _once(self, op: Op, transfer: Transfer) -> tuple[object, ...]:
         """What makes two transfers the same one; last, in which groups of devices.

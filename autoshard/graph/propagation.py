@@ -21,7 +21,7 @@ import numpy as np
 
 from autoshard.graph.program import WHOLE, Layout, Op, Program
 
-__all__ = ["Propagator", "picker", "propagate", "splits_evenly"]
+__all__ = ["Propagator", "picker", "propagate", "splits_evenly", "torn_axes"]
 
 _LEVELS = 4
 # The level at which matmuls have their first turn.
@@ -167,10 +167,7 @@ class Propagator:
         if changes is None:
             changes = self._spread(index, _TEARING, alone)
         own = dict(changes).get(len(around) - 1, whole)
-        if any(
-            mine != other and WHOLE not in (mine, other)
-            for mine, other in zip(own, shared, strict=True)
-        ):
+        if torn_axes(own, shared):
             self.torn.append((index, own))
 
     def _spread(self, index: int, level: int, around: tuple[Layout, ...]) -> _Changes:
@@ -180,6 +177,12 @@ class Propagator:
         changes = tuple(_spread(op, level, around, sizes, self._axis_sizes))
         self._spreads[level][index][around] = changes
         return changes
+
+
+def torn_axes(own: Layout, shared: Layout) -> list[int]:
+    """The mesh axes that split other dimensions in one layout than in the other."""
+    both = enumerate(zip(own, shared, strict=True))
+    return [axis for axis, (one, two) in both if one != two and WHOLE not in (one, two)]
 
 
 def _may_tear(op: Op) -> bool:

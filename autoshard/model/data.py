@@ -52,11 +52,12 @@ def run_data(model: AbstractModel, workload: Workload, seed: int) -> Any:
 
 def _n_tokens(model: AbstractModel) -> int:
     """The size of the vocabulary: what the model says, or what all its embeddings know."""
+    said: int | None = getattr(model.backbone, "vocabulary_size", None)
+    if said is not None:
+        return said
     embedding = import_keras().layers.Embedding
     layers = layers_by_path(model.model).values()
-    known = [layer.input_dim for layer in layers if isinstance(layer, embedding)]
-    n_tokens: int = getattr(model.backbone, "vocabulary_size", min(known, default=2))
-    return n_tokens
+    return min((layer.input_dim for layer in layers if isinstance(layer, embedding)), default=2)
 
 
 def prompt_data(model: AbstractModel, workload: Workload, n_prompt: int, seed: int) -> Any:

@@ -31,6 +31,7 @@ __all__ = [
     "legal_specs",
     "output_choices",
     "split_by_hand",
+    "all_whole",
 ]
 
 Assignment = Mapping[str, Spec]
@@ -139,6 +140,11 @@ def _unread(program: Program) -> set[str]:
         unread |= set() if alone is None else {alone}
         read |= families
     return unread - read
+
+
+def all_whole(families: Sequence[Choices]) -> dict[str, Spec]:
+    """Each family with its first spec: weights whole, outputs without a rule."""
+    return {choices.name: choices.specs[0] for choices in families}
 
 
 def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:

@@ -19,7 +19,7 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.graph.propagation import Propagator
 from autoshard.mesh import Mesh, Spec, shard_shape
-from autoshard.search.candidates import NO_RULE, Choices, fixed_layouts, split_by_hand
+from autoshard.search.candidates import NO_RULE, Choices, all_whole, fixed_layouts, split_by_hand
 
 __all__ = [
     "Scored",
@@ -214,14 +214,13 @@ def starting_points(
     The second fits wherever anything does, or nearly, so that a tight limit leaves a way down. The
     third is what people do by hand.
     """
-    whole = {choices.name: choices.specs[0] for choices in families}
     smallest = {
         choices.name: min(
             choices.specs, key=lambda spec: math.prod(shard_shape(choices.shape, spec, mesh))
         )
         for choices in families
     }
-    return {**whole, **relaxed}, smallest, split_by_hand(families, mesh)
+    return {**all_whole(families), **relaxed}, smallest, split_by_hand(families, mesh)
 
 
 def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec] | None:
@@ -234,13 +233,13 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
         A further start; None where there are no two groups, or where whole weights do not fit:
         what a descent makes of the mixture XLA propagates otherwise than we do.
     """
-    whole = {choices.name: choices.specs[0] for choices in families}
+    unlaid = all_whole(families)
     groups = sibling_groups(choices for choices in families if choices.is_output)
-    if len(groups) < 2 or scorer.score(whole).excess_bytes:
+    if len(groups) < 2 or scorer.score(unlaid).excess_bytes:
         return None
     largest = sorted(groups.values(), key=lambda members: -sum(one.n_bytes for one in members))
     laid = (
-        {**whole, **_lay(first, one, whole), **_lay(second, other, whole)}
+        {**unlaid, **_lay(first, one, unlaid), **_lay(second, other, unlaid)}
         for first, second in itertools.combinations(largest, 2)
         for one, other in itertools.product(first[0].specs[1:], second[0].specs[1:])
         if not scorer.is_spent

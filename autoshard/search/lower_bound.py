@@ -37,7 +37,7 @@ from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.propagation import splits_evenly
 from autoshard.graph.tying import tie_blocks
 from autoshard.mesh import Mesh, Spec
-from autoshard.search.candidates import Choices, fixed_layouts
+from autoshard.search.candidates import Choices, all_whole, fixed_layouts
 from autoshard.search.problem import Edge, Node, Problem
 from autoshard.search.solver import solve
 
@@ -114,7 +114,7 @@ class _Builder:
 
     def add_arguments(self, families: Sequence[Choices], mesh: Mesh) -> None:
         """One node a family; its groups (blocks, slots) follow it. Other arguments are fixed."""
-        base = {choices.name: choices.specs[0] for choices in families}
+        base = all_whole(families)
         family_of = {
             self.stands_for[argument.group]: argument.family
             for argument in self.program.arguments

@@ -10,6 +10,7 @@ from autoshard.search.candidates import (
     NO_RULE,
     Choices,
     Shapes,
+    all_whole,
     family_choices,
     output_choices,
 )
@@ -124,7 +125,7 @@ def search(
     origins = [dict(best.assignment), _only(best, names)]
     beyond = descend(scorer, [*families, *free], origins) if free else best
     # Whole weights, which any map can tell, are among what is chosen from.
-    scorer.score({choices.name: choices.specs[0] for choices in everything})
+    scorer.score(all_whole(everything))
     first = min(_worthy(scorer, everything, tied), key=lambda scored: scored.rank)
     _walk(scorer, everything, first)
     worthy = _worthy(scorer, everything, tied)
