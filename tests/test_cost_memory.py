@@ -62,7 +62,7 @@ def test_a_weight_is_gathered_while_the_matmul_before_runs() -> None:
     # data split over the devices, both weights too: each is gathered, and both are there at once
     cost = cost_of(program, 0, 0, 0)
     assert [traffic.kind for traffic in cost.traffic] == ["all-gather"] * 2
-    assert cost.memory.activations >= 2 * 4096 * 4096 * 4
+    assert cost.memory.activations >= 2 * 4096 * 4096 * 2  # float32, rounded before they are moved
 
 
 def test_what_fused_ops_make_for_a_matmul_is_written_on_a_gpu_and_kept_for_its_gradient() -> None:
@@ -86,6 +86,7 @@ def test_what_fused_ops_make_is_written_on_a_tpu_where_sums_go_round_in_a_ring()
     program = program_of(
         jax.grad(loss, argnums=(1, 2, 3)),
         *((65_536, 512), (512, 8192), (512, 8192), (8192, 512), (65_536, 512)),
+        dtype="bfloat16",
     )
     third = [index for index, op in enumerate(program.ops) if op.kind == "contraction"][2]
     ((_, made),) = program.chained_operands[third].items()
@@ -93,8 +94,8 @@ def test_what_fused_ops_make_is_written_on_a_tpu_where_sums_go_round_in_a_ring()
     ring, whole = (cost_of(program, WHOLE, 1, 1, 0, dim) for dim in (1, WHOLE))
     assert ("reduce-scatter", True) in {(one.kind, one.overlapped) for one in ring.traffic}
     assert "reduce-scatter" not in {one.kind for one in whole.traffic}
-    # of [65,536, 8,192] in float32 a device has an eighth
-    assert ring.memory.activations - whole.memory.activations > 65_536 * 1024 * 4 / 2
+    # of [65,536, 8,192] in bfloat16 a device has an eighth
+    assert ring.memory.activations - whole.memory.activations > 65_536 * 1024 * 2 / 2
 
 
 def test_a_chain_takes_the_place_of_what_one_equation_reads() -> None:

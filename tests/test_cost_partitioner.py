@@ -27,7 +27,11 @@ Dims = tuple[tuple[int, ...], ...]
 def matmul(sizes: Sequence[int], dims: Dims) -> Op:
     arrays = [
         Array(
-            identity=i, group=i, n_bytes=4 * math.prod(sizes[f] for f in factors), factors=factors
+            identity=i,
+            group=i,
+            n_bytes=4 * math.prod(sizes[f] for f in factors),
+            itemsize=4,
+            factors=factors,
         )
         for i, factors in enumerate(dims)
     ]

@@ -11,6 +11,7 @@ from autoshard.cost.values import Memory, StepCost
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import propagate
+from autoshard.hardware.efficiency import memory_seconds
 from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh
 
@@ -56,9 +57,9 @@ def test_the_same_mlp_split_on_the_contracting_dimensions_moves_the_hidden_array
 
 
 def test_a_whole_weight_is_cut_where_that_sums_less_than_would_be_gathered() -> None:
-    # hidden [64, h] comes out split, the result [64, 256] is whole, 65,536 bytes
-    for hidden, expected in ((1024, ("all-reduce", 65_536)), (256, ("all-gather", 65_536))):
-        program = program_of(mlp, (64, 256), (256, hidden), (hidden, 256))
+    # hidden [64, h] comes out split, the result [64, 256] is whole, 32,768 bytes
+    for hidden, expected in ((1024, ("all-reduce", 32_768)), (256, ("all-gather", 32_768))):
+        program = program_of(mlp, (64, 256), (256, hidden), (hidden, 256), dtype="bfloat16")
         assert collectives(cost_of(program, WHOLE, 1, WHOLE)) == [expected]
 
 
@@ -70,7 +71,7 @@ def test_an_array_that_two_matmuls_read_is_gathered_once() -> None:
     assert len(gathers) <= 2  # tanh(x) is traced twice, so it is two arrays, each gathered once
     program = program_of(lambda x, a, b: (x @ a) * (x @ b), (64, 256), (256, 1024), (256, 1024))
     gathers = [t for t in cost_of(program, 1, 1, 1).traffic if t.kind == "all-gather"]
-    assert [t.n_bytes for t in gathers] == [64 * 256 * 4]
+    assert [t.n_bytes for t in gathers] == [64 * 256 * 2]  # float32, rounded before it is moved
 
 
 def test_partial_sums_that_are_added_are_reduced_once() -> None:
@@ -90,23 +91,38 @@ def test_nothing_split_moves_nothing_and_costs_eight_times_the_compute() -> None
 
 
 @pytest.mark.parametrize(
-    ("target", "n", "differ"), [("tpu:v5e:2x2", 4, True), ("tpu:v5e:2x4", 8, False)]
+    ("target", "n", "of_rows", "of_contracted"),
+    [
+        ("tpu:v5e:1x2", 2, "plain", "plain"),
+        ("tpu:v5e:2x2", 4, "plain", "rewritten"),
+        ("tpu:v5e:2x4", 8, "rewritten", "looping"),
+    ],
 )
-def test_four_pieces_of_another_dimension_than_the_contracting_are_written_once(
-    target: str, n: int, differ: bool
+def test_a_large_matmul_takes_its_gathered_operand_apart(
+    target: str, n: int, of_rows: str, of_contracted: str
 ) -> None:
-    # the result is [4096, 32768] in float32: 512 MiB, of which a device makes a part
-    program = program_of(lambda x, w: jnp.tanh(x) @ w, (4096, 1024), (1024, 32768))
+    # the result is [8192, 65536] in bfloat16: 1 GiB, of which a device makes a part
+    shapes = (8192, 1024), (1024, 65_536)
+    program = program_of(lambda x, w: jnp.tanh(x) @ w, *shapes, dtype="bfloat16")
     machine = Machine.of(parse_mesh(f"1x{n}"), parse_target(target))
     pricer = StepPricer(program, machine)
     groups = [argument.group or 0 for argument in program.arguments]
-    rows, contracted = (
+    whole, rows, contracted = (
         pricer.price(propagate(program, dict(zip(groups, layouts, strict=True)), (n,)))
-        for layouts in (((0,), (1,)), ((1,), (1,)))
+        for layouts in (((WHOLE,), (1,)), ((0,), (1,)), ((1,), (1,)))
     )
-    assert [t.kind for t in rows.traffic] == [t.kind for t in contracted.traffic] == ["all-gather"]
-    again = (n - 1) * 2 * 512 * 2**20 / n / machine.chip.hbm_bytes_per_second if differ else 0.0
-    assert contracted.compute_seconds - rows.compute_seconds == pytest.approx(again, abs=1e-9)
+    chip, part = machine.chip, 2**30 / n
+    gathered = 8192 * 1024 * 2 / chip.hbm_bytes_per_second
+    steps = n // 2 + 1
+    expected = {
+        "plain": gathered,
+        "rewritten": gathered + (n - 1) * 2 * part / chip.hbm_bytes_per_second,
+        "looping": gathered + steps * memory_seconds(chip, part, part) - whole.compute_seconds,
+    }
+    for cost, kind in ((rows, of_rows), (contracted, of_contracted)):
+        assert [(t.kind, t.overlapped) for t in cost.traffic] == [("all-gather", n > 2)]
+        more = cost.compute_seconds - whole.compute_seconds
+        assert more == pytest.approx(expected[kind])
 
 
 def test_a_donated_weight_and_its_gradient_are_counted_as_shards() -> None:

@@ -9,9 +9,10 @@ import pytest
 from test_cost_step import MACHINE, TARGET
 from test_graph_rules import program_of
 
+from autoshard.cost.collective_matmul import _RING_PASSES
 from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import _RING_PASSES, _SUMMED_BATCH, OpCost, price_op
+from autoshard.cost.strategies import _SUMMED_BATCH, OpCost, price_op
 from autoshard.graph.program import WHOLE, Op, Program
 from autoshard.hardware.efficiency import memory_seconds
 from autoshard.mesh import parse_mesh
@@ -37,6 +38,23 @@ def test_a_ring_of_sums_passes_over_the_whole_result() -> None:
     assert transfer.memory_seconds == pytest.approx(passes)
     (plain,) = over(MACHINE, (1,), (0,), (WHOLE,)).transfers
     assert (plain.kind, plain.overlapped, plain.memory_seconds) == ("all-reduce", False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "kind"),
+    [
+        (1024, "bfloat16", "all-reduce"),
+        (2048, "bfloat16", "reduce-scatter"),
+        (3072, "bfloat16", "all-reduce"),
+        (3072, "float32", "reduce-scatter"),
+    ],
+)
+def test_shards_of_an_odd_number_of_tiles_are_summed_whole(
+    columns: int, dtype: str, kind: str
+) -> None:
+    op = program_of(lambda x, w: x @ w, (4096, 1024), (1024, columns), dtype=dtype).ops[0]
+    (transfer,) = price_op(op, ((1,), (0,), (1,)), MACHINE).transfers
+    assert (transfer.kind, transfer.overlapped) == (kind, False)
 
 
 def test_there_is_no_ring_where_devices_along_another_axis_do_the_same() -> None:
@@ -112,20 +130,17 @@ def test_terms_that_are_made_of_the_same_are_no_sum_of_a_stream() -> None:
     assert no_stream(gated)
 
 
-@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 1), ("float32", 2)])
+@pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float32", 4)])
 def test_what_a_matmul_of_float32_reads_is_rounded_before_it_is_moved(
-    dtype: str, share: int
+    dtype: str, itemsize: int
 ) -> None:
-    op = program_of(lambda x, w: x @ w, (512, 1024), (1024, 256)).ops[0]
-    machine = replace(MACHINE, matmul_dtype=dtype)
-    for one, n_bytes in (
-        (machine, 1024 * 256 * 4 // share),
-        (replace(machine, as_partitioned=True), 1024 * 256 * 4),
-    ):
-        (gathered,) = price_op(op, ((0,), (1,), (0,)), one).transfers
-        assert (gathered.kind, gathered.n_bytes) == ("all-gather", n_bytes)
-    summed = price_op(op, ((1,), (0,), (WHOLE,)), machine).transfers
-    assert [one.n_bytes for one in summed] == [512 * 256 * 4]
+    op = program_of(lambda x, w: x @ w, (512, 1024), (1024, 256), dtype=dtype).ops[0]
+    as_partitioned = replace(MACHINE, as_partitioned=True)
+    for machine, moved in ((MACHINE, 2), (as_partitioned, itemsize)):
+        (gathered,) = price_op(op, ((0,), (1,), (0,)), machine).transfers
+        assert (gathered.kind, gathered.n_bytes) == ("all-gather", 1024 * 256 * moved)
+    summed = price_op(op, ((1,), (0,), (WHOLE,)), MACHINE).transfers
+    assert [one.n_bytes for one in summed] == [512 * 256 * itemsize]
 
 
 def convolve(x: Any, kernel: Any) -> Any:

@@ -9,9 +9,9 @@ from autoshard.graph.program import Program
 from autoshard.graph.rules import link_of
 
 
-def program_of(function, *shapes: tuple[int, ...]) -> Program:
+def program_of(function, *shapes: tuple[int, ...], dtype: str = "float32") -> Program:
     """A program whose arguments are one weight family each."""
-    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
     closed = jax.make_jaxpr(function)(*structs)
     inputs = [StepInput(role="weight", family=f"w{i}") for i in range(len(shapes))]
     return build_program(closed, inputs, [None] * len(closed.jaxpr.outvars))
@@ -37,6 +37,13 @@ def test_pooling_keeps_the_dimensions_that_its_window_covers_whole() -> None:
     )
     assert gradient is not None
     assert gradient.operands == ((0, None, None, 3), (0, None, None, 3))
+
+
+def test_a_fourier_transform_passes_its_batch_and_keeps_the_rest_whole() -> None:
+    lengths = {"fft_lengths": (512, 1024)}
+    link = link_of("fft", [(8, 512, 1024)], [(8, 512, 1024)], lengths)
+    assert link is not None
+    assert link.operands == link.results == ((0, None, None),)
 
 
 def test_a_batched_matmul_shares_its_batch_dimension_among_all_three() -> None:

@@ -51,18 +51,27 @@ def test_every_piece_of_python_is_python() -> None:
         ast.parse(piece)
 
 
-def test_the_table_of_rivals_is_that_of_the_kept_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = Results(path=rivals.RESULTS, fields=rivals.KEY)
+@pytest.mark.parametrize(
+    ("mark", "path", "models"),
+    [
+        ("rivals", rivals.RESULTS, rivals.MODELS),
+        ("unseen", rivals.UNSEEN_RESULTS, rivals.UNSEEN),
+    ],
+)
+def test_the_table_of_rivals_is_that_of_the_kept_verdicts(
+    mark: str, path: Path, models: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(path=path, fields=rivals.KEY)
     *_, last = results.rows.values()
     # Of the versions that it was made with, whatever is installed here.
     monkeypatch.setattr(rivals, "installed_versions", lambda: last["versions"])
     monkeypatch.setattr(rivals, "verdict_target", lambda: last["target"])
     everything = Namespace(
-        workload=rivals.WORKLOADS, models=rivals.MODELS, meshes=rivals.MESHES, links=False
+        workload=rivals.WORKLOADS, models=models, meshes=rivals.MESHES, links=False
     )
     entries = rivals.entries(results, everything)
     table = compact_table(entries, rivals.OURS, rivals.RIVALS, rivals.HAND)
-    shown = README.partition("<!-- rivals -->\n")[2].partition("<!-- end -->")[0]
+    shown = README.partition(f"<!-- {mark} -->\n")[2].partition("<!-- end -->")[0]
     assert cells(shown) == cells(table)
     summary = [line for line in table.splitlines() if line and not line.startswith("|")]
     assert "; ".join(summary) in shown

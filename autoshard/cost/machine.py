@@ -58,14 +58,6 @@ class Machine:
         return self.chip.kind != "cpu" and not self.as_partitioned
 
     @property
-    def rounds_operands(self) -> bool:
-        """Whether what a matmul of float32 reads is rounded to bfloat16 before it is moved.
-
-        So do TPU compilers at JAX's default precision, which multiplies no more than that.
-        """
-        return self.is_tpu and self.matmul_dtype == "float32"
-
-    @property
     def decomposes_sums(self) -> bool:
         """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
         return self.is_tpu and "collective-permute" in self.chip.overlapped_collectives

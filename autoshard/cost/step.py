@@ -1,7 +1,8 @@
 """The cost of a whole step under one layout of every group."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,13 +27,12 @@ class _Share:
 
     Attributes:
         compute_seconds: of all its runs.
-        transfers: each with what makes it the same as another's, and what compute pays for it, and
-            pays besides if no other op needs the same.
+        transfers: each with what makes it the same as another's, and as the step counts it.
         n_bytes: what it adds to memory, see `PeakMemory.op_bytes`.
     """
 
     compute_seconds: float
-    transfers: tuple[tuple[tuple[object, ...], Traffic, float, float], ...]
+    transfers: tuple[tuple[tuple[object, ...], Transfer, Traffic], ...]
     n_bytes: OpBytes
 
 
@@ -47,6 +47,7 @@ class StepPricer:
     def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
         self.machine = machine
+        self._hides_pieces = "collective-permute" in machine.chip.overlapped_collectives
         self._peak = PeakMemory(program, machine.axis_sizes, machine.chip)
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
@@ -84,17 +85,24 @@ class StepPricer:
         moving = {**self._moving, **apart}
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
-        alone: dict[tuple[object, ...], float] = {}
+        alone: dict[tuple[object, ...], Transfer] = {}
+        readers: Counter[tuple[object, ...]] = Counter()
         for index in sorted(moving):
-            for once, moved, seconds, alone_seconds in moving[index].transfers:
+            for once, transfer, moved in moving[index].transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once.
                 if once not in traffic:
                     traffic[once] = moved
-                    compute += seconds
-                same = once[:-1]
-                alone[same] = 0.0 if same in alone else alone_seconds
-        compute += sum(alone.values())
+                    compute += transfer.memory_seconds * moved.count
+                readers[once[:-1]] += 1
+                if transfer.pieces > 1:
+                    alone[once] = transfer
+        for once, transfer in alone.items():
+            if readers[once[:-1]] == 1:
+                moved = traffic[once]
+                compute += transfer.alone_seconds * moved.count
+                hidden = moved.overlapped or self._hides_pieces
+                traffic[once] = replace(moved, overlapped=hidden)
         for index, own in torn:
             shared = layouts[self.program.ops[index].results[0].group]
             for moved in self._tearing(index, own, shared):
@@ -134,15 +142,7 @@ class StepPricer:
         cost = self._op_cost(index, around)
         return _Share(
             compute_seconds=cost.compute_seconds * op.count,
-            transfers=tuple(
-                (
-                    self._once(op, t),
-                    self._traffic(op, t),
-                    t.memory_seconds * op.count,
-                    t.alone_seconds * op.count,
-                )
-                for t in cost.transfers
-            ),
+            transfers=tuple((self._once(op, t), t, self._traffic(op, t)) for t in cost.transfers),
             n_bytes=self._peak.op_bytes(index, around, cost),
         )
 

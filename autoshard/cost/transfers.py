@@ -18,6 +18,7 @@ from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.hardware.collectives import seconds as collective_seconds
 
 __all__ = [
+    "FLOAT32",
     "Transfer",
     "array_transfers",
     "as_all_reduce",
@@ -28,6 +29,9 @@ __all__ = [
     "n_parts",
     "op_transfers",
 ]
+
+FLOAT32 = 4
+"""Bytes of an element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +46,9 @@ class Transfer:
         overlapped: whether the chip's compiler hides it behind compute.
         memory_seconds: what compute pays for it: a gathered array is written to memory, the sums of
             a ring are read and written.
-        alone_seconds: what compute pays besides if no other op needs the same: then the matmul is
-            done piece by piece, as the pieces arrive.
+        pieces: how many of them a windowed matmul multiplies one after the other as they arrive,
+            if no other op needs the same.
+        alone_seconds: what compute pays besides in that case.
         operand: position of the operand that is moved, or None for the result.
         target: layout that the moved array gets.
         in_ring: whether it is a reduce-scatter whose sums go round while the matmul makes them.
@@ -60,6 +65,7 @@ class Transfer:
     operand: int | None
     target: Layout
     within: frozenset[int] = frozenset()
+    pieces: int = 1
     alone_seconds: float = 0.0
     in_ring: bool = False
 
@@ -212,8 +218,12 @@ def array_transfers(
 
 
 def moved_bytes(op: Op, array: Array, machine: Machine) -> int:
-    """Bytes of an operand of an op, whole, as it is moved to it."""
-    rounded = machine.rounds_operands and op.kind == "contraction"
+    """Bytes of an operand of an op, whole, as it is moved to it.
+
+    What a matmul reads in float32 TPU compilers round to bfloat16 first: at JAX's default precision
+    it multiplies no more than that.
+    """
+    rounded = machine.is_tpu and op.kind == "contraction" and array.itemsize == FLOAT32
     return array.n_bytes // 2 if rounded else array.n_bytes
 
 

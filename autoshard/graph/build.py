@@ -248,6 +248,7 @@ class _Factors:
             identity=identity,
             group=self.numbering.number(identity),
             n_bytes=kind.n_bytes,
+            itemsize=kind.itemsize,
             factors=tuple(None if label is None else self.numbers[label] for label in placed),
             is_held=identity in self.numbering.held,
         )

@@ -41,6 +41,7 @@ class Array:
         identity: which array of the step it is; two uses of one array share it.
         group: index of its group.
         n_bytes: bytes of the whole array.
+        itemsize: bytes of an element.
         factors: for each dimension of the group, the op's factor it moves with, or None.
         is_held: whether it is an argument of the step, there before any op runs.
     """
@@ -48,6 +49,7 @@ class Array:
     identity: int
     group: int
     n_bytes: int
+    itemsize: int
     factors: tuple[int | None, ...]
     is_held: bool = False
 

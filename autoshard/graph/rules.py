@@ -248,6 +248,18 @@ def _top_k(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> 
     )
 
 
+def _fft(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
+    """The last dimensions are transformed and stay whole, the others pass through."""
+    n_whole = len(params["fft_lengths"])
+    rank = len(operands[0])
+    along = tuple(range(rank - n_whole, rank))
+    return Link(
+        kind="slice",
+        operands=(numbered(operands[0], along),),
+        results=(numbered(results[0], along),),
+    )
+
+
 def _dynamic_slice(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """Cutting at a place known only later: the dimensions that are cut stay whole."""
     cut = tuple(dim for dim, size in enumerate(operands[0]) if size != results[0][dim])
@@ -308,7 +320,7 @@ def unknown_link(operands: Sequence[Shape], results: Sequence[Shape]) -> Link:
 _ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
     "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp",
-    "convert_element_type", "copy", "copy_p",
+    "complex", "conj", "convert_element_type", "copy", "copy_p",
     "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
     "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p",
     "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
@@ -350,6 +362,7 @@ LINK_RULES: Mapping[str, LinkRule] = {
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     "expand_dims": _squeeze_like,
+    "fft": _fft,
     "gather": gather_rule,
     "optimization_barrier": _one_to_one,
     "reshape": _reshape,

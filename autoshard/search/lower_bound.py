@@ -23,15 +23,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autoshard.cost.collective_matmul import is_decomposed, may_be_windowed
 from autoshard.cost.partitioner import Choice
+from autoshard.cost.roofline import compute_seconds
 from autoshard.cost.step import StepPricer
-from autoshard.cost.strategies import candidate_choices, compute_seconds, is_decomposed
+from autoshard.cost.strategies import candidate_choices
 from autoshard.cost.transfers import (
     Transfer,
     array_transfers,
     folded_sums,
     layout_of,
     local_bytes,
+    moved_bytes,
 )
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.propagation import splits_evenly
@@ -221,6 +224,7 @@ class _Builder:
         What compute might hide is taken to be hidden.
         """
         partial = [factor in op.reduced for factor in choice] if operand is None else []
+        in_pieces = may_be_windowed(op, array, operand)
         looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None
         # All that the moves depend on beside the layout.
         like = (
@@ -228,23 +232,28 @@ class _Builder:
             tuple(partial),
             looked_up,
             op.backward,
-            array.n_bytes,
+            array.n_bytes if operand is None else moved_bytes(op, array, self.machine),
             array.is_held,
             operand is None,
+            in_pieces,
         )
         known = self._moves.setdefault(like, {})
         for layout in layouts:
             if layout not in known:
                 moves = array_transfers(op, array, operand, choice, layout, self.machine)
-                known[layout] = self.sums_of(folded_sums(moves, self.machine))
+                known[layout] = self.sums_of(folded_sums(moves, self.machine), in_pieces)
         return [known[layout] for layout in layouts]
 
-    def sums_of(self, moves: Sequence[Transfer]) -> tuple[float, float]:
-        """What transfers add to the two sums."""
+    def sums_of(self, moves: Sequence[Transfer], in_pieces: bool = False) -> tuple[float, float]:
+        """What transfers add to the two sums, those of a matmul that may take its gathers apart."""
         blocking = sum(
             move.seconds
             for move in moves
-            if not (move.overlapped or is_decomposed(move, math.inf, self.machine))
+            if not (
+                move.overlapped
+                or (in_pieces and move.kind == "all-gather")
+                or is_decomposed(move, math.inf, self.machine)
+            )
         )
         written = sum(move.memory_seconds for move in moves)
         return blocking + written, sum(move.seconds for move in moves)

@@ -1,6 +1,7 @@
 """autoshard's plans against the maps that people use today, on the target's own compiler.
 
     python examples/benchmarks/rivals.py [--models NAME...] [--meshes MESH...] [--only ours|rivals]
+    python examples/benchmarks/rivals.py --unseen
     python examples/benchmarks/rivals.py --table
 
 A verdict is the program of two periods of blocks, batch 8 x 512, compiled for `tpu:v5e:2x4`, on the
@@ -9,9 +10,14 @@ libtpu is not installed it is predicted compute with the collectives of XLA's pa
 
 Ours are the candidates that `autoshard plan --verify target` compiles too; the fastest counts.
 
-Verdicts are kept in results/rivals.jsonl, and a run asks only for those that are missing. The table
-marks with `!` a layout whose weights and optimizer alone exceed the memory of a device at full
-depth: it is no rival. What Keras refuses is `refused`, what the compiler cannot hold `too big`.
+`--unseen` does it for other models, on two meshes: of classes that no rule of the cost was made for
+before they had been compiled. What is split by hand is there what the planner takes for it, and no
+rule at all is a rival too.
+
+Verdicts are kept in results/rivals.jsonl and results/unseen.jsonl, and a run asks only for those
+that are missing. The table marks with `!` a layout whose weights and optimizer alone exceed the
+memory of a device at full depth: it is no rival. What Keras refuses is `refused`, what the compiler
+cannot hold `too big`.
 """
 
 import argparse
@@ -64,20 +70,42 @@ MODELS = (
     "vit_large_patch16_224_imagenet",
     "bert_large_en_uncased",
 )
+UNSEEN = (
+    "smollm3_3b_en",
+    "opt_2.7b_en",
+    "bloom_3b_multi",
+    "falcon_refinedweb_1b_en",
+    "gpt_oss_20b_en",
+    "qwen1.5_moe_2.7b_en",
+    "qwen3_moe_30b_a3b_en",
+    "flan_large_multi",
+    "bart_large_en",
+    "t5gemma_2b_2b_prefixlm",
+    "deberta_v3_large_en",
+    "albert_extra_extra_large_en_uncased",
+    "f_net_large_en",
+    "esm2_t33_650M",
+    "dinov2_giant",
+    "pali_gemma_3b_224",
+)
 TRAINED = ("gemma_2b_en", "llama3_8b_en", "qwen3_8b_en")
 MESHES = ("1x8", "2x4", "4x2", "8x1")
 WORKLOADS = ("prefill", "train")
 # The first by the formulas, then the others that `--verify target` compiles.
 OURS = ("autoshard", "autoshard, second", "autoshard, third", "autoshard, fourth")
 HAND = "megatron"
-RIVALS = ("announcement", "kerashub", "largest dimension", HAND)
+NO_RULE = "no rule"
+RIVALS = ("announcement", "kerashub", "largest dimension", HAND, NO_RULE)
 RESULTS = Path(__file__).parent / "results" / "rivals.jsonl"
+UNSEEN_RESULTS = RESULTS.with_name("unseen.jsonl")
+UNSEEN_MESHES = ("1x8", "2x4")
 KEY = ("model", "mesh", "workload", "layout", "rules", "target", "versions")
 
 
 def main() -> None:
     arguments = _arguments()
-    results = Results(path=RESULTS, fields=KEY)
+    path = UNSEEN_RESULTS if arguments.unseen else RESULTS
+    results = Results(path=path, fields=KEY)
     plan_here()
     if not arguments.table:
         answer_all(_questions(arguments), results, retry_errors=arguments.retry_errors)
@@ -87,9 +115,10 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, metavar="NAME")
-    parser.add_argument("--meshes", nargs="+", default=MESHES, choices=MESHES, metavar="MESH")
+    parser.add_argument("--models", nargs="+", choices=(*MODELS, *UNSEEN), metavar="NAME")
+    parser.add_argument("--meshes", nargs="+", choices=MESHES, metavar="MESH")
     parser.add_argument("--workload", nargs="+", default=WORKLOADS, choices=WORKLOADS)
+    parser.add_argument("--unseen", action="store_true", help="the models of no rule, forward")
     parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
     parser.add_argument("--table", action="store_true", help="compile nothing, print the table")
     parser.add_argument("--compact", action="store_true", help="a line a model, as Markdown")
@@ -97,7 +126,10 @@ def _arguments() -> argparse.Namespace:
         "--links", action="store_true", help="time collectives on the mesh's links, not a ring"
     )
     parser.add_argument("--retry-errors", action="store_true", help="ask again where that failed")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.models = arguments.models or (UNSEEN if arguments.unseen else MODELS)
+    arguments.meshes = arguments.meshes or (UNSEEN_MESHES if arguments.unseen else MESHES)
+    return arguments
 
 
 def _questions(arguments: argparse.Namespace) -> Iterator[Question]:
@@ -123,24 +155,31 @@ def _layouts(
 ) -> Iterator[tuple[str, LayoutRules]]:
     if only != "ours":
         yield from rivals(model, parse_mesh(mesh))
+    if only == "rivals" and model.name not in UNSEEN:
+        return
+    setup = setup_of(mesh, workload)
+    outcome = make_plan(
+        model.name,
+        mesh,
+        target=setup.target,
+        workload=workload,
+        batch=BATCH,
+        seq_len=SEQ_LEN,
+        verify="none",
+    )
+    planning = outcome.planning
     if only != "rivals":
-        setup = setup_of(mesh, workload)
-        outcome = make_plan(
-            model.name,
-            mesh,
-            target=setup.target,
-            workload=workload,
-            batch=BATCH,
-            seq_len=SEQ_LEN,
-            verify="none",
-        )
-        candidates = worth_compiling(outcome.planning, setup.target)
+        candidates = worth_compiling(planning, setup.target)
         yield from zip(OURS, (candidate.rules for candidate in candidates), strict=False)
+    if only != "ours" and model.name in UNSEEN:
+        if planning.by_hand:
+            yield HAND, planning.by_hand.rules
+        yield NO_RULE, ()
 
 
 def entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
     """The verdicts that the table shows, in its order."""
-    places = {name: place for place, name in enumerate(MODELS)}
+    places = {name: place for place, name in enumerate((*MODELS, *UNSEEN))}
     versions = installed_versions()
     rows = [
         row

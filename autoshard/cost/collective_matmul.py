@@ -1,0 +1,191 @@
+"""Matmuls whose collectives the compiler takes apart, to run beside the pieces of the matmul.
+
+- The sums of a matmul may go round in a ring while it makes them, in place of a reduce-scatter.
+- An operand may be gathered piece by piece, each multiplied as it arrives (windowed matmul).
+
+What that adds to compute, and what it hides, was read in programs of the TPU compiler.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autoshard.cost.machine import Machine
+from autoshard.cost.partitioner import Choice
+from autoshard.cost.transfers import FLOAT32, Transfer, as_all_reduce, layout_of, local_bytes
+from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.hardware.efficiency import memory_seconds
+from autoshard.mesh import round_up
+
+__all__ = [
+    "PIECES_IN_PLACE",
+    "is_decomposed",
+    "may_be_windowed",
+    "summed",
+    "thinned",
+    "uses_all_devices",
+    "windowed",
+]
+
+# Time of a ring of permutations over that of the collective in whose place it stands. Fitted to
+# which of 1,600 reduce-scatters, of groups of two to eight, the TPU compiler decomposed: by the
+# first it surely did, by the second it surely did not. Of float32 the second tells exactly.
+_DECOMPOSED = 1.35
+_NOT_DECOMPOSED = 1.2
+# So often a ring reads or writes its whole result beside the matmul, adding up as it goes. By the
+# cycles of 24 matmuls compiled for v5e, groups of four and eight, 8 to 256 MiB: 6.5 to 8.6.
+_RING_PASSES = 7
+# XLA's default threshold for windowed matmuls (threshold_for_windowed_einsum_mib).
+_WINDOWED_BYTES = 256 * 2**20
+PIECES_IN_PLACE = 4
+"""So many pieces the TPU compiler multiplies without a loop, and writes where they belong."""
+# Width of a TPU's tile.
+_LANES = 128
+
+
+def is_decomposed(
+    transfer: Transfer, compute: float, machine: Machine, slowdown: float = _DECOMPOSED
+) -> bool:
+    """Whether the sums of a matmul go round in a ring while it makes them, behind its compute.
+
+    The TPU compiler does a reduce-scatter so where that is the shorter: the longer of compute and
+    ring, and what goes round before and after, against compute and collective one after the other.
+    It does not where an operand is gathered too, or where several devices do the same. (XLA's
+    `dot_handler.cc` has the formula.)
+
+    Args:
+        transfer: a collective of the matmul.
+        compute: seconds of the matmul.
+        machine: the chips and links.
+        slowdown: time of the ring over that of the reduce-scatter.
+    """
+    if transfer.kind != "reduce-scatter" or not machine.decomposes_sums:
+        return False
+    n = machine.links[transfer.axis].size
+    ring = slowdown * transfer.seconds
+    saved = min(transfer.seconds, compute + transfer.seconds - ring)
+    return saved > 2 * ring / n
+
+
+def summed(
+    op: Op, transfer: Transfer, compute: float, may_ring: bool, machine: Machine
+) -> Transfer:
+    """What the TPU compiler makes of a collective of a matmul.
+
+    Args:
+        op: the matmul.
+        transfer: the collective.
+        compute: seconds of the matmul.
+        may_ring: whether its sums may go round in a ring.
+        machine: the chips and links.
+    """
+    if transfer.kind != "reduce-scatter":
+        return transfer
+    is_float32 = op.results[0].itemsize == FLOAT32
+    surely = _NOT_DECOMPOSED if is_float32 else _DECOMPOSED
+    if may_ring and is_decomposed(transfer, compute, machine, surely):
+        return _as_ring(transfer, machine)
+    if may_ring and is_decomposed(transfer, compute, machine, _NOT_DECOMPOSED):
+        return transfer
+    whole = _is_summed_whole(op, transfer, machine)
+    return as_all_reduce(transfer, machine) if whole else transfer
+
+
+def uses_all_devices(choice: Choice, axis_sizes: Sequence[int]) -> bool:
+    """Whether no two devices do the same: where some do, no matmul compiled had a ring."""
+    return all(factor != WHOLE for factor, n in zip(choice, axis_sizes, strict=True) if n > 1)
+
+
+def _as_ring(transfer: Transfer, machine: Machine) -> Transfer:
+    """A reduce-scatter whose sums go round while the matmul makes them."""
+    passes = _RING_PASSES * transfer.n_bytes / machine.chip.hbm_bytes_per_second
+    seconds = transfer.memory_seconds + passes
+    return replace(transfer, overlapped=True, in_ring=True, memory_seconds=seconds)
+
+
+def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
+    """Whether the TPU compiler makes an all-reduce and a slice of this reduce-scatter of a matmul.
+
+    It does where the shards are an odd number of lane tiles of two-byte elements wide, and where
+    they are heads: the last dimension but one of four. Seen in 500 of its programs for v5e; of
+    matmuls in float32 the widths do not matter.
+    """
+    (result,) = op.results
+    dim, factors = transfer.target[transfer.axis], result.factors
+    factor = factors[dim]
+    if factor is None:
+        return False
+    shard = op.factor_sizes[factor] // machine.links[transfer.axis].size
+    is_last, is_heads = dim == len(factors) - 1, len(factors) == 4 and dim == 2
+    is_odd = result.itemsize < FLOAT32 and shard % (2 * _LANES) == _LANES
+    return (is_heads and shard > 1) or (is_last and is_odd)
+
+
+def may_be_windowed(op: Op, array: Array, operand: int | None) -> bool:
+    """Whether a matmul may gather an array piece by piece: an operand that the step makes."""
+    large = sum(result.n_bytes for result in op.results) >= _WINDOWED_BYTES
+    return op.kind == "contraction" and operand is not None and large and not array.is_held
+
+
+def windowed(
+    op: Op,
+    choice: Choice,
+    layouts: Sequence[Layout],
+    transfer: Transfer,
+    compute: float,
+    machine: Machine,
+) -> Transfer:
+    """A gather of a large matmul, done piece by piece if no other op needs the same.
+
+    Gathered along the contracted dimension, every further piece reads and writes the whole result
+    once more. More than a few pieces go through a loop, two at a time, where that runs behind
+    compute. Gathered along another dimension, each of more than a few pieces is written anew. Of
+    two devices the compiler makes the plain matmul. By the cycles of 36 matmuls compiled for v5e,
+    groups of two, four and eight, at XLA's default threshold.
+
+    Args:
+        op: the matmul.
+        choice: the factor split over each axis, or `WHOLE`.
+        layouts: of each operand, then each result.
+        transfer: one of its collectives.
+        compute: seconds of the matmul.
+        machine: the chips and links.
+    """
+    if transfer.kind != "all-gather" or transfer.operand is None:
+        return transfer
+    array, size = op.operands[transfer.operand], machine.links[transfer.axis].size
+    if size <= 2 or not may_be_windowed(op, array, transfer.operand):
+        return transfer
+    chip = machine.chip
+    made = layout_of(op.results[0], choice)
+    n_bytes = local_bytes(op.results[0].n_bytes, made, machine.axis_sizes)
+    few = size <= PIECES_IN_PLACE
+    rewritten = 2 * (size - 1) * n_bytes / chip.hbm_bytes_per_second
+    is_contracted = array.factors[layouts[transfer.operand][transfer.axis]] in op.reduced
+    if few and not is_contracted:
+        rewritten = 0.0
+    elif is_contracted and not few:
+        n_steps = size // 2 if size % 2 == 0 else size
+        looping = (n_steps + 1) * memory_seconds(chip, n_bytes, n_bytes)
+        rewritten = max(0.0, looping - compute)
+    return replace(transfer, pieces=size, alone_seconds=rewritten)
+
+
+def thinned(op: Op, layouts: Sequence[Layout], transfer: Transfer, machine: Machine) -> float:
+    """Time of a convolution over that of the plain one, where the kernel goes round in a ring.
+
+    The TPU compiler convolves with a slice of the channels at a time, and a slice narrower than the
+    matrix unit's tile leaves the rest of it idle. Seen in programs of eight devices: kernels of 256
+    channels, 3 x 3 and 1 x 1, took 3.6 times as long.
+    """
+    if transfer.kind == "all-gather" and transfer.operand is not None:
+        array = op.operands[transfer.operand]
+        dim = layouts[transfer.operand][transfer.axis]
+    elif transfer.in_ring:
+        array, dim = op.results[0], transfer.target[transfer.axis]
+    else:
+        return 1.0
+    factor, tile = array.factors[dim], machine.chip.mxu_size
+    if factor is None:
+        return 1.0
+    size, n = op.factor_sizes[factor], machine.links[transfer.axis].size
+    return n * round_up(-(-size // n), tile) / round_up(size, tile)

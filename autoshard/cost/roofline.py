@@ -1,0 +1,96 @@
+"""What one device's share of an op takes, collectives aside.
+
+- Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`.
+- Reductions, lookups and moves take their bytes.
+- Sums of a stream that do not fit the vector memory of a TPU take theirs.
+- What the compiler fuses into these takes nothing of its own.
+"""
+
+import math
+from collections.abc import Sequence
+
+from autoshard.cost.machine import Machine
+from autoshard.cost.partitioner import Choice
+from autoshard.cost.transfers import layout_of, local_bytes, moved_bytes, n_parts
+from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
+
+__all__ = ["compute_seconds", "sum_seconds"]
+
+# A sum stays in the vector memory if it takes no more than this share with what is added up: seen
+# where 4 x 16 MiB did on a v5e, and 3 x 24 MiB did not.
+_SUM_ON_CHIP = 0.5
+
+
+def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
+    """Roofline of one device's share of an op.
+
+    Args:
+        op: the op.
+        choice: the factor split over each axis, or `WHOLE`.
+        machine: the chips.
+    """
+    if op.kind in ("broadcast", "elementwise", "reshape"):
+        return 0.0
+    sizes, chip = machine.axis_sizes, machine.chip
+    # A lookup reads the rows it returns, not the table; so does a slice.
+    cuts = op.kind == "gather" or op.primitive in ("slice", "dynamic_slice")
+    read, written = (
+        sum(_bytes_in_memory(op, array, choice, machine) for array in arrays)
+        for arrays in (op.results if cuts else op.operands, op.results)
+    )
+    moving = memory_seconds(chip, read, written)
+    if not op.flops:
+        return moving
+    in_eight_bits = all(array.itemsize == 1 for array in op.operands)
+    dtype = "int8" if in_eight_bits else machine.matmul_dtype
+    if op.kind == "contraction":
+        efficiency = matmul_efficiency(chip, *_matmul_shape(op, choice, sizes), dtype)
+    else:  # a loop, whose matmuls may have any shape
+        efficiency = chip.matmul_efficiency_max
+    peak = chip.flops_per_second(dtype)
+    return max(moving, op.flops / n_parts(choice, sizes) / (peak * efficiency))
+
+
+def sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
+    """What it takes to add the result of an op to others, where a sum goes to the main memory.
+
+    On TPUs: what other compilers make of sums is not known, for they count no cycles.
+
+    Args:
+        op: the op.
+        layouts: of each operand, then each result.
+        machine: the chips.
+    """
+    if not (machine.is_tpu and op.addends and op.results):
+        return 0.0
+    chip = machine.chip
+    shard = local_bytes(op.results[0].n_bytes, layouts[len(op.operands)], machine.axis_sizes)
+    return sum(
+        memory_seconds(chip, n * shard, shard)
+        for n in op.addends
+        if (n + 1) * shard > _SUM_ON_CHIP * chip.vmem_bytes
+    )
+
+
+def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> int:
+    """Bytes of a device's shard of an array, where its op reads or writes it.
+
+    What a matmul writes is taken to be read by another.
+    """
+    n_bytes = array.n_bytes if array.is_held else moved_bytes(op, array, machine)
+    return local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
+
+
+def _matmul_shape(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    """Rows (batch and space among them), contracted and columns of one device's matmul."""
+    local = list(op.factor_sizes)
+    for factor, n in zip(choice, axis_sizes, strict=True):
+        if factor != WHOLE:
+            local[factor] = max(1, local[factor] // n)
+    left, right = set(op.operands[0].factors), set(op.operands[-1].factors)
+    columns = right - left - {None}
+    n = math.prod(local[f] for f in columns if f is not None)
+    k = op.window * math.prod(local[f] for f in op.reduced)
+    m = max(1, op.flops // (2 * n * k * n_parts(choice, axis_sizes)))
+    return m, k, n
