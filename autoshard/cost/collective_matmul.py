@@ -13,6 +13,7 @@ from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.transfers import FLOAT32, Transfer, as_all_reduce, layout_of, local_bytes
 from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.hardware.chips import Chip
 from autoshard.hardware.efficiency import memory_seconds
 from autoshard.mesh import round_up
 
@@ -122,8 +123,9 @@ def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
 
 def may_be_windowed(op: Op, array: Array, operand: int | None) -> bool:
     """Whether a matmul may gather an array piece by piece: an operand that the step makes."""
-    large = sum(result.n_bytes for result in op.results) >= _WINDOWED_BYTES
-    return op.kind == "contraction" and operand is not None and large and not array.is_held
+    if op.kind != "contraction" or operand is None or array.is_held:
+        return False
+    return sum(result.n_bytes for result in op.results) >= _WINDOWED_BYTES
 
 
 def windowed(
@@ -134,13 +136,9 @@ def windowed(
     compute: float,
     machine: Machine,
 ) -> Transfer:
-    """A gather of a large matmul, done piece by piece if no other op needs the same.
+    """A collective of an op: gathers of a large matmul as done piece by piece, others as they are.
 
-    Gathered along the contracted dimension, every further piece reads and writes the whole result
-    once more. More than a few pieces go through a loop, two at a time, where that runs behind
-    compute. Gathered along another dimension, each of more than a few pieces is written anew. Of
-    two devices the compiler makes the plain matmul. By the cycles of 36 matmuls compiled for v5e,
-    groups of two, four and eight, at XLA's default threshold.
+    Of two devices the compiler makes the plain matmul.
 
     Args:
         op: the matmul.
@@ -155,19 +153,31 @@ def windowed(
     array, size = op.operands[transfer.operand], machine.links[transfer.axis].size
     if size <= 2 or not may_be_windowed(op, array, transfer.operand):
         return transfer
-    chip = machine.chip
-    made = layout_of(op.results[0], choice)
-    n_bytes = local_bytes(op.results[0].n_bytes, made, machine.axis_sizes)
-    few = size <= PIECES_IN_PLACE
-    rewritten = 2 * (size - 1) * n_bytes / chip.hbm_bytes_per_second
+    (result,) = op.results
+    n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
     is_contracted = array.factors[layouts[transfer.operand][transfer.axis]] in op.reduced
+    seconds = _rewriting_seconds(machine.chip, size, n_bytes, is_contracted, compute)
+    return replace(transfer, pieces=size, alone_seconds=seconds)
+
+
+def _rewriting_seconds(
+    chip: Chip, pieces: int, n_bytes: int, is_contracted: bool, compute: float
+) -> float:
+    """What a windowed matmul takes beside its compute to read and write its result again.
+
+    Gathered along the contracted dimension, every further piece reads and writes the whole result
+    once more; more than a few pieces go through a loop, two at a time, where that runs behind
+    compute. Gathered along another dimension, each of more than a few pieces is written anew. By
+    the cycles of 36 matmuls compiled for v5e, groups of two, four and eight, at XLA's default
+    threshold.
+    """
+    few = pieces <= PIECES_IN_PLACE
     if few and not is_contracted:
-        rewritten = 0.0
-    elif is_contracted and not few:
-        n_steps = size // 2 if size % 2 == 0 else size
-        looping = (n_steps + 1) * memory_seconds(chip, n_bytes, n_bytes)
-        rewritten = max(0.0, looping - compute)
-    return replace(transfer, pieces=size, alone_seconds=rewritten)
+        return 0.0
+    if few or not is_contracted:
+        return 2 * (pieces - 1) * n_bytes / chip.hbm_bytes_per_second
+    n_steps = pieces // 2 if pieces % 2 == 0 else pieces
+    return max(0.0, (n_steps + 1) * memory_seconds(chip, n_bytes, n_bytes) - compute)
 
 
 def thinned(op: Op, layouts: Sequence[Layout], transfer: Transfer, machine: Machine) -> float:

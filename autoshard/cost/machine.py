@@ -58,9 +58,14 @@ class Machine:
         return self.chip.kind != "cpu" and not self.as_partitioned
 
     @property
+    def hides_permutes(self) -> bool:
+        """Whether the chip's compiler runs permutations behind compute."""
+        return "collective-permute" in self.chip.overlapped_collectives
+
+    @property
     def decomposes_sums(self) -> bool:
         """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
-        return self.is_tpu and "collective-permute" in self.chip.overlapped_collectives
+        return self.is_tpu and self.hides_permutes
 
     @property
     def all_axes(self) -> int:

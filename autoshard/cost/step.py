@@ -1,7 +1,7 @@
 """The cost of a whole step under one layout of every group."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,6 +36,16 @@ class _Share:
     n_bytes: OpBytes
 
 
+def _read_by_one(
+    windowed: Collection[tuple[object, ...]], shares: Iterable[_Share]
+) -> list[tuple[object, ...]]:
+    """The gathers for windowed matmuls whose array no other op needs in the same layout."""
+    if not windowed:
+        return []
+    readers = Counter(once[:-1] for share in shares for once, *_ in share.transfers)
+    return [once for once in windowed if readers[once[:-1]] == 1]
+
+
 class StepPricer:
     """Prices layouts of one program on one machine; `arguments` prices those of its arguments.
 
@@ -47,7 +57,6 @@ class StepPricer:
     def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
         self.machine = machine
-        self._hides_pieces = "collective-permute" in machine.chip.overlapped_collectives
         self._peak = PeakMemory(program, machine.axis_sizes, machine.chip)
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
@@ -85,8 +94,7 @@ class StepPricer:
         moving = {**self._moving, **apart}
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
-        alone: dict[tuple[object, ...], Transfer] = {}
-        readers: Counter[tuple[object, ...]] = Counter()
+        windowed: dict[tuple[object, ...], Transfer] = {}
         for index in sorted(moving):
             for once, transfer, moved in moving[index].transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
@@ -94,15 +102,13 @@ class StepPricer:
                 if once not in traffic:
                     traffic[once] = moved
                     compute += transfer.memory_seconds * moved.count
-                readers[once[:-1]] += 1
                 if transfer.pieces > 1:
-                    alone[once] = transfer
-        for once, transfer in alone.items():
-            if readers[once[:-1]] == 1:
-                moved = traffic[once]
-                compute += transfer.alone_seconds * moved.count
-                hidden = moved.overlapped or self._hides_pieces
-                traffic[once] = replace(moved, overlapped=hidden)
+                    windowed[once] = transfer
+        for once in _read_by_one(windowed, moving.values()):
+            moved = traffic[once]
+            compute += windowed[once].alone_seconds * moved.count
+            hidden = moved.overlapped or self.machine.hides_permutes
+            traffic[once] = replace(moved, overlapped=hidden)
         for index, own in torn:
             shared = layouts[self.program.ops[index].results[0].group]
             for moved in self._tearing(index, own, shared):

@@ -47,13 +47,17 @@ class OpCost:
         choice: the factor split over each axis, or `WHOLE`.
         compute_seconds: of one run.
         transfers: its collectives.
-        is_copied: whether its result is made in pieces in one place and then written to another.
     """
 
     choice: Choice
     compute_seconds: float
     transfers: tuple[Transfer, ...]
-    is_copied: bool = False
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether its result is made in pieces in one place and then written to another."""
+        in_loop = any(one.pieces > PIECES_IN_PLACE for one in self.transfers)
+        return in_loop and any(factor != WHOLE for factor in self.choice)
 
     @property
     def total_seconds(self) -> float:
@@ -163,8 +167,6 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
         choice=choice,
         compute_seconds=seconds + sum_seconds(op, layouts, machine),
         transfers=tuple(transfers),
-        is_copied=any(one.pieces > PIECES_IN_PLACE for one in transfers)
-        and choice != (WHOLE,) * len(choice),
     )
 
 

@@ -250,9 +250,8 @@ def _top_k(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> 
 
 def _fft(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """The last dimensions are transformed and stay whole, the others pass through."""
-    n_whole = len(params["fft_lengths"])
     rank = len(operands[0])
-    along = tuple(range(rank - n_whole, rank))
+    along = tuple(range(rank - len(params["fft_lengths"]), rank))
     return Link(
         kind="slice",
         operands=(numbered(operands[0], along),),

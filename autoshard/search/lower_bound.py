@@ -244,7 +244,7 @@ class _Builder:
                 known[layout] = self.sums_of(folded_sums(moves, self.machine), in_pieces)
         return [known[layout] for layout in layouts]
 
-    def sums_of(self, moves: Sequence[Transfer], in_pieces: bool = False) -> tuple[float, float]:
+    def sums_of(self, moves: Sequence[Transfer], in_pieces: bool) -> tuple[float, float]:
         """What transfers add to the two sums, those of a matmul that may take its gathers apart."""
         blocking = sum(
             move.seconds

@@ -118,7 +118,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=(*MODELS, *UNSEEN), metavar="NAME")
     parser.add_argument("--meshes", nargs="+", choices=MESHES, metavar="MESH")
     parser.add_argument("--workload", nargs="+", default=WORKLOADS, choices=WORKLOADS)
-    parser.add_argument("--unseen", action="store_true", help="the models of no rule, forward")
+    parser.add_argument(
+        "--unseen", action="store_true", help="the models that no rule was made for"
+    )
     parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
     parser.add_argument("--table", action="store_true", help="compile nothing, print the table")
     parser.add_argument("--compact", action="store_true", help="a line a model, as Markdown")
@@ -127,7 +129,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--retry-errors", action="store_true", help="ask again where that failed")
     arguments = parser.parse_args()
-    arguments.models = arguments.models or (UNSEEN if arguments.unseen else MODELS)
+    models = UNSEEN if arguments.unseen else MODELS
+    arguments.models = arguments.models or models
+    if not set(arguments.models) <= set(models):  # their verdicts are kept in another file
+        parser.error(f"with{'' if arguments.unseen else 'out'} --unseen: {', '.join(models)}")
     arguments.meshes = arguments.meshes or (UNSEEN_MESHES if arguments.unseen else MESHES)
     return arguments
 
