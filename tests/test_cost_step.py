@@ -74,6 +74,20 @@ def test_an_array_that_two_matmuls_read_is_gathered_once() -> None:
     assert [t.n_bytes for t in gathers] == [64 * 256 * 2]  # float32, rounded before it is moved
 
 
+def test_a_gather_runs_beside_a_matmul_that_multiplies_the_shards() -> None:
+    def both(x, w, a, b):
+        hidden = jnp.tanh(x @ w)
+        return hidden @ a, hidden @ b
+
+    program = program_of(both, (4096, 1024), (1024, 2048), (2048, 1024), (2048, 1024))
+    # rows of `a` are split: its matmul takes the hidden array as it lies; that of `b` gathers it
+    beside = cost_of(program, WHOLE, 1, 0, 1)
+    waiting = cost_of(program, WHOLE, 1, 1, 1)
+    gathers = [[t for t in c.traffic if t.kind == "all-gather"] for c in (beside, waiting)]
+    assert [[t.overlapped for t in found] for found in gathers] == [[True], [False]]
+    assert beside.overlapped_seconds == gathers[0][0].seconds == gathers[1][0].seconds
+
+
 def test_partial_sums_that_are_added_are_reduced_once() -> None:
     program = program_of(
         lambda x, y, a, b: x @ a + y @ b, (64, 256), (64, 256), (256, 128), (256, 128)

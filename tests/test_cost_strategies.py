@@ -30,11 +30,14 @@ def over(machine: Machine, *dims: tuple[int, ...]) -> OpCost:
     return price_op(matmul(), dims, machine)
 
 
-def test_a_ring_of_sums_passes_over_the_whole_result() -> None:
-    ring = over(MACHINE, (1,), (0,), (1,))
-    (transfer,) = ring.transfers
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_ring_of_sums_passes_over_the_whole_result(dtype: str) -> None:
+    shapes = ((4096, 65_536), (65_536, 4096))
+    op = program_of(lambda x, w: x @ w, *shapes, dtype=dtype).ops[0]
+    (transfer,) = price_op(op, ((1,), (0,), (1,)), MACHINE).transfers
     assert (transfer.kind, transfer.overlapped) == ("reduce-scatter", True)
-    passes = _RING_PASSES * ARRAY / CHIP.hbm_bytes_per_second
+    # 4,096 x 4,096 elements, as if of two bytes whatever the dtype
+    passes = _RING_PASSES * 4096 * 4096 * 2 / CHIP.hbm_bytes_per_second
     assert transfer.memory_seconds == pytest.approx(passes)
     (plain,) = over(MACHINE, (1,), (0,), (WHOLE,)).transfers
     assert (plain.kind, plain.overlapped, plain.memory_seconds) == ("all-reduce", False, 0.0)

@@ -29,7 +29,7 @@ class Lifetimes:
         chains_read: until when what fused ops make for it is needed, where that is written.
         chain_copies: how many like that there are at once in the whole model.
         gathered_from, gathered_to: the times between which a weight is there that it gathers.
-        gradients: the groups of the gradients.
+        gradients: the group of each gradient -> that of the weight or slot which it changes.
     """
 
     own: Times
@@ -39,7 +39,7 @@ class Lifetimes:
     chain_copies: Bytes
     gathered_from: Times
     gathered_to: Times
-    gradients: frozenset[int]
+    gradients: dict[int, int]
 
 
 def lifetimes(program: Program) -> Lifetimes:
@@ -87,14 +87,16 @@ def _copies(ops: Sequence[Op], last_read: Iterable[int]) -> Bytes:
     return np.array(counts, dtype=float)
 
 
-def _gradient_groups(program: Program) -> frozenset[int]:
-    """What an op of its own brings into the layout of a weight or a slot."""
+def _gradient_groups(program: Program) -> dict[int, int]:
+    """What an op of its own brings into the layout of a weight or a slot, and of which."""
     arguments = {argument.group for argument in program.arguments}
-    return frozenset(
-        op.operands[0].group
+    return {
+        op.operands[0].group: array.group
         for op in program.ops
-        if op.kind == "elementwise" and any(array.group in arguments for array in op.results)
-    )
+        if op.kind == "elementwise"
+        for array in op.results
+        if array.group in arguments
+    }
 
 
 def _gathered(ops: Sequence[Op]) -> tuple[Times, Times]:

@@ -63,6 +63,11 @@ class Machine:
         return "collective-permute" in self.chip.overlapped_collectives
 
     @property
+    def hides_gathers(self) -> bool:
+        """Whether the chip's compiler runs gathers behind compute."""
+        return self.is_tpu and "all-gather" in self.chip.overlapped_collectives
+
+    @property
     def decomposes_sums(self) -> bool:
         """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
         return self.is_tpu and self.hides_permutes

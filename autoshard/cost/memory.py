@@ -1,12 +1,14 @@
 """Peak bytes a device: argument + temporary + output - alias, as the target's compiler counts.
 
+What its heap leaves idle between arrays is not foreseen: luck, a few percent of a training step.
+
 - Arguments (weights, optimizer slots, state, cache) are exact: the bytes of each shard. A cache
   that is joined from what the blocks return is there twice in the end.
 - What an op makes is held until it is read last; from the forward to the backward half, once for
   each block that the op stands for. Fused ops make nothing (see `autoshard.graph.liveness`).
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
   second copy of a result that is made in pieces.
-- A gradient dies at its update, so only the largest is alive, and what it is reduced from.
+- A gradient dies at its update, unless it is the first or waits for others to be added to.
 - What fused ops make for a convolution, or for a matmul of a GPU, is written, and held until the
   last that reads it. For a matmul of a TPU it is if the matmul's sums go round in a ring, which
   reads it once a round: where the matmul before can write it beside its own result, and where the
@@ -30,15 +32,15 @@ from autoshard.hardware.chips import Chip
 __all__ = ["OpBytes", "PeakMemory"]
 
 # What `PeakMemory.op_bytes` says of an op.
-OpBytes = tuple[int, int, int, int]
+OpBytes = tuple[int, int, int, int, int]
 
 # Group, bytes of the whole array, and how many like it the whole model has.
 _Held = tuple[int, int, int | Fraction]
 
 # What the TPU compiler puts into a core's vector memory: so much of it, and no array that is more
-# than this share. Seen in its programs: nothing of the first 100 MB of what is alive on a v5e
-# shows in the main memory, where no array is larger than half of that.
-_ON_CHIP_SHARE = 0.75
+# than this share. Seen in its programs for v5e: of what is alive 30 to 100 MB do not show in the
+# main memory, where no array is larger than 50 MB.
+_ON_CHIP_SHARE = 0.25
 _SMALL_SHARE = 0.375
 
 
@@ -57,6 +59,12 @@ class PeakMemory:
         self._vmem = chip.vmem_bytes
         self._writes_chains = chip.kind == "gpu"
         self._lifetimes = lifetimes(program)
+        self._gradients = [
+            (index, self._lifetimes.gradients[array.group], array.n_bytes)
+            for index, op in enumerate(program.ops)
+            for array in op.results
+            if op.kind not in FUSED and array.group in self._lifetimes.gradients
+        ]
         self._returned = {(out.group, out.n_bytes) for out in program.outputs}
         self._held: dict[str, list[_Held]] = {}
         self._rebuilt: list[_Held] = []
@@ -66,23 +74,30 @@ class PeakMemory:
             if argument.is_rebuilt:
                 self._rebuilt.append(entry)
         self._held["output"] = [(out.group, out.n_bytes, 1) for out in program.outputs]
-        has_backward = any(op.backward for op in program.ops)
-        self._gradients = [
-            (argument.group, argument.n_bytes)
-            for argument in program.arguments
-            if has_backward and argument.role == "weight" and argument.trainable
-        ]
 
     def peak(self, layouts: Sequence[Layout], ops: Bytes) -> Memory:
         """The peak under a layout.
 
         Args:
             layouts: one a group.
-            ops: [ops, 4], what `op_bytes` says of each op in order.
+            ops: [ops, 5], what `op_bytes` says of each op in order.
         """
-        gradients = (self._shard(n_bytes, group, layouts) for group, n_bytes in self._gradients)
+        temporary, gradients = self._at_peak(layouts, ops) if len(ops) else (0, 0)
+        rebuilt = self._sum(self._rebuilt, layouts)
+        if rebuilt > _ON_CHIP_SHARE * self._vmem:
+            temporary += rebuilt
+        return Memory(
+            weights=self._all("weight", layouts) + self._all("state", layouts),
+            gradients=gradients,
+            optimizer=self._all("slot", layouts),
+            activations=self._all("data", layouts) + self._all("output", layouts) + temporary,
+            kv_cache=self._all("cache", layouts),
+        )
+
+    def _at_peak(self, layouts: Sequence[Layout], ops: Bytes) -> tuple[int, int]:
+        """What the ops have made that is in memory when that is most: gradients apart."""
         times = self._lifetimes
-        made, gathered, chained, working = ops.T
+        made, gathered, chained, working, gradient = ops.T
         kept = made * times.copies
         written = chained * times.chain_copies
         small = _SMALL_SHARE * self._vmem
@@ -94,17 +109,14 @@ class PeakMemory:
             - on_chip.clip(max=_ON_CHIP_SHARE * self._vmem)
             + alive(gathered, times.gathered_from, times.gathered_to)
             + working
-        ).max(initial=0.0)
-        rebuilt = self._sum(self._rebuilt, layouts)
-        if rebuilt > _ON_CHIP_SHARE * self._vmem:
-            temporary += rebuilt
-        return Memory(
-            weights=self._all("weight", layouts) + self._all("state", layouts),
-            gradients=max(gradients, default=0),
-            optimizer=self._all("slot", layouts),
-            activations=self._all("data", layouts) + self._all("output", layouts) + int(temporary),
-            kv_cache=self._all("cache", layouts),
         )
+        gradient = gradient.copy()
+        for index, group, n_bytes in self._gradients:
+            # It is brought into the layout of its weight at once, if that takes more.
+            gradient[index] = max(gradient[index], self._shard(n_bytes, group, layouts))
+        gradients = alive(gradient, times.own, times.last_read)
+        peak = (temporary + gradients).argmax()
+        return int(temporary[peak]), int(gradients[peak])
 
     def op_bytes(self, index: int, around: Sequence[Layout], cost: OpCost) -> OpBytes:
         """What one op adds to memory.
@@ -115,8 +127,8 @@ class PeakMemory:
             cost: its choice and transfers.
 
         Returns:
-            What it leaves for its readers, what it gathers first, what fused ops write for it, and
-            what there is beside that while it runs.
+            What it leaves for its readers, what it gathers first, what fused ops write for it,
+            what there is beside that while it runs, and the gradients of weights that it makes.
         """
         op, sizes = self._program.ops[index], self._axis_sizes
         gathered = sum(
@@ -124,8 +136,7 @@ class PeakMemory:
             for transfer in cost.transfers
             if transfer.operand is not None and transfer.kind == "all-gather"
         )
-        reduced = any(transfer.operand is None for transfer in cost.transfers)
-        left = working = 0
+        left = working = gradient = 0
         for array, layout in zip(op.results, around[len(op.operands) :], strict=True):
             made = local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)
             shard = local_bytes(array.n_bytes, layout, sizes)
@@ -133,15 +144,17 @@ class PeakMemory:
                 working += made
             if op.kind in FUSED or (array.group, array.n_bytes) in self._returned:
                 continue
-            if array.group not in self._lifetimes.gradients:
+            is_gradient = array.group in self._lifetimes.gradients
+            if is_gradient and self._lifetimes.last_read[index] > index:
+                gradient += max(made, shard)  # reduced where it is added to others, or at the end
+                continue
+            if is_gradient:
+                gradient += shard
+            else:
                 left += shard
-                working += made if made != shard else 0
-            elif self._lifetimes.last_read[index] > index:
-                left += made  # it is reduced where it is added to others, or at the end
-            elif reduced:
-                working += made  # into the shard that is counted as a gradient
+            working += made if made != shard else 0
         kept, own = self._chained_bytes(index, cost)
-        return left, gathered, kept, working + own
+        return left, gathered, kept, working + own, gradient
 
     def _chained_bytes(self, index: int, cost: OpCost) -> tuple[int, int]:
         """Of what fused ops make for a matmul: what its later readers read too, and what it alone.

@@ -224,7 +224,7 @@ class _Builder:
         What compute might hide is taken to be hidden.
         """
         partial = [factor in op.reduced for factor in choice] if operand is None else []
-        in_pieces = may_be_windowed(op, array, operand)
+        may_hide = may_be_windowed(op, array, operand) or self.pricer.may_run_beside(op, array)
         looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None
         # All that the moves depend on beside the layout.
         like = (
@@ -235,23 +235,23 @@ class _Builder:
             array.n_bytes if operand is None else moved_bytes(op, array, self.machine),
             array.is_held,
             operand is None,
-            in_pieces,
+            may_hide,
         )
         known = self._moves.setdefault(like, {})
         for layout in layouts:
             if layout not in known:
                 moves = array_transfers(op, array, operand, choice, layout, self.machine)
-                known[layout] = self.sums_of(folded_sums(moves, self.machine), in_pieces)
+                known[layout] = self.sums_of(folded_sums(moves, self.machine), may_hide)
         return [known[layout] for layout in layouts]
 
-    def sums_of(self, moves: Sequence[Transfer], in_pieces: bool) -> tuple[float, float]:
-        """What transfers add to the two sums, those of a matmul that may take its gathers apart."""
+    def sums_of(self, moves: Sequence[Transfer], may_hide: bool) -> tuple[float, float]:
+        """What transfers add to the two sums, if compute may hide their gathers or not."""
         blocking = sum(
             move.seconds
             for move in moves
             if not (
                 move.overlapped
-                or (in_pieces and move.kind == "all-gather")
+                or (may_hide and move.kind == "all-gather")
                 or is_decomposed(move, math.inf, self.machine)
             )
         )

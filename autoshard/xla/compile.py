@@ -157,8 +157,9 @@ def compile_lowered(
         blocks=blocks,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
+        temporary_bytes=_temporary_bytes(memory, target),
         alias_bytes=memory.alias_size_in_bytes,
+        live_bytes=memory.peak_memory_in_bytes or None,
         collectives=read_collectives(
             module,
             mesh,
@@ -168,6 +169,22 @@ def compile_lowered(
         estimated_cycles=estimated_cycles(module),
         flops=_flops(compiled),
     )
+
+
+def _temporary_bytes(memory: Any, target: Target) -> int:
+    """What a program takes beside its arguments and results.
+
+    libtpu counts twice what lies idle between arrays: what the program takes beyond the most that
+    is in use at once. Of five programs of training the heap in its own buffer assignment is what is
+    said here to 0.5%. (In use counts the vector memory too, of which little is at the peak.)
+    """
+    n_bytes: int = memory.temp_size_in_bytes
+    live: int = memory.peak_memory_in_bytes
+    if target.chip.kind != "tpu" or not live:
+        return n_bytes
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    twice_idle: int = max(0, held + n_bytes - live)
+    return n_bytes - twice_idle // 2
 
 
 @lru_cache(maxsize=_KEPT_STEPS)

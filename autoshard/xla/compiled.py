@@ -49,6 +49,8 @@ class CompiledStep:
         temporary_bytes: what the program needs between; says nothing on `cpu`, where bfloat16 is
             computed in float32 and nothing is rematerialised.
         alias_bytes: results that take the place of donated arguments.
+        live_bytes: what is in use at once at the most, arguments and what is in the chip's own
+            memory included; None where the compiler does not say.
         collectives: every movement between devices in one step.
         estimated_cycles: the TPU compiler's estimate of a device's cycles of computation.
         flops: floating point operations of a device as XLA counts them, where it does; those of
@@ -63,6 +65,7 @@ class CompiledStep:
     temporary_bytes: int
     alias_bytes: int
     collectives: tuple[Collective, ...]
+    live_bytes: int | None = None
     estimated_cycles: int | None = None
     flops: int | None = None
     model_flops: int | None = None

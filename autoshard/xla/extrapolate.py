@@ -60,6 +60,7 @@ def extrapolate(small: CompiledStep, large: CompiledStep) -> CompiledStep:
         output_bytes=grown(small.output_bytes, large.output_bytes),
         temporary_bytes=grown(small.temporary_bytes, large.temporary_bytes),
         alias_bytes=grown(small.alias_bytes, large.alias_bytes),
+        live_bytes=maybe(small.live_bytes, large.live_bytes),
         collectives=tuple(collectives),
         estimated_cycles=maybe(small.estimated_cycles, large.estimated_cycles),
         flops=maybe(small.flops, large.flops),

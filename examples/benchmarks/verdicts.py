@@ -121,8 +121,13 @@ def _effective(row: Row) -> list[Any]:
 
 
 def compiled(row: Row) -> CompiledStep | None:
-    """The program of a row; None where there is an error."""
-    return from_record(CompiledStep, row["compiled"]) if row.get("compiled") else None
+    """The program of a row; None where there is an error.
+
+    Rows of older days do not say what was in use at once.
+    """
+    if not row.get("compiled"):
+        return None
+    return from_record(CompiledStep, {"live_bytes": None} | row["compiled"])
 
 
 @dataclass(slots=True)
