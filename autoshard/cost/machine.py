@@ -12,7 +12,7 @@ from autoshard.mesh import Mesh
 __all__ = ["Machine"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Machine:
     """The chips and the links between them, mesh axis by mesh axis.
 

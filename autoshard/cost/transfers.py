@@ -10,7 +10,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition
@@ -236,15 +236,23 @@ def layout_of(array: Array, choice: Choice) -> Layout:
     )
 
 
+@lru_cache(maxsize=1 << 16)
 def _transfer(
-    kind: str, axis: int, n_bytes: int, machine: Machine, operand: int | None, target: Layout
+    kind: str,
+    axis: int,
+    n_bytes: int,
+    machine: Machine,
+    operand: int | None,
+    target: Layout,
+    waited_for: bool = False,
 ) -> Transfer:
+    """A collective, one object for all that are equal: a search makes each a dozen times."""
     return Transfer(
         kind=kind,
         axis=axis,
         n_bytes=n_bytes,
         seconds=collective_seconds(kind, n_bytes, machine.links[axis]),
-        overlapped=kind in machine.chip.overlapped_collectives,
+        overlapped=not waited_for and kind in machine.chip.overlapped_collectives,
         memory_seconds=n_bytes / machine.chip.hbm_bytes_per_second if kind == "all-gather" else 0.0,
         operand=operand,
         target=target,
@@ -273,10 +281,9 @@ def _moves(
         if target == WHOLE:
             # The gathered array is still split over the axes that split it before and after.
             n_bytes = local_bytes(all_bytes, want, sizes)
-            gather = _transfer("all-gather", axis, n_bytes, machine, position, want)
             on_tpu = machine.chip.kind == "tpu"
             early = array.is_held or (on_tpu and op.backward and sizes[axis] > 2)
-            yield gather if early else replace(gather, overlapped=False)
+            yield _transfer("all-gather", axis, n_bytes, machine, position, want, not early)
         else:
             n_bytes = local_bytes(all_bytes, have, sizes)
             yield _transfer("all-to-all", axis, n_bytes, machine, position, want)

@@ -151,7 +151,11 @@ def exhaust(scorer: Scorer, families: Sequence[Choices]) -> Scored:
 
 
 def descend(
-    scorer: Scorer, families: Sequence[Choices], starts: Sequence[Mapping[str, Spec]]
+    scorer: Scorer,
+    families: Sequence[Choices],
+    starts: Sequence[Mapping[str, Spec]],
+    *,
+    n_shakes: int = _SHAKES,
 ) -> Scored:
     """The best of the local optima reached from each start, and from the best one shaken."""
     moves = list(_moves(families, scorer.mesh))
@@ -169,7 +173,7 @@ def descend(
     )
     best = _descend_from(scorer, moves, dict(best.assignment))
     source = random.Random(0)
-    for _ in range(_SHAKES):
+    for _ in range(n_shakes):
         if scorer.is_spent:
             break
         shaken = {**dict(best.assignment), **_shake(families, source)}

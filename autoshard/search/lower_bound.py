@@ -224,7 +224,9 @@ class _Builder:
         What compute might hide is taken to be hidden.
         """
         partial = [factor in op.reduced for factor in choice] if operand is None else []
-        may_hide = may_be_windowed(op, array, operand) or self.pricer.may_run_beside(op, array)
+        may_hide = may_be_windowed(op, array, operand) or (
+            operand is not None and self.pricer.may_run_beside(op, array)
+        )
         looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None
         # All that the moves depend on beside the layout.
         like = (

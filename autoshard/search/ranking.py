@@ -113,17 +113,18 @@ def search(
     everything = (*families, *bound)
     scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit)
     relaxed = relax(pricer, families, mesh, memory_limit)
+    own = starting_points(families, relaxed.assignment, mesh)
+    smallest = own[1]
     if n_assignments(everything) <= _EXHAUSTIVE:
         best = exhaust(scorer, everything)
     else:
-        own = starting_points(families, relaxed.assignment, mesh)
-        points = [*own, *({**own[1], **start} for start in starts)]
+        points = [*own, *({**smallest, **start} for start in starts)]
         alone = outputs_alone(scorer, everything)
         best = descend(scorer, everything, [*points, alone] if alone else points)
     names = {choices.name for choices in families}
     free = output_choices(program, mesh, unbound_outputs or {})
-    origins = [dict(best.assignment), _only(best, names)]
-    beyond = descend(scorer, [*families, *free], origins) if free else best
+    origins = [dict(best.assignment), _only(best, names), smallest]
+    beyond = descend(scorer, [*families, *free], origins, n_shakes=0) if free else best
     # Whole weights, which any map can tell, are among what is chosen from.
     scorer.score(all_whole(everything))
     first = min(_worthy(scorer, everything, tied), key=lambda scored: scored.rank)

@@ -34,7 +34,7 @@ Mask = npt.NDArray[np.bool_]
 _CLEARLY = 1000.0
 
 # Comparing the strategies of one node by more numbers than this costs a bound more than it gains.
-_COSTLY = 2_000_000
+_COSTLY = 3_000
 
 
 def reduce_graph(graph: ChoiceGraph, *, thorough: bool = True) -> None:
