@@ -52,6 +52,8 @@ def test_the_middle_period_stands_for_all_but_two() -> None:
         ("mixtral_8_7b_en", "transformer_layer_*", 32, 0, 1, 3),
         # The first block has a norm of its own.
         ("rwkv7_g1a_0.1b_en", "rwkv_layer_*", 12, 1, 1, 4),
+        # The first block has the positions of all, under a path that is not the block's.
+        ("t5_small_multi", "transformer_encoder_layer_*", 6, 1, 1, 4),
         # Three linear attentions and a full one.
         ("qwen3_5_0.8b_base", "transformer_layer_*", 24, 0, 4, 12),
         ("whisper_small_en", "transformer_decoder_layer_*", 12, 0, 1, 3),

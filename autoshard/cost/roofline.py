@@ -3,7 +3,7 @@
 - Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`.
 - Reductions, lookups and moves take their bytes.
 - Sums of a stream that do not fit the vector memory of a TPU take theirs.
-- What the compiler fuses into these takes nothing of its own.
+- What the compiler fuses into these takes nothing of its own; so do products that sum nothing up.
 """
 
 import math
@@ -30,7 +30,8 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         choice: the factor split over each axis, or `WHOLE`.
         machine: the chips.
     """
-    if op.kind in ("broadcast", "elementwise", "reshape"):
+    is_product = op.kind == "contraction" and not op.reduced and op.window == 1
+    if op.is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
     sizes, chip = machine.axis_sizes, machine.chip
     # A lookup reads the rows it returns, not the table; so does a slice.

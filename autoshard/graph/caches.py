@@ -5,15 +5,33 @@ anew from what the blocks return; or in an array for each block. Beside them it 
 blocks read, such as an encoder's output.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
 
-__all__ = ["cache_count", "rebuilt_arguments"]
+__all__ = ["CacheMoves", "cache_count", "cache_moves", "rebuilt_arguments"]
 
+_CUTTING = ("dynamic_slice", "slice", "split", "unstack")
+_UPDATING = ("dynamic_update_slice",)
 _JOINING = ("concatenate", "stack")
 _PASSING = ("elementwise", "reshape")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheMoves:
+    """The equations, by position, that cut caches up and put them together.
+
+    Attributes:
+        counts: how many times the whole model runs those that stand outside of any layer.
+        fused: those that are done as another reads or writes the same: cuts of which others cut
+            more, updates, and parts that are joined again.
+    """
+
+    counts: dict[int, int]
+    fused: frozenset[int]
 
 
 def cache_count(flat: FlatJaxpr, cache: int, count_of: Callable[[str], int]) -> Fraction:
@@ -38,6 +56,57 @@ def cache_count(flat: FlatJaxpr, cache: int, count_of: Callable[[str], int]) -> 
             count = count_of(equation.layer)
             counts[identity] = min(count, counts.get(identity, count))
     return Fraction(sum(counts.values()), len(counts)) if counts else Fraction(1)
+
+
+def cache_moves(
+    flat: FlatJaxpr, grows: Mapping[int, Fraction], results: Mapping[int, int]
+) -> CacheMoves:
+    """Follow caches from where they come in to where they go out.
+
+    Args:
+        flat: the step of the folded copy.
+        grows: identity of a cache -> `cache_count` of it.
+        results: identity of a result -> that of the cache whose memory it takes.
+    """
+    readers: dict[int, list[int]] = defaultdict(list)
+    for position, equation in enumerate(flat.equations):
+        for identity in equation.operands:
+            readers[identity].append(position)
+
+    def only_read_by(position: int, primitives: Sequence[str]) -> bool:
+        """Whether nothing else reads what an equation makes, moves in between aside."""
+        read = [p for identity in flat.equations[position].results for p in readers[identity]]
+        return bool(read) and all(
+            flat.equations[p].primitive in primitives
+            or (flat.equations[p].link.kind in _PASSING and only_read_by(p, primitives))
+            for p in read
+        )
+
+    counts: dict[int, int] = {}
+    fused: set[int] = set()
+    growth = dict(grows)
+    for position, equation in enumerate(flat.equations):
+        whole = growth.get(equation.operands[0]) if equation.operands else None
+        cuts, updates = equation.primitive in _CUTTING, equation.primitive in _UPDATING
+        if whole is None or not (cuts or updates or equation.link.kind in _PASSING):
+            continue
+        growth.update(dict.fromkeys(equation.results, whole))
+        if not equation.layer:
+            counts[position] = round(whole)
+        if updates or (cuts and only_read_by(position, _CUTTING)):
+            fused.add(position)
+    growth = {result: grows[cache] for result, cache in results.items()}
+    for position, equation in reversed(list(enumerate(flat.equations))):
+        whole = next((growth[i] for i in equation.results if i in growth), None)
+        joins = equation.primitive in _JOINING
+        if whole is None or not (joins or equation.link.kind in _PASSING):
+            continue
+        growth.update(dict.fromkeys(equation.operands, whole))
+        if not equation.layer:
+            counts[position] = round(whole)
+        if joins and only_read_by(position, _JOINING):
+            fused.add(position)
+    return CacheMoves(counts=counts, fused=frozenset(fused))
 
 
 def rebuilt_arguments(flat: FlatJaxpr, replaces: Sequence[int | None]) -> frozenset[int]:

@@ -76,6 +76,8 @@ class Op:
             as that of the experts is; None for any other op.
         addends: for each written sum, as a residual stream's, of which its result is the part that
             is made last: the number of arrays that the sum reads.
+        is_fused: whether it moves part of a cache while another op moves the same, see
+            `autoshard.graph.caches`.
         n_meetings: how often elementwise ops bring a matmul's result together with arrays of its
             group that others laid out.
     """
@@ -96,6 +98,7 @@ class Op:
     window: int = 1
     summed_batch: int | None = None
     addends: tuple[int, ...] = ()
+    is_fused: bool = False
     n_meetings: int = 0
 
     @property

@@ -37,6 +37,7 @@ def _look(op: Op) -> tuple[object, ...]:
         op.flops,
         op.window,
         op.backward,
+        op.is_fused,
     )
 
 

@@ -6,7 +6,7 @@ block is the block's index and says nothing.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -39,7 +39,11 @@ class Stack:
 
 
 def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
-    """The outermost stacks whose blocks are layers and hold all weights under their own path."""
+    """The outermost stacks whose blocks are layers, and hold all weights under their own path.
+
+    A block of a kind of its own may hold others: it stands for no other (the first block of T5 has
+    the positions of all).
+    """
     layers = layers_by_path(model.model)
     templates = PathNames.of([f"{path}/output" for path in layers]).templates
     members: dict[str, dict[int, Any]] = defaultdict(dict)
@@ -51,10 +55,13 @@ def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
     for template, blocks in members.items():
         start = min(blocks)
         in_order = tuple(blocks[number] for number in sorted(blocks))
-        if max(blocks) - start + 1 == len(blocks) and all(map(_is_closed, in_order)):
-            facts = [dict(_facts(block, "")) for block in in_order]
-            indices = frozenset(k for k in facts[0] if _counts_up([f.get(k) for f in facts]))
-            kinds = tuple(_kind(fact, indices) for fact in facts)
+        if max(blocks) - start + 1 != len(blocks):
+            continue
+        facts = [dict(_facts(block, "")) for block in in_order]
+        indices = frozenset(k for k in facts[0] if _counts_up([f.get(k) for f in facts]))
+        kinds = tuple(_kind(fact, indices) for fact in facts)
+        alike = Counter(kinds)
+        if all(_is_closed(b) or alike[kind] == 1 for b, kind in zip(in_order, kinds, strict=True)):
             stacks.append(
                 Stack(template=template, start=start, layers=in_order, kinds=kinds, indices=indices)
             )
