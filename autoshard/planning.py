@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from autoshard.errors import LayoutError, ModelError
@@ -306,9 +307,9 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
     )
 
 
-def _layer_count(layer: str, multiplicity: Callable[[str], int]) -> int:
+def _layer_count(layer: str, multiplicity: Callable[[str], int | Fraction]) -> int:
     """How many layers of the real model the layer of a traced op stands for."""
-    return next((count for count in map(multiplicity, tails(layer)) if count != 1), 1)
+    return next((int(count) for count in map(multiplicity, tails(layer)) if count != 1), 1)
 
 
 def _by_hand(table: ModelTable, result: SearchResult, mesh: Mesh) -> Candidate | None:

@@ -54,6 +54,8 @@ def test_the_middle_period_stands_for_all_but_two() -> None:
         ("rwkv7_g1a_0.1b_en", "rwkv_layer_*", 12, 1, 1, 4),
         # The first block has the positions of all, under a path that is not the block's.
         ("t5_small_multi", "transformer_encoder_layer_*", 6, 1, 1, 4),
+        # All blocks share the path of one weight, and every fourth has no positions.
+        ("smollm3_3b_en", "transformer_layer_*", 36, 0, 4, 12),
         # Three linear attentions and a full one.
         ("qwen3_5_0.8b_base", "transformer_layer_*", 24, 0, 4, 12),
         ("whisper_small_en", "transformer_decoder_layer_*", 12, 0, 1, 3),

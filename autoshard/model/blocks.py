@@ -16,7 +16,7 @@ from autoshard.model.keras_import import import_keras
 from autoshard.model.paths import PathNames, number_of
 from autoshard.model.recipe import AbstractModel, inner_layers, layers_by_path
 
-__all__ = ["Stack", "blocks_like", "find_stacks"]
+__all__ = ["Stack", "blocks_like", "elsewhere", "find_stacks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +39,11 @@ class Stack:
 
 
 def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
-    """The outermost stacks whose blocks are layers, and hold all weights under their own path.
+    """The outermost stacks whose blocks are layers, and hold weights that are told to be theirs.
 
-    A block of a kind of its own may hold others: it stands for no other (the first block of T5 has
-    the positions of all).
+    Those are under a block's own path, or under one that all blocks share (SmolLM3 names a layer so
+    by mistake). A block of a kind of its own may hold any: it stands for no other (the first block
+    of T5 has the positions of all).
     """
     layers = layers_by_path(model.model)
     templates = PathNames.of([f"{path}/output" for path in layers]).templates
@@ -61,7 +62,8 @@ def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
         indices = frozenset(k for k in facts[0] if _counts_up([f.get(k) for f in facts]))
         kinds = tuple(_kind(fact, indices) for fact in facts)
         alike = Counter(kinds)
-        if all(_is_closed(b) or alike[kind] == 1 for b, kind in zip(in_order, kinds, strict=True)):
+        repeated = [b for b, kind in zip(in_order, kinds, strict=True) if alike[kind] > 1]
+        if len(set(map(elsewhere, repeated))) <= 1:
             stacks.append(
                 Stack(template=template, start=start, layers=in_order, kinds=kinds, indices=indices)
             )
@@ -84,8 +86,10 @@ def _kind(facts: dict[str, Hashable], indices: frozenset[str]) -> Hashable:
     return tuple(item for item in facts.items() if item[0] not in indices)
 
 
-def _is_closed(block: Any) -> bool:
-    return all(weight.path.startswith(f"{block.path}/") for weight in block.weights)
+def elsewhere(block: Any) -> frozenset[str]:
+    """The paths of a block's weights that are not under its own."""
+    paths = {weight.path for weight in block.weights}
+    return frozenset(path for path in paths if not path.startswith(f"{block.path}/"))
 
 
 def _counts_up(values: list[Any]) -> bool:

@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from autoshard.errors import ModelError, UsageError
-from autoshard.model.blocks import Stack, blocks_like, find_stacks
+from autoshard.model.blocks import Stack, blocks_like, elsewhere, find_stacks
 from autoshard.model.folding import BlockStack, Folding, find_repetition
 from autoshard.model.recipe import AbstractModel, build_recipe
 
@@ -51,7 +52,17 @@ def fold(model: AbstractModel, *, periods: int) -> AbstractModel:
             if attempt and attempt[1][template].traced == stack.traced:
                 (folded, stacks), config = attempt, changed
                 break
-    return replace(folded, folding=Folding(blocks=tuple(stacks.values())))
+    folding = Folding(blocks=tuple(stacks.values()), shared=_shared(whole, model, folded))
+    return replace(folded, folding=folding)
+
+
+def _shared(
+    stacks: Sequence[Stack], whole: AbstractModel, folded: AbstractModel
+) -> dict[str, Fraction]:
+    """For how many weights each of the folded model stands whose path several blocks share."""
+    paths = {path for stack in stacks for block in stack.layers for path in elsewhere(block)}
+    real, kept = (Counter(weight.path for weight in m.model.weights) for m in (whole, folded))
+    return {path: Fraction(real[path], kept[path]) for path in sorted(paths) if kept[path]}
 
 
 def _wanted(stacks: Sequence[Stack], periods: int) -> dict[str, BlockStack]:

@@ -13,8 +13,9 @@ left out: of two periods the first for `n_periods - 1`, of three the middle for 
 
 import math
 import re
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 
 __all__ = ["BlockStack", "Folding", "find_repetition"]
 
@@ -66,19 +67,27 @@ class BlockStack:
 class Folding:
     """The stacks of a model, folded or not.
 
+    Attributes:
+        blocks: the stacks.
+        shared: for how many weights of the real model each stands that has a path which several
+            blocks share: their mean.
+
     >>> stack = BlockStack(template="decoder_block_*", n_blocks=28, traced=3)
     >>> [Folding(blocks=(stack,)).multiplicity(f"decoder_block_{i}/attention") for i in range(3)]
     [1, 26, 1]
     """
 
     blocks: tuple[BlockStack, ...] = ()
+    shared: Mapping[str, Fraction] = field(default_factory=dict)
 
-    def multiplicity(self, path: str) -> int:
+    def multiplicity(self, path: str) -> int | Fraction:
         """How many layers of the real model a layer, variable or output of this model stands for.
 
         Args:
             path: a path of the folded model, or the beginning of one down to the block.
         """
+        if path in self.shared:
+            return self.shared[path]
         counts = (
             stack.multiplicity(block)
             for stack in self.blocks
