@@ -382,6 +382,8 @@ def _check_writable(output: str | None) -> None:
     path = Path(output)
     if path.is_dir():
         raise PlanFileError(f"cannot write {output}: it is a directory")
+    if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+        return
     if not os.access(path.absolute().parent, os.W_OK):
         raise PlanFileError(f"cannot write {output}: no such folder, or it is not writable")
 

@@ -62,7 +62,7 @@ class UnknownNameError(UsageError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
-        names = list(known)
+        names = list(dict.fromkeys(known))
         begins = [one for one in names if name and one.startswith(name)]
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         near = list(dict.fromkeys([*begins, *close]))[:3]

@@ -13,7 +13,7 @@ from autoshard.mesh import Mesh, parse_mesh, round_up
 from autoshard.model.workload import DEFAULT_BATCH
 from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner
 from autoshard.search.descent import Scored
-from autoshard.setup import Setup, make_setup, named_target
+from autoshard.setup import Setup, check_whole, make_setup, named_target
 
 __all__ = ["Tradeoff", "make_setups", "mesh_shapes", "plan_shapes", "tradeoffs"]
 
@@ -65,7 +65,9 @@ def make_setups(
 
     Raises:
         MeshError: the axes are not two.
+        UsageError: a number is not whole.
     """
+    check_whole(devices=n_devices, batch=batch)
     shapes = mesh_shapes(n_devices)
     batch = round_up(DEFAULT_BATCH, n_devices) if batch is None else batch
     if isinstance(target, str):

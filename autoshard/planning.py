@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -285,13 +285,15 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
     """The op graph of the traced copy, each op and argument with its count in the real model."""
     folded_table = folded.table()
     variables = folded_table.variables
-    family_of = {variable.path: variable.family for variable in variables}
+    families: dict[str, dict[tuple[int, ...], str]] = {}
+    for variable in variables:
+        families.setdefault(variable.path, {})[variable.shape] = variable.family
     trainable = {variable.path for variable in variables if variable.trainable}
     multiplicity = folded.folding.multiplicity
     inputs = [
         StepInput(
             role=argument.role,
-            family=family_of.get(argument.layout_path or ""),
+            family=_family(families.get(argument.layout_path or "", {}), argument.shape),
             count=multiplicity(argument.layout_path or argument.path),
             trainable=argument.path in trainable and argument.role == "weight",
         )
@@ -305,6 +307,11 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
         lambda layer: _layer_count(layer, multiplicity),
         folded_table.templates,
     )
+
+
+def _family(families: Mapping[tuple[int, ...], str], shape: tuple[int, ...]) -> str | None:
+    """The family of an argument, of those under its path by shape; two weights may share a path."""
+    return next(iter(families.values())) if len(families) == 1 else families.get(shape)
 
 
 def _layer_count(layer: str, multiplicity: Callable[[str], int | Fraction]) -> int:

@@ -10,7 +10,7 @@ from autoshard.model.workload import DEFAULT_BATCH, DEFAULT_LORA_RANK, Workload
 from autoshard.units import parse_bytes
 from autoshard.xla.attached import attached_target
 
-__all__ = ["Setup", "limit_bytes", "make_setup", "named_target"]
+__all__ = ["Setup", "check_whole", "limit_bytes", "make_setup", "named_target"]
 
 # A limit below is one whose unit was forgotten.
 _LEAST_BYTES = 1000
@@ -60,10 +60,7 @@ def make_setup(
         MeshError: mesh and target differ in devices, or the data axis does not divide the batch.
         UsageError: a value is unknown or out of range.
     """
-    numbers = {"batch": batch, "seq_len": seq_len, "slices": slices, "lora_rank": lora_rank}
-    for name, number in numbers.items():
-        if number is not None and type(number) is not int:
-            raise UsageError(f"{name} is {number!r}; give a whole number")
+    check_whole(batch=batch, seq_len=seq_len, slices=slices, lora_rank=lora_rank)
     mesh = as_mesh(mesh, axes)
     if isinstance(target, str):
         target = named_target(target, mesh)
@@ -100,6 +97,20 @@ def make_setup(
     )
 
 
+def check_whole(**numbers: object) -> None:
+    """Refuse numbers that are given and not whole.
+
+    Args:
+        **numbers: name -> number, or None.
+
+    Raises:
+        UsageError: one is of another type.
+    """
+    for name, number in numbers.items():
+        if number is not None and type(number) is not int:
+            raise UsageError(f"{name} is {number!r}; give a whole number")
+
+
 def named_target(name: str, mesh: Mesh) -> Target:
     """The target that a user names.
 
@@ -130,6 +141,8 @@ def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
     if memory_limit is None:
         return target.chip.hbm_bytes
     n_bytes = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    if not isinstance(n_bytes, int) or isinstance(n_bytes, bool):
+        raise UsageError(f"a memory limit of {n_bytes!r}: expected whole bytes, or a text as 15GiB")
     if n_bytes < _LEAST_BYTES:
         raise UsageError(
             f"a memory limit of {n_bytes} bytes holds no model; give a unit, as in 15GiB"

@@ -142,6 +142,41 @@ def test_free_pages_that_single_processors_keep_are_available(
     assert available_bytes() == 2000 * 1024 + 42 * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used", "files"),
+    [
+        ("0::/jobs/one", "jobs", "memory.max", "memory.current", "inactive_file"),
+        (
+            "4:cpu,memory:/jobs/one",
+            "memory/jobs/one",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_what_a_control_group_around_the_process_leaves_is_available(
+    line: str,
+    folder: str,
+    limit: str,
+    used: str,
+    files: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "_PROC", tmp_path)
+    monkeypatch.setattr(host, "_CGROUP", tmp_path / "groups")
+    (tmp_path / "meminfo").write_text("MemAvailable: 2000 kB\n")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text(f"7:freezer:/\n{line}\n")
+    group = tmp_path / "groups" / folder
+    group.mkdir(parents=True)
+    (group / limit).write_text("50000\n")
+    (group / used).write_text("20000\n")
+    (group / "memory.stat").write_text(f"{files} 3000\n")
+    assert available_bytes() == 33_000
+
+
 def map_of(name: str, folder: Path) -> tuple[str, ...]:
     """The arguments that name a layout of a small model."""
     path = folder / "map.py"

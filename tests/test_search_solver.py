@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import math
 import os
@@ -213,6 +214,10 @@ def test_a_file_that_is_no_contest_instance_is_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text("{}")
     with pytest.raises(UsageError, match="other.json is not an IOPDDL instance: KeyError"):
+        read_iopddl(path)
+    path = tmp_path / "cut.json.gz"
+    path.write_bytes(gzip.compress(b"{}")[:-9])
+    with pytest.raises(UsageError, match="cut.json.gz is not an IOPDDL instance: EOFError"):
         read_iopddl(path)
 
 

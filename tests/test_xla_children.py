@@ -139,7 +139,6 @@ def test_a_child_that_dies_is_one_line_with_signal_and_stage_and_its_last_words(
 def test_a_child_past_its_time_is_killed_with_what_it_started(tmp_path):
     note = tmp_path / "pids"
     with Child() as child:
-        # The start takes part of the second; the child may be stopped before it wrote the note.
         with pytest.raises(ChildTimeoutError) as caught:
             child.call(f"{HERE}:_double", 1, timeout_seconds=60)
             child.call(f"{HERE}:_hang", str(note), timeout_seconds=2)

@@ -394,3 +394,9 @@ def test_all_reduces_that_the_target_folds_are_one_and_nothing_else_is():
     assert (folded.kind, folded.axis, folded.group_size) == ("all-reduce", "batch,model", 8)
     assert others == moves
     assert list(_folded(sums, {}, mesh)) == sums
+    # Of the sums over one axis alone nothing is folded, and of several as many as are on both.
+    assert list(_folded(sums[:1], foreseen, mesh)) == sums[:1]
+    fewer = replace(sums[1], count=1, launches=1)
+    folded, rest = _folded([sums[0], fewer], foreseen, mesh)
+    assert (folded.axis, folded.count, folded.launches) == ("batch,model", 1, 1)
+    assert (rest.axis, rest.count, rest.launches) == ("batch", 3, 3)

@@ -124,7 +124,8 @@ def folded_sums(transfers: Sequence[Transfer], machine: Machine) -> list[Transfe
     not.
     """
     sums = [one for one in transfers if one.operand is None and one.kind == "all-reduce"]
-    if not machine.folds_sums or len(sums) < 2 or len(sums) != len(machine.axis_sizes):
+    axes = [one.axis for one in sums]
+    if not machine.folds_sums or len(axes) < 2 or sorted(axes) != [*range(machine.all_axes)]:
         return list(transfers)
     folded = as_all_reduce(replace(sums[0], axis=machine.all_axes), machine)
     return [*(one for one in transfers if one not in sums), folded]

@@ -63,7 +63,7 @@ def needed_bytes(
     """
     held = [_held(v, rules, mesh) for v in model.model.weights]
     needed = sum(item.n_bytes * item.copies for item in held)
-    needed += max(_FLOAT32_BYTES * item.n_elements * item.copies for item in held)
+    needed += max((_FLOAT32_BYTES * item.n_elements * item.copies for item in held), default=0)
     if part == "fit":
         trained = model.model.trainable_variables
         needed += sum(

@@ -137,7 +137,7 @@ def _expected_output_specs(
     templates = {path: table.templates[path] for path in table.output_paths}
     for template in outputs:
         if template not in templates.values():
-            raise UnknownNameError("layer output", template, set(templates.values()))
+            raise UnknownNameError("layer output", template, templates.values())
     specs = {path: outputs.get(template) for path, template in templates.items()}
     return {path: spec if _shards(spec) else None for path, spec in specs.items()}
 

@@ -171,7 +171,7 @@ class ModelTable:
         variables = tuple(v for v in self.variables if v.path.startswith(prefix))
         if not variables:
             parts = (v.path.split("/") for v in self.variables)
-            known = {"/".join(p[:n]) for p in parts for n in range(1, len(p))}
+            known = ("/".join(p[:n]) for p in parts for n in range(1, len(p)))
             raise UnknownNameError("layer", layer, known)
         return dataclasses.replace(self, variables=variables)
 

@@ -48,7 +48,7 @@ def _table(layouts: tuple[ComparedLayout, ...]) -> str:
             (
                 layout.name,
                 format_seconds(predicted.step_seconds),
-                f"{predicted.step_seconds / best.step_seconds:.2f}",
+                f"{predicted.step_seconds / best.step_seconds:.2f}" if best.step_seconds else "",
                 format_seconds(predicted.compute_seconds),
                 format_seconds(predicted.collective_seconds),
                 format_bytes(predicted.collective_bytes),

@@ -116,7 +116,9 @@ def _cost(outcome: PlanOutcome) -> str:
     caches = dict.fromkeys(map(format_spec, planning.cache_specs(scored)))
     laid = [f"KV cache, laid out by XLA: {', '.join(caches)}"] if caches else []
     bound = "no layout keeps the memory limit, by the same formulas"
-    if result.bound_seconds is not None:
+    if result.bound_seconds is None and not scored.excess_bytes:
+        bound = "the relaxed problem, where numbered layers are alike, gives no bound"
+    elif result.bound_seconds is not None:
         bound = (
             f"by the same formulas none is faster than {format_seconds(result.bound_seconds)}, "
             f"the relaxed problem's bound (gap {result.gap(scored):.0%})"
@@ -318,7 +320,9 @@ def reasons_text(plan: Plan) -> str:
 def _next_best(reason: Reason) -> tuple[str, str, str]:
     """The next best spec of a family, and what it would add to the step and to the peak."""
     if reason.next_best is None or reason.cost_seconds is None or reason.cost_bytes is None:
-        why = "none: not read by this step" if any(reason.spec) else "none legal or worth a rule"
+        why = "none legal or worth a rule"
+        if any(reason.spec):
+            why = "none: not read by this step, or tied to another family"
         return why, "", ""
     return (
         format_spec(reason.next_best),

@@ -8,6 +8,7 @@ strategy; an edge a cost table flattened row by row, in which 1e18 or more is fo
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def read_iopddl(path: Path) -> Problem:
         return _problem(json.loads(data)["problem"])
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error}") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} is not an IOPDDL instance: {error!r}") from error
 
 

@@ -55,7 +55,8 @@ class Relaxed:
 
     Attributes:
         assignment: family -> spec; empty where nothing fits the memory.
-        bound_seconds: no layout of the model has a faster step, by the cost model.
+        bound_seconds: no layout that treats repeated blocks alike has a faster step, by the cost
+            model.
     """
 
     assignment: dict[str, Spec]

@@ -223,7 +223,13 @@ def _can_be_told(scored: Scored, tied: Sequence[Collection[str]]) -> bool:
 
 
 def _bound(relaxed_seconds: float, best: Scored) -> float | None:
-    return min(relaxed_seconds, best.cost.step_seconds) if math.isfinite(relaxed_seconds) else None
+    """The relaxed problem's bound where there is one, and where it holds for the best layout.
+
+    Layers that are numbered but no blocks of one stack are tied too, and then may do better.
+    """
+    found = best.cost.step_seconds
+    holds = relaxed_seconds <= found * (1 + _SAME)
+    return min(relaxed_seconds, found) if holds and math.isfinite(relaxed_seconds) else None
 
 
 def _front(layouts: Sequence[Scored]) -> tuple[Scored, ...]:

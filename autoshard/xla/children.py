@@ -150,11 +150,12 @@ class Child:
     def close(self) -> None:
         """Kill the child and all that it started."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        _kill_group(process)
-        process.wait()
-        for stream in (process.stdin, self._replies, self._log):
+        streams = [self._replies, self._log]
+        if process is not None:
+            _kill_group(process)
+            process.wait()
+            streams.append(process.stdin)
+        for stream in streams:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()

@@ -115,13 +115,24 @@ def _folded(
     collectives: Iterable[Collective], foreseen: Mapping[_Key, int], mesh: Mesh
 ) -> Iterator[Collective]:
     """With the all-reduces, axis after axis, that the target is foreseen to do over all at once."""
-    axes = mesh.parallel_axes
+    axes, collectives = mesh.parallel_axes, list(collectives)
+    found: Counter[_Key] = Counter()
+    for one in collectives:
+        found[_key(one)] += one.count
+    done: Counter[_Key] = Counter()
     for one in collectives:
         whole = replace(one, axis=",".join(axes), group_size=mesh.n_devices)
-        if one.kind != "all-reduce" or one.axis not in axes or _key(whole) not in foreseen:
-            yield one
-        elif one.axis == axes[0]:
-            yield whole
+        n_folded = 0
+        if one.kind == "all-reduce" and one.axis in axes and _key(whole) in foreseen:
+            on_each = min(found[_key(replace(one, axis=axis))] for axis in axes)
+            n_folded = min(on_each - done[_key(one)], one.count)
+            done[_key(one)] += n_folded
+        launches = round(one.launches * n_folded / one.count)
+        if n_folded and one.axis == axes[0]:
+            yield replace(whole, count=n_folded, launches=launches)
+        if n_folded < one.count:
+            rest = one.count - n_folded
+            yield replace(one, count=rest, launches=one.launches - launches)
 
 
 def _key(one: Collective) -> _Key:

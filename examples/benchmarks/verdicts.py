@@ -146,8 +146,11 @@ class Results:
 
     def __post_init__(self) -> None:
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                self._put(json.loads(line))
+            text = self.path.read_text(encoding="utf-8")
+            for line in text.splitlines():
+                # A run that was stopped may have left part of a row.
+                if line.endswith("}") and line.startswith("{"):
+                    self._put(json.loads(line))
 
     def key(self, row: Row) -> str:
         """What makes a row the answer to a question."""
@@ -157,7 +160,9 @@ class Results:
         """Append a row to the file."""
         self._put(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         with self.path.open("a", encoding="utf-8") as file:
+            file.write("" if before.endswith("\n") or not before else "\n")
             file.write(json.dumps(row) + "\n")
 
     def is_last(self, row: Row) -> bool:
