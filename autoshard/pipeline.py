@@ -158,8 +158,7 @@ def plan(
             f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
             + "".join(f"; {remedy.change} would fit" for remedy in outcome.remedies)
         )
-    stillness = outcome.plan.workload.stillness
-    for doubt in (*([stillness] if stillness else []), *outcome.planning.doubts()):
+    for doubt in outcome.planning.doubts():
         warnings.warn(doubt, stacklevel=2)
     return outcome.plan
 
