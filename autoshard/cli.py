@@ -269,7 +269,9 @@ def explain(plan_file: str) -> None:
     from autoshard.report.plan import reasons_text
     from autoshard.sharding_plan import load
 
-    click.echo(reasons_text(load(plan_file)))
+    plan = load(plan_file)
+    click.echo(f"{plan.model.name}, {plan.workload}\nmesh {plan.mesh} on {plan.target}\n")
+    click.echo(reasons_text(plan))
 
 
 @main.command()

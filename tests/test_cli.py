@@ -163,7 +163,9 @@ def test_a_plan_file_explains_itself(tmp_path: Path) -> None:
     text = plan_small("-o", str(path)).stdout
     explained = run("explain", str(path)).stdout
     assert "next best, all else equal" in explained
-    assert explained.strip() in text
+    head, _, reasons = explained.partition("\n\n")
+    assert "train: batch 8 x " in head and "\nmesh 1x8 on " in head
+    assert reasons.strip() in text
 
 
 def test_the_text_shows_map_cost_ranking_reasons_and_timings() -> None:

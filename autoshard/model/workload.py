@@ -111,6 +111,8 @@ class Workload:
 
     def __str__(self) -> str:
         """Such as `train: batch 8 x 512 tokens, bfloat16, adam`."""
-        kind = self.kind + (f" rank {self.lora_rank}" if self.lora_rank else "")
+        kind: str = self.kind
+        if self.lora_rank:
+            kind += f" rank {self.lora_rank}" if kind == "lora" else f", LoRA rank {self.lora_rank}"
         optimizer = f", {self.optimizer}" if self.trains else ""
         return f"{kind}: batch {self.batch} x {self.seq_len} tokens, {self.policy}{optimizer}"

@@ -23,6 +23,9 @@ from autoshard.xla.partitioned import target_collectives
 
 __all__ = ["notes", "plan_text", "reasons_text"]
 
+# Seconds below this are rounding; bytes are one or more.
+_LEAST = 1e-12
+
 # Whole weights of less than this share of the model are not worth a line.
 _TRIFLE = 0.01
 
@@ -88,7 +91,7 @@ def _misfit(outcome: PlanOutcome) -> str:
     limit = format_bytes(outcome.planning.setup.memory_limit)
     said = (
         f": this is the nearest plan; it needs {format_bytes(peak)} "
-        f"(--memory-limit {option_bytes(peak)} would do)"
+        f"(planned for as if a chip had them by --memory-limit {option_bytes(peak)})"
     )
     if outcome.verdicts and outcome.verdicts[0].misfit:
         said = f", by the target's compiler: {outcome.verdicts[0].misfit}"
@@ -145,11 +148,14 @@ def _whole(outcome: PlanOutcome) -> Iterator[str]:
     if mesh.n_devices == 1 or total < _TRIFLE * table.n_bytes:
         return
     named = []
-    for family in families:
-        if family.n_bytes >= _TRIFLE * table.n_bytes:
-            legal = len(list(legal_specs(family.shape, mesh))) > 1
-            why = "by choice" if legal else f"no axis divides {family.shape}"
-            named.append(f"  {family.name} {format_bytes(family.n_bytes)}: {why}")
+    large = [family for family in families if family.n_bytes >= _TRIFLE * table.n_bytes]
+    for family in large:
+        legal = len(list(legal_specs(family.shape, mesh))) > 1
+        why = "by choice" if legal else f"no axis divides {family.shape}"
+        named.append(f"  {family.name} {format_bytes(family.n_bytes)}: {why}")
+    if len(large) < len(families):
+        rest = total - sum(family.n_bytes for family in large)
+        named.append(f"  and {len(families) - len(large)} more, {format_bytes(rest)}")
     yield "\n".join([f"whole on every device: {format_bytes(total)} of weights", *named])
 
 
@@ -314,7 +320,10 @@ def reasons_text(plan: Plan) -> str:
         rows.append((reason.family, format_spec(reason.spec), *_next_best(reason)))
     headers = ("family", "spec", "next best, all else equal", "step", "memory")
     table = tabulate(rows, headers=headers, disable_numparse=True)
-    return f"{table}\n(step and memory: what the next best would add, predicted by formulas)"
+    return (
+        f"{table}\n(step and memory: what the next best would add, predicted by formulas; hidden "
+        "collectives and memory count a little in the choice)"
+    )
 
 
 def _next_best(reason: Reason) -> tuple[str, str, str]:
@@ -333,7 +342,7 @@ def _next_best(reason: Reason) -> tuple[str, str, str]:
 
 def _signed(amount: float, text: Callable[[float], str]) -> str:
     """An amount that is added or saved, "same" where it is neither."""
-    if not amount:
+    if abs(amount) < _LEAST:
         return "same"
     return f"{'+' if amount > 0 else '-'}{text(abs(amount))}"
 
