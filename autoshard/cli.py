@@ -377,6 +377,8 @@ def _set_backend() -> None:
 
 def _check_writable(output: str | None) -> None:
     """Fail before the work, not after it."""
+    from autoshard.sharding_plan import is_stream
+
     if output is None:
         return
     if not output:
@@ -384,9 +386,7 @@ def _check_writable(output: str | None) -> None:
     path = Path(output)
     if path.is_dir():
         raise PlanFileError(f"cannot write {output}: it is a directory")
-    if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
-        return
-    if not os.access(path.absolute().parent, os.W_OK):
+    if not is_stream(path) and not os.access(path.absolute().parent, os.W_OK):
         raise PlanFileError(f"cannot write {output}: no such folder, or it is not writable")
 
 

@@ -141,8 +141,7 @@ def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
     if memory_limit is None:
         return target.chip.hbm_bytes
     n_bytes = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    if not isinstance(n_bytes, int) or isinstance(n_bytes, bool):
-        raise UsageError(f"a memory limit of {n_bytes!r}: expected whole bytes, or a text as 15GiB")
+    check_whole(memory_limit=n_bytes)
     if n_bytes < _LEAST_BYTES:
         raise UsageError(
             f"a memory limit of {n_bytes} bytes holds no model; give a unit, as in 15GiB"

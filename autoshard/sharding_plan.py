@@ -40,7 +40,7 @@ from autoshard.records.parts import (
     Versions,
 )
 
-__all__ = ["Plan", "load", "plan_of"]
+__all__ = ["Plan", "is_stream", "load", "plan_of"]
 
 _FORMAT = "autoshard-plan"
 _VERSION = 1
@@ -153,7 +153,7 @@ class Plan:
             if os.fspath(path) == "/dev/stdout":
                 print(text, end="", flush=True)
                 return
-            if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+            if is_stream(path):
                 path.write_text(text, encoding="utf-8")
                 return
             path = path.resolve()
@@ -341,6 +341,11 @@ def _start_of(path: str) -> str:
             return file.read(1024)
     except (OSError, ValueError):
         return ""
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is no file to be replaced but one to write to, as a pipe or `/dev/stdout`."""
+    return path.is_relative_to("/dev") or (path.exists() and not path.is_file())
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

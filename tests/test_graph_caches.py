@@ -16,9 +16,7 @@ from autoshard.model.workload import Workload
 from autoshard.planning import make_program
 
 DECODE = Workload(kind="decode", batch=2, seq_len=64)
-
-
-ALL = 10**6
+ALL = 10**6  # periods: more than any model has
 
 
 def decoding(preset: str, periods: int = 2) -> Program:

@@ -32,32 +32,20 @@ MEGATRON = (
 )
 
 
-def small_gemma():
+def gemma(**sizes):
     import keras_hub
 
-    return keras_hub.models.GemmaBackbone(
-        vocabulary_size=512,
-        num_layers=8,
-        num_query_heads=8,
-        num_key_value_heads=8,
-        hidden_dim=64,
-        intermediate_dim=256,
-        head_dim=16,
-    )
+    return keras_hub.models.GemmaBackbone(num_query_heads=8, num_key_value_heads=8, **sizes)
+
+
+def small_gemma():
+    sizes = {"hidden_dim": 64, "intermediate_dim": 256, "head_dim": 16}
+    return gemma(vocabulary_size=512, num_layers=8, **sizes)
 
 
 def wide_gemma():
-    import keras_hub
-
-    return keras_hub.models.GemmaBackbone(
-        vocabulary_size=65_536,
-        num_layers=2,
-        num_query_heads=8,
-        num_key_value_heads=8,
-        hidden_dim=1024,
-        intermediate_dim=8192,
-        head_dim=128,
-    )
+    sizes = {"hidden_dim": 1024, "intermediate_dim": 8192, "head_dim": 128}
+    return gemma(vocabulary_size=65_536, num_layers=2, **sizes)
 
 
 def request(**changes):

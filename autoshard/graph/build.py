@@ -71,7 +71,8 @@ def build_program(
     numbering = _Numbering(grouping, held=_held(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
     sums = _sum_targets(flat)
-    moves = cache_moves(flat, *_caches(flat, inputs, replaces))
+    caches = {index: info.count for index, info in enumerate(inputs) if info.role == "cache"}
+    moves = cache_moves(flat, caches, replaces)
     ops: list[Op] = []
     op_of: dict[int, int] = {}
     for position, open_operands in left.items():
@@ -80,7 +81,7 @@ def build_program(
         op = _op(equation, open_operands, flat, numbering, count, sums)
         if op is not None:
             op_of[position] = len(ops)
-            ops.append(replace(op, is_fused=position in moves.fused))
+            ops.append(replace(op, is_fused=True) if position in moves.fused else op)
     lives = read_lives(flat, op_of)
     ops = _as_summed(ops, lives)
     meetings = count_meetings(flat, grouping.group_of)
@@ -112,23 +113,6 @@ def build_program(
 def _owner(index: int, info: StepInput) -> str:
     """Arguments of one family and of one place in the traced copy may share a group."""
     return info.family if info.family is not None else f"argument {index}"
-
-
-def _caches(
-    flat: FlatJaxpr, inputs: Sequence[StepInput], replaces: Sequence[int | None]
-) -> tuple[dict[int, Fraction], dict[int, int]]:
-    """How much each cache grows, and the results that take the memory of one; by identity."""
-    grows = {
-        identity: Fraction(info.count)
-        for identity, info in zip(flat.inputs, inputs, strict=True)
-        if info.role == "cache"
-    }
-    results = {
-        identity: flat.inputs[replaced]
-        for identity, replaced in zip(flat.outputs, replaces, strict=True)
-        if identity is not None and replaced is not None and flat.inputs[replaced] in grows
-    }
-    return grows, results
 
 
 @dataclass(slots=True)

@@ -5,8 +5,7 @@ anew from what the blocks return; or in an array for each block. Beside them it 
 blocks read, such as an encoder's output.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -59,54 +58,82 @@ def cache_count(flat: FlatJaxpr, cache: int, count_of: Callable[[str], int]) -> 
 
 
 def cache_moves(
-    flat: FlatJaxpr, grows: Mapping[int, Fraction], results: Mapping[int, int]
+    flat: FlatJaxpr, growth: Mapping[int, int | Fraction], replaces: Sequence[int | None]
 ) -> CacheMoves:
-    """Follow caches from where they come in to where they go out.
+    """Follow caches from where they come in, and back from where they go out.
 
     Args:
         flat: the step of the folded copy.
-        grows: identity of a cache -> `cache_count` of it.
-        results: identity of a result -> that of the cache whose memory it takes.
+        growth: index of a cache among the arguments -> `cache_count` of it.
+        replaces: as for `rebuilt_arguments`.
     """
-    readers: dict[int, list[int]] = defaultdict(list)
+    come_in = {flat.inputs[argument]: grows for argument, grows in growth.items()}
+    go_out = {
+        identity: growth[argument]
+        for identity, argument in zip(flat.outputs, replaces, strict=True)
+        if identity is not None and argument is not None and argument in growth
+    }
+    ahead = [(e, e.operands[:1], e.results) for e in flat.equations]
+    back = [(e, e.results, e.operands) for e in flat.equations]
+    followed = _followed(enumerate(ahead), come_in, (*_CUTTING, *_UPDATING))
+    followed |= _followed(reversed(list(enumerate(back))), go_out, _JOINING)
+    readers = _readers(flat) if followed else {}
+    return CacheMoves(
+        counts={p: round(grows) for p, grows in followed.items() if not flat.equations[p].layer},
+        fused=frozenset(p for p in followed if _is_fused(p, flat, readers)),
+    )
+
+
+def _followed(
+    steps: Iterable[tuple[int, tuple[Equation, Sequence[int], Sequence[int]]]],
+    known: dict[int, int | Fraction],
+    primitives: Sequence[str],
+) -> dict[int, int | Fraction]:
+    """The equations that move parts of caches, by position, and how much each of these grows.
+
+    Args:
+        steps: position of an equation, the equation, and the arrays before and behind it.
+        known: identity of a cache, or a part of one -> how much it grows; what is met joins it.
+        primitives: what moves parts, beside equations that pass them on.
+    """
+    followed = {}
+    for position, (equation, before, behind) in steps:
+        grows = next((known[identity] for identity in before if identity in known), None)
+        moves = equation.primitive in primitives or equation.link.kind in _PASSING
+        if grows is not None and moves:
+            followed[position] = grows
+            known.update(dict.fromkeys(behind, grows))
+    return followed
+
+
+def _is_fused(position: int, flat: FlatJaxpr, readers: Mapping[int, Sequence[int]]) -> bool:
+    """Whether another equation reads or writes the same part meanwhile."""
+    primitive = flat.equations[position].primitive
+    return primitive in _UPDATING or any(
+        primitive in alike and _only_read_by(alike, position, flat, readers)
+        for alike in (_CUTTING, _JOINING)
+    )
+
+
+def _only_read_by(
+    primitives: Sequence[str], position: int, flat: FlatJaxpr, readers: Mapping[int, Sequence[int]]
+) -> bool:
+    """Whether nothing else reads what an equation makes, moves in between aside."""
+    read = [p for identity in flat.equations[position].results for p in readers.get(identity, ())]
+    return bool(read) and all(
+        flat.equations[p].primitive in primitives
+        or (flat.equations[p].link.kind in _PASSING and _only_read_by(primitives, p, flat, readers))
+        for p in read
+    )
+
+
+def _readers(flat: FlatJaxpr) -> dict[int, list[int]]:
+    """Identity of an array -> positions of the equations that read it."""
+    readers: dict[int, list[int]] = {}
     for position, equation in enumerate(flat.equations):
         for identity in equation.operands:
-            readers[identity].append(position)
-
-    def only_read_by(position: int, primitives: Sequence[str]) -> bool:
-        """Whether nothing else reads what an equation makes, moves in between aside."""
-        read = [p for identity in flat.equations[position].results for p in readers[identity]]
-        return bool(read) and all(
-            flat.equations[p].primitive in primitives
-            or (flat.equations[p].link.kind in _PASSING and only_read_by(p, primitives))
-            for p in read
-        )
-
-    counts: dict[int, int] = {}
-    fused: set[int] = set()
-    growth = dict(grows)
-    for position, equation in enumerate(flat.equations):
-        whole = growth.get(equation.operands[0]) if equation.operands else None
-        cuts, updates = equation.primitive in _CUTTING, equation.primitive in _UPDATING
-        if whole is None or not (cuts or updates or equation.link.kind in _PASSING):
-            continue
-        growth.update(dict.fromkeys(equation.results, whole))
-        if not equation.layer:
-            counts[position] = round(whole)
-        if updates or (cuts and only_read_by(position, _CUTTING)):
-            fused.add(position)
-    growth = {result: grows[cache] for result, cache in results.items()}
-    for position, equation in reversed(list(enumerate(flat.equations))):
-        whole = next((growth[i] for i in equation.results if i in growth), None)
-        joins = equation.primitive in _JOINING
-        if whole is None or not (joins or equation.link.kind in _PASSING):
-            continue
-        growth.update(dict.fromkeys(equation.operands, whole))
-        if not equation.layer:
-            counts[position] = round(whole)
-        if joins and only_read_by(position, _JOINING):
-            fused.add(position)
-    return CacheMoves(counts=counts, fused=frozenset(fused))
+            readers.setdefault(identity, []).append(position)
+    return readers
 
 
 def rebuilt_arguments(flat: FlatJaxpr, replaces: Sequence[int | None]) -> frozenset[int]:

@@ -118,14 +118,15 @@ def _cost(outcome: PlanOutcome) -> str:
     shown = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts if n)
     caches = dict.fromkeys(map(format_spec, planning.cache_specs(scored)))
     laid = [f"KV cache, laid out by XLA: {', '.join(caches)}"] if caches else []
-    bound = "no layout keeps the memory limit, by the same formulas"
-    if result.bound_seconds is None and not scored.excess_bytes:
-        bound = "the relaxed problem, where numbered layers are alike, gives no bound"
-    elif result.bound_seconds is not None:
+    if result.bound_seconds is not None:
         bound = (
             f"by the same formulas none is faster than {format_seconds(result.bound_seconds)}, "
             f"the relaxed problem's bound (gap {result.gap(scored):.0%})"
         )
+    elif scored.excess_bytes:
+        bound = "no layout keeps the memory limit, by the same formulas"
+    else:
+        bound = "the relaxed problem, where numbered layers are alike, gives no bound"
     return "\n".join(
         (
             f"predicted step {format_seconds(cost.step_seconds)}: compute "

@@ -110,7 +110,7 @@ def _merge_follower(graph: ChoiceGraph, node: int, parent: int) -> bool:
 
 
 def _is_costly(graph: ChoiceGraph, node: int) -> bool:
-    """Whether comparing a node's strategies takes long: three axes make hundreds of layouts."""
+    """Whether comparing a node's strategies takes long: two axes make two dozen layouts."""
     n_sums, n = graph.costs[node].shape
     widest = max((table.shape[2] for table in graph.tables[node].values()), default=1)
     return bool(n_sums * n * n * widest > _COSTLY)

@@ -90,9 +90,7 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
         foreseen[key] += item.count
         beside_compute[key] += item.count * item.overlapped
     collectives = list(_folded(target_collectives(step, mesh.data_axis, cost), foreseen, mesh))
-    found: Counter[_Key] = Counter()
-    for one in collectives:
-        found[_key(one)] += one.count
+    found = _counts(collectives)
     hidden = blocking = 0.0
     for one in collectives:
         key, link = _key(one), link_of(one, mesh, target)
@@ -116,23 +114,30 @@ def _folded(
 ) -> Iterator[Collective]:
     """With the all-reduces, axis after axis, that the target is foreseen to do over all at once."""
     axes, collectives = mesh.parallel_axes, list(collectives)
-    found: Counter[_Key] = Counter()
-    for one in collectives:
-        found[_key(one)] += one.count
-    done: Counter[_Key] = Counter()
+    found, done = _counts(collectives), Counter[_Key]()
     for one in collectives:
         whole = replace(one, axis=",".join(axes), group_size=mesh.n_devices)
         n_folded = 0
         if one.kind == "all-reduce" and one.axis in axes and _key(whole) in foreseen:
             on_each = min(found[_key(replace(one, axis=axis))] for axis in axes)
             n_folded = min(on_each - done[_key(one)], one.count)
-            done[_key(one)] += n_folded
+        if not n_folded:
+            yield one
+            continue
+        done[_key(one)] += n_folded
         launches = round(one.launches * n_folded / one.count)
-        if n_folded and one.axis == axes[0]:
+        if one.axis == axes[0]:
             yield replace(whole, count=n_folded, launches=launches)
         if n_folded < one.count:
             rest = one.count - n_folded
             yield replace(one, count=rest, launches=one.launches - launches)
+
+
+def _counts(collectives: Iterable[Collective]) -> Counter[_Key]:
+    counts: Counter[_Key] = Counter()
+    for one in collectives:
+        counts[_key(one)] += one.count
+    return counts
 
 
 def _key(one: Collective) -> _Key:

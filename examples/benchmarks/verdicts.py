@@ -146,8 +146,7 @@ class Results:
 
     def __post_init__(self) -> None:
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
-            for line in text.splitlines():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
                 # A run that was stopped may have left part of a row.
                 if line.endswith("}") and line.startswith("{"):
                     self._put(json.loads(line))
@@ -160,10 +159,10 @@ class Results:
         """Append a row to the file."""
         self._put(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("" if before.endswith("\n") or not before else "\n")
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("ab+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            cut_off = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * cut_off + json.dumps(row).encode() + b"\n")
 
     def is_last(self, row: Row) -> bool:
         """Whether no other rules came later under the same name, as those of a newer planner do."""
