@@ -1,16 +1,19 @@
 """Says what is wrong with a map that somebody wrote, without pricing it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from autoshard.errors import PlanFileError, UsageError
+from autoshard.errors import ModelError, PlanFileError, UsageError
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, FindingKind, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
-from autoshard.mesh import Mesh, as_mesh, round_up
+from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.recipe import AbstractModel
+from autoshard.model.step import generate_shapes
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planning import make_program
@@ -24,7 +27,7 @@ def check(
     model: Any,
     layout: str,
     *,
-    mesh: str | Mesh | None = None,
+    mesh: MeshLike | None = None,
     axes: Sequence[str] | None = None,
     seq_len: int | None = None,
 ) -> tuple[Finding, ...]:
@@ -61,12 +64,12 @@ def check(
     knows_axes = all(finding.kind != "unknown-axis" for finding in findings)
     if grid is None or not found.outputs or not knows_axes:
         return findings
-    # Only a trace of the step tells the shapes of layer outputs.
     batch = round_up(workload.batch, grid.sizes[grid.data_axis])
     workload = replace(abstract.own(workload), batch=batch)
-    program = make_program(fold(abstract, periods=2), workload)
-    refused = refused_outputs(found.outputs, table, grid, program)
-    every = (*_output_findings(rules, refused, workload), *findings)
+    # A plan that gave `generate` up is not told so.
+    generates = abstract.generates and (made is None or made.generate)
+    refused = _refused(abstract, found.outputs, grid, workload, generates=generates)
+    every = (*_output_findings(rules, refused), *findings)
     return tuple(sorted(every, key=lambda finding: finding.severity == "warning"))
 
 
@@ -85,9 +88,34 @@ def origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
 
 
 def _output_findings(
-    rules: LayoutRules, refused: Mapping[str, tuple[FindingKind, str]], workload: Workload
+    rules: LayoutRules, refused: Mapping[str, tuple[FindingKind, str]]
 ) -> Iterator[Finding]:
     for path, (kind, reason) in refused.items():
         (rule,) = {rule.pattern for rule in matching_rules(rules, path)}
-        message = f"rule '{rule}', with {workload.batch} x {workload.seq_len} tokens: {reason}"
-        yield Finding(kind=kind, rule=rule, message=message)
+        yield Finding(kind=kind, rule=rule, message=f"rule '{rule}', {reason}")
+
+
+def _refused(
+    model: AbstractModel,
+    outputs: Mapping[str, Spec],
+    mesh: Mesh,
+    workload: Workload,
+    *,
+    generates: bool,
+) -> dict[str, tuple[FindingKind, str]]:
+    """The layer outputs that cannot be laid out as a map says, in the step or in `generate`.
+
+    Only a trace tells the shapes they have.
+    """
+    folded, table = fold(model, periods=2), model.table()
+    shapes = make_program(folded, workload).output_shapes()
+    found: dict[str, tuple[FindingKind, str]] = {}
+    for path, (kind, reason) in refused_outputs(outputs, table, mesh, shapes).items():
+        found[path] = kind, f"with {workload.size}: {reason}"
+    if not generates:
+        return found
+    with suppress(ModelError):  # a model without a cache
+        shapes = generate_shapes(folded, workload)
+        for path, (_, reason) in refused_outputs(outputs, table, mesh, shapes).items():
+            found.setdefault(path, ("breaks-generate", f"while generate answers: {reason}"))
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from autoshard import __version__
-from autoshard.errors import AutoshardError, PlanFileError, UsageError
+from autoshard.errors import AutoshardError, PlanFileError, UnknownNameError, UsageError
 from autoshard.model.keras_import import PLANNING_ONLY
 
 __all__ = ["chips", "check", "compare", "explain", "inspect", "main", "models", "plan", "verify"]
@@ -66,7 +66,9 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="The step: train, lora, prefill or decode.",
             ),
             click.option(
-                "--batch", type=click.IntRange(min=1), help="Sequences of the global batch."
+                "--batch",
+                type=click.IntRange(min=1),
+                help="Sequences of the global batch. [default: 8, or what the mesh divides]",
             ),
             click.option(
                 "--seq-len",
@@ -197,7 +199,10 @@ def models(pattern: str | None) -> None:
     from autoshard.model import catalogue
     from autoshard.report.models import models_text
 
-    click.echo(models_text([catalogue.get(name) for name in catalogue.names(pattern)]))
+    found = catalogue.names(pattern)
+    if not found:
+        raise UnknownNameError("model", pattern or "", catalogue.names())
+    click.echo(models_text([catalogue.get(name) for name in found]))
 
 
 @main.command()

@@ -3,7 +3,7 @@
 The JSON of a dataclass is an object with its fields in order, under the field's name or the one in
 its metadata (`field(metadata={"key": "layout_map"})`); a class that has `to_record` and
 `from_record` says itself what it is. Numbers keep the declared type, so equal values give equal
-bytes.
+bytes. A field with `metadata={"optional": True}` is written where it is not its default.
 """
 
 import dataclasses
@@ -45,6 +45,7 @@ def to_record(value: Any, hint: Any = None, where: str = "") -> Any:
         return {
             key: to_record(getattr(value, name), field_hint, _join(where, key))
             for key, (name, field_hint) in keys(hint).items()
+            if key not in _optional(hint) or getattr(value, name) != _optional(hint)[key]
         }
     if get_origin(hint) is tuple:
         return [to_record(entry, get_args(hint)[0], where) for entry in value]
@@ -98,6 +99,15 @@ def keys(record: Any) -> dict[str, tuple[str, Any]]:
     }
 
 
+def _optional(record: Any) -> dict[str, Any]:
+    """JSON key -> default, of the fields that need not be there."""
+    return {
+        field.metadata.get("key", field.name): field.default
+        for field in dataclasses.fields(record)
+        if field.metadata.get("optional")
+    }
+
+
 def dump(value: Any, indent: int = 0) -> str:
     """JSON with every list and object on one line where it fits, otherwise one entry a line.
 
@@ -133,11 +143,12 @@ def _fields(record: Any, value: Any, where: str) -> dict[str, Any]:
         if key not in known:
             raise PlanFileError(f"unknown field '{_join(where, key)}'; expected {', '.join(known)}")
     for key in known:
-        if key not in value:
+        if key not in value and key not in _optional(record):
             raise PlanFileError(f"field '{_join(where, key)}' is missing")
     return {
         name: from_record(hint, value[key], _join(where, key))
         for key, (name, hint) in known.items()
+        if key in value
     }
 
 

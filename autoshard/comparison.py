@@ -12,7 +12,7 @@ from autoshard.layout.causes import Causes
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
-from autoshard.mesh import Mesh
+from autoshard.mesh import MeshLike
 from autoshard.model.paths import tails
 from autoshard.model.variables import ModelTable
 from autoshard.planning import Stopwatch, TracedModel, run_planner, trace_model
@@ -21,7 +21,7 @@ from autoshard.records.comparison import ComparedLayout, Comparison, CostlyColle
 from autoshard.records.parts import Prediction, Versions
 from autoshard.search.descent import Scorer
 from autoshard.setup import Setup, make_setup
-from autoshard.sharding_plan import Plan, plan_of
+from autoshard.sharding_plan import GENERATE_GIVEN_UP, Plan, plan_of
 
 __all__ = ["compare"]
 
@@ -32,7 +32,7 @@ _PLANNED = "autoshard"
 def compare(
     model: Any,
     layouts: Sequence[str | os.PathLike[str] | Plan],
-    mesh: str | Mesh,
+    mesh: MeshLike,
     *,
     on_progress: Callable[[str], None] = lambda stage: None,
     **options: Any,
@@ -99,8 +99,8 @@ def _read(
     try:
         plan = plan_of(layout)
         if plan is not None:
-            origin = origin_findings(plan, traced.table)
-            return plan.rules, tuple(finding.message for finding in origin)
+            notes = [finding.message for finding in origin_findings(plan, traced.table)]
+            return plan.rules, (*notes, *([] if plan.generate else [GENERATE_GIVEN_UP]))
         assert not isinstance(layout, Plan)
         return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh), ()
     except (LayoutError, PlanFileError) as error:

@@ -14,6 +14,7 @@ from autoshard.errors import MeshError
 
 __all__ = [
     "Mesh",
+    "MeshLike",
     "Spec",
     "as_mesh",
     "divides",
@@ -83,6 +84,10 @@ class Mesh:
         return self.axis_names[0]
 
 
+# What a caller may give for a mesh, beside the meshes of Keras and JAX.
+MeshLike = Mesh | str | Sequence[int]
+
+
 def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
     """Read a mesh such as `1x8`.
 
@@ -108,12 +113,12 @@ def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
     return Mesh(shape=shape, axis_names=tuple(names))
 
 
-def as_mesh(mesh: "str | Mesh | Any", axis_names: Sequence[str] | None = None) -> Mesh:
+def as_mesh(mesh: MeshLike | Any, axis_names: Sequence[str] | None = None) -> Mesh:
     """A mesh from what a caller gives.
 
     Args:
-        mesh: a text such as `1x8`, or what has names: a `Mesh`, a `keras.distribution.DeviceMesh`,
-            a `jax.sharding.Mesh`.
+        mesh: a text such as `1x8`, a shape such as `(1, 8)`, or what has names: a `Mesh`, a
+            `keras.distribution.DeviceMesh`, a `jax.sharding.Mesh`.
         axis_names: as for `parse_mesh`.
 
     Raises:
@@ -121,6 +126,8 @@ def as_mesh(mesh: "str | Mesh | Any", axis_names: Sequence[str] | None = None) -
     """
     if isinstance(axis_names, str):
         raise MeshError(f"axes is the text {axis_names!r}; give a list of names, one an axis")
+    if isinstance(mesh, Sequence) and mesh and all(type(size) is int for size in mesh):
+        mesh = "x".join(map(str, mesh))
     if isinstance(mesh, str):
         return parse_mesh(mesh, axis_names)
     shape, names = getattr(mesh, "shape", None), getattr(mesh, "axis_names", None)
@@ -128,7 +135,7 @@ def as_mesh(mesh: "str | Mesh | Any", axis_names: Sequence[str] | None = None) -
         sizes = shape.values() if isinstance(shape, Mapping) else shape
         mesh = Mesh(shape=tuple(map(int, sizes)), axis_names=tuple(names))
     if not isinstance(mesh, Mesh):
-        raise MeshError(f"mesh is {mesh!r}; give a text like 1x8, or a Mesh")
+        raise MeshError(f"mesh is {mesh!r}; give a text like 1x8, a shape like (1, 8), or a Mesh")
     if axis_names is not None and tuple(axis_names) != mesh.axis_names:
         raise MeshError(
             f"axes {', '.join(axis_names)} beside a Mesh with axes {', '.join(mesh.axis_names)}: "

@@ -9,7 +9,7 @@ from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.fitting import Remedy, remedies
 from autoshard.hardware.targets import Target
 from autoshard.layout.causes import Causes
-from autoshard.mesh import Mesh
+from autoshard.mesh import MeshLike
 from autoshard.mesh_shapes import make_setups, plan_shapes
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
@@ -89,7 +89,7 @@ def inspect(model: Any, *, lora_rank: int | None = None, dtype: str | None = Non
 
 def plan(
     model: Any,
-    mesh: str | Mesh | None = None,
+    mesh: MeshLike | None = None,
     *,
     devices: int | None = None,
     axes: Sequence[str] | None = None,
@@ -109,7 +109,8 @@ def plan(
 
     Args:
         model: as for `inspect`.
-        mesh: such as `1x8`, or a `Mesh`, a `keras.distribution.DeviceMesh`, a `jax.sharding.Mesh`.
+        mesh: such as `1x8` or `(1, 8)`, or a `Mesh`, a `keras.distribution.DeviceMesh`, a
+            `jax.sharding.Mesh`.
         devices: instead of a mesh, how many devices; the shape of the mesh is then chosen too.
         axes: names of the mesh axes, the data axis first.
         target: such as `tpu:v5e:2x4`, or `attached` for what JAX sees; by default the smallest v5e
@@ -173,7 +174,7 @@ def _nearest(outcome: PlanOutcome) -> str:
 
 def make_plan(
     model: Any,
-    mesh: str | Mesh | None = None,
+    mesh: MeshLike | None = None,
     *,
     devices: int | None = None,
     verify: Verify = "none",
@@ -254,6 +255,7 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
         rules=winner.rules,
         workload=planning.setup.workload,
         target=str(planning.setup.target),
+        generate=planning.setup.generate,
         predicted=Prediction.of(winner.scored.cost),
         compiled=said.get(winner.name),
         reasons=tuple(_reasons(planning.result, winner.scored)),

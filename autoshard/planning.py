@@ -274,11 +274,8 @@ def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> Outpu
         generated = generate_shapes(folded, setup.workload)
     except ModelError:
         return OutputShapes()
-    bounded = {template: set(found) for template, found in shapes.items()}
-    templates = folded.table().templates
-    for path, found in generated.items():
-        bounded.setdefault(templates.get(path, path), set()).update(found)
-    return bounded
+    both = {*shapes, *generated}
+    return {name: shapes.get(name, set()) | generated.get(name, set()) for name in both}
 
 
 def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:

@@ -16,6 +16,7 @@ from autoshard.mesh import Mesh, Spec, divides, format_spec
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import QUANTIZED
+from autoshard.search.candidates import Shapes
 from autoshard.search.descent import Scored, Scorer
 from autoshard.setup import Setup
 
@@ -97,7 +98,8 @@ def score_rules(name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer
     except LayoutError as error:
         return Candidate(name=name, rules=rules, scored=None, failure=str(error))
     outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
-    refused = refused_outputs(resolution.outputs, table, scorer.mesh, scorer.pricer.program)
+    shapes = scorer.pricer.program.output_shapes()
+    refused = refused_outputs(resolution.outputs, table, scorer.mesh, shapes)
     failure = _uneven(resolution.outputs, table)
     failure = failure or next((reason for _, reason in refused.values()), "")
     if failure:
@@ -107,7 +109,7 @@ def score_rules(name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer
 
 
 def refused_outputs(
-    outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, program: Program
+    outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, shapes: Shapes
 ) -> dict[str, tuple[FindingKind, str]]:
     """The layer outputs that JAX cannot lay out evenly as a map says, and why, each in one line.
 
@@ -115,12 +117,11 @@ def refused_outputs(
         outputs: path of a layer output -> its spec.
         table: the model's variables and layer outputs.
         mesh: the mesh.
-        program: a step of the model, which has the shapes.
+        shapes: template of a layer output -> the shapes of the arrays there.
 
     Returns:
         Path -> what is wrong, and the reason; of equal blocks with one spec the first path.
     """
-    shapes = program.output_shapes()
     first: dict[tuple[str, Spec], str] = {}
     for path, spec in outputs.items():
         first.setdefault((table.templates[path], spec), path)

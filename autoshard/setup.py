@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
-from autoshard.mesh import Mesh, as_mesh, round_up
+from autoshard.mesh import Mesh, MeshLike, as_mesh, round_up
 from autoshard.model.workload import DEFAULT_BATCH, DEFAULT_LORA_RANK, Workload
 from autoshard.units import parse_bytes
 from autoshard.xla.attached import attached_target
@@ -36,7 +36,7 @@ class Setup:
 
 
 def make_setup(
-    mesh: str | Mesh,
+    mesh: MeshLike,
     *,
     axes: Sequence[str] | None = None,
     target: str | Target | None = None,

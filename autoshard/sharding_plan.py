@@ -40,10 +40,13 @@ from autoshard.records.parts import (
     Versions,
 )
 
-__all__ = ["Plan", "is_stream", "load", "plan_of"]
+__all__ = ["GENERATE_GIVEN_UP", "Plan", "is_stream", "load", "plan_of"]
 
 _FORMAT = "autoshard-plan"
 _VERSION = 1
+
+# What a user of such a plan has to know.
+GENERATE_GIVEN_UP = "made with --no-generate: generate may be slow or fail under this plan"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ class Plan:
         rules: the layout map.
         workload: the step whose cost was minimised.
         target: the chips, as `tpu:v5e:2x4`.
+        generate: False where it was given up: `generate` may be slow or fail under these rules.
         predicted: what the formulas say of the step.
         compiled: what a compiler says of it, None where none was asked.
         reasons: why each family got its spec.
@@ -68,6 +72,7 @@ class Plan:
     rules: LayoutRules = field(metadata={"key": "layout_map"})
     workload: Workload
     target: str
+    generate: bool = field(default=True, metadata={"optional": True})
     predicted: Prediction
     compiled: Compiled | None = None
     reasons: tuple[Reason, ...] = ()
@@ -170,15 +175,17 @@ class Plan:
     def __str__(self) -> str:
         """The map, behind a line that says what it is for."""
         head = f"{self.model.name} on {self.mesh}, {self.target}; {self.workload}"
+        head += "" if self.generate else f"; {GENERATE_GIVEN_UP}"
         return f"{head}\n{rules_text(self.rules)}"
 
     def to_python(self) -> str:
         """Source that puts the plan to work as it is pasted, before the model is built."""
+        note = "" if self.generate else f"# {GENERATE_GIVEN_UP}\n"
         return f"""\
 import keras
 
 # {json.dumps(self.model.name)} on {self.mesh.n_devices} devices, dtype {self.workload.policy}
-device_mesh = keras.distribution.DeviceMesh(
+{note}device_mesh = keras.distribution.DeviceMesh(
     shape={self.mesh.shape},
     axis_names={format_spec(self.mesh.axis_names)},
     devices=keras.distribution.list_devices(),

@@ -90,7 +90,13 @@ def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> 
     plan.check_model(built.table())
     own = parse_target(plan.target)
     limit = limit_bytes(memory_limit, own)
-    setup = Setup(mesh=plan.mesh, target=own, workload=workload, memory_limit=limit)
+    setup = Setup(
+        mesh=plan.mesh,
+        target=own,
+        workload=workload,
+        memory_limit=limit,
+        generate=plan.generate,
+    )
     if target is not None:
         new = named_target(target, setup.mesh)
         setup = replace(setup, target=new, memory_limit=limit_bytes(memory_limit, new))

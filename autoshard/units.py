@@ -16,6 +16,7 @@ __all__ = [
     "format_seconds",
     "option_bytes",
     "parse_bytes",
+    "spell_count",
 ]
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -89,6 +90,16 @@ def format_count(count: float) -> str:
     ['512', '1.36 million', '1.00 billion', '8.54 billion']
     """
     return _fixed_digits(count, _COUNT_WORDS) or f"{count:,.0f}"
+
+
+def spell_count(count: int, of: str, *more: str) -> str:
+    """Print a number to the last digit, with its word where it has one and what else is to be said.
+
+    >>> spell_count(8537680896, "parameters", "15.90 GiB"), spell_count(512, "parameters")
+    ('8,537,680,896 parameters (8.54 billion, 15.90 GiB)', '512 parameters')
+    """
+    said = (*([format_count(count)] if count >= _COUNT_WORDS[-1][1] else []), *more)
+    return f"{count:,} {of}" + (f" ({', '.join(said)})" if said else "")
 
 
 def format_flops(flops: float) -> str:

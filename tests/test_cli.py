@@ -248,6 +248,9 @@ def test_check_says_what_is_wrong_with_kerashubs_map_for_gemma_2b() -> None:
 def test_models_and_chips_list_what_there_is() -> None:
     assert "gemma_7b_en" in run("models", "gemma_7b").stdout
     assert "tpu:v5e" in run("chips").stdout
+    unknown = run("models", "gema_7b")
+    assert unknown.exit_code == 2
+    assert "or gemma_7b_en" in unknown.stderr
 
 
 def test_help_loads_neither_keras_nor_jax() -> None:

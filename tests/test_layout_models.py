@@ -23,6 +23,7 @@ from autoshard.model.keras_import import import_keras_hub
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import Family
 from autoshard.model.workload import Workload
+from autoshard.pipeline import plan
 from autoshard.records.parts import PlannedModel, Prediction
 from autoshard.sharding_plan import Plan
 
@@ -154,9 +155,23 @@ def test_rules_for_layer_outputs_are_checked_against_their_shapes(tmp_path: Path
         findings = check(small_gemma_backbone, str(path), mesh="1x16")
         assert [f.kind for f in findings] == [kind]
         assert words in findings[0].message
-        assert "with 8 x 512 tokens" in findings[0].message
-    path.write_text("layout_map[r'decoder_block_\\d+/output'] = (None, 'model', None)")
+        assert "with batch 8 x 512 tokens" in findings[0].message
+    path.write_text("layout_map[r'decoder_block_\\d+/output'] = (None, None, 'model')")
     assert check(small_gemma_backbone, str(path), mesh="1x16") == ()
+
+
+def test_a_rule_that_generate_does_not_keep_is_told_unless_it_was_given_up(tmp_path: Path) -> None:
+    rule = Rule(pattern=r"decoder_block_\d+/output", spec=(None, "model", None))
+    made = plan(small_gemma_backbone, (1, 8), dtype="float32", generate=False)
+    given_up = replace(made, rules=(rule,))
+    wanted = replace(given_up, generate=True)
+    kinds = []
+    for layout in (given_up, wanted):
+        layout.save(tmp_path / "plan.json")
+        kinds.append([f.kind for f in check(small_gemma_backbone, str(tmp_path / "plan.json"))])
+    assert kinds == [[], ["breaks-generate"]]
+    assert "generate may be slow or fail" in given_up.to_python()
+    assert "generate" not in wanted.to_python()
 
 
 def test_axes_are_those_of_a_mesh() -> None:

@@ -63,7 +63,8 @@ def test_meshes_of_keras_and_jax_are_meshes() -> None:
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "tensor"))
     assert as_mesh(one) == Mesh(shape=(1, 1), axis_names=("data", "tensor"))
     with pytest.raises(MeshError, match="give a text like 1x8"):
-        as_mesh((2, 4))
+        as_mesh((2.0, 4))
+    assert as_mesh((2, 4)) == as_mesh([2, 4]) == as_mesh("2x4")
 
 
 @pytest.mark.parametrize("name", ["batch", "seq_len", "slices", "lora_rank"])
@@ -86,8 +87,8 @@ class _Adam:
 
 
 def test_what_is_no_mesh_and_no_compiler_is_wrong_usage() -> None:
-    with pytest.raises(UsageError, match=r"mesh is \(1, 8\)"):
-        make_plan(small_gemma_backbone, (1, 8))
+    with pytest.raises(UsageError, match=r"mesh is \(1, '8'\)"):
+        make_plan(small_gemma_backbone, (1, "8"))
     for mesh in ("1x8", Mesh(shape=(1, 8), axis_names=("batch", "model"))):
         with pytest.raises(UsageError, match="the text 'data,model'; give a list of names"):
             make_plan(small_gemma_backbone, mesh, axes="data,model")

@@ -150,3 +150,10 @@ def test_a_model_that_does_not_say_it_is_fed_text_alone() -> None:
     assert shapes["pixel_values"] == (2, 0, 0, 48)
     assert shapes["vision_indices"] == (2, 0)
     assert shapes["token_ids"] == shapes["vision_mask"] == shapes["labels"] == (2, 64)
+
+
+def test_only_what_takes_sequences_has_a_length() -> None:
+    lengths = [
+        build(f"small_models:{name}").own(Workload(seq_len=64)).seq_len for name in ("vit", "bert")
+    ]
+    assert lengths == [1, 64]

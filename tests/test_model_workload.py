@@ -31,6 +31,7 @@ def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
     [
         (Workload(), "train: batch 8 x 512 tokens, bfloat16, adam"),
         (Workload(kind="prefill", dtype="float32"), "prefill: batch 8 x 512 tokens, float32"),
+        (Workload(seq_len=1), "train: batch 8, bfloat16, adam"),
         (
             Workload(kind="lora", lora_rank=4, optimizer="sgd"),
             "lora rank 4: batch 8 x 512 tokens, bfloat16, sgd",

@@ -192,6 +192,13 @@ def test_the_file_has_the_fields_of_the_format_in_order() -> None:
     }
 
 
+def test_that_generate_was_given_up_is_in_the_file_where_it_was() -> None:
+    given_up = replace(PLAN, generate=False)
+    assert json.loads(given_up.to_json())["generate"] is False
+    assert Plan.from_json(given_up.to_json()) == given_up
+    assert str(given_up).splitlines()[0].endswith("generate may be slow or fail under this plan")
+
+
 def test_rules_stand_one_on_a_line() -> None:
     assert (
         '  "layout_map": [\n'

@@ -78,10 +78,10 @@ def run(
     """Run a model under a plan on virtual CPU devices, and hold it against a run without.
 
     The weights of a preset directory are loaded, and compared bit by bit. `predict`, `generate`
-    (greedy, for a model that generates) and three steps of `fit` run with
-    seeded random weights and data. `fit` trains what the plan's workload trains; low-rank factors
-    where the machine has not the memory to train all weights. A part that does not fit the free
-    memory runs with as many blocks as do.
+    (greedy, where the model generates and the plan has not given it up) and three steps of `fit`
+    run with seeded random weights and data. `fit` trains what the plan's workload trains; low-rank
+    factors where the machine has not the memory to train all weights. A part that does not fit the
+    free memory runs with as many blocks as do.
 
     Args:
         layout: a `Plan` or the path of a plan file; with `model`, a layout as `check` takes it.
@@ -134,18 +134,21 @@ def run(
 
 def _parts(subject: Subject) -> tuple[Part, ...]:
     load: tuple[Part, ...] = ("load",) if stores_values(subject.name) else ()
-    generate: tuple[Part, ...] = ("generate",) if subject.model.generates else ()
+    generates = subject.model.generates and subject.setup.generate
+    generate: tuple[Part, ...] = ("generate",) if generates else ()
     return (*load, "predict", *generate, "fit")
 
 
 def _job(part: Part, subject: Subject, n_processes: int, blocks: int | None, seed: int) -> _Job:
     own, mesh = subject.setup.workload, subject.setup.mesh
     n_devices = mesh.n_devices
-    workload = replace(
-        own,
-        kind="lora" if own.lora_rank else "prefill",
-        batch=mesh.shape[0],
-        seq_len=round_up(_TOKENS[part], n_devices),
+    workload = subject.model.own(
+        replace(
+            own,
+            kind="lora" if own.lora_rank else "prefill",
+            batch=mesh.shape[0],
+            seq_len=round_up(_TOKENS[part], n_devices),
+        )
     )
     job = _Job(
         part=part,
@@ -276,17 +279,16 @@ def _refusal(entry: PartRun, available: int) -> str:
 
 def _words(job: _Job) -> str:
     work = job.workload
-    batch = f"{work.batch} x {work.seq_len} tokens"
     if job.part == "load":
         return "the stored weights, shard by shard"
     if job.part == "predict":
-        return batch
+        return work.size
     if job.part == "generate":
         n_made = work.seq_len - _N_PROMPT
         return f"{work.batch} x {_N_PROMPT} tokens of prompt, {n_made} made, greedy"
     trained = f"low-rank factors of rank {work.lora_rank}" if work.lora_rank else "all weights"
     note = f" ({job.note})" if job.note else ""
-    return f"{_N_STEPS} steps of {batch}, {trained}{note}, {work.optimizer}"
+    return f"{_N_STEPS} steps of {work.size}, {trained}{note}, {work.optimizer}"
 
 
 def _n_blocks(model: AbstractModel) -> int | None:

@@ -32,10 +32,18 @@ FindingKind = Literal[
     "split-family",
     "output-shape",
     "uneven-output",
+    "breaks-generate",
     "unreadable",
     "other-model",
 ]
-_WARNINGS = ("other-model", "takes-nothing", "takes-output", "split-family", "uneven-output")
+_WARNINGS = (
+    "other-model",
+    "takes-nothing",
+    "takes-output",
+    "split-family",
+    "uneven-output",
+    "breaks-generate",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

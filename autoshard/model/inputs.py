@@ -8,7 +8,7 @@ from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
-__all__ = ["Input", "model_inputs", "output_structure"]
+__all__ = ["Input", "model_inputs", "output_structure", "takes_sequences"]
 
 # As Keras gives shapes: None for a dimension that is open.
 SymbolicShape = tuple[int | None, ...]
@@ -80,6 +80,24 @@ def model_inputs(
         for tensor in tensors
     )
     return inputs, structure
+
+
+def takes_sequences(model: Any) -> bool:
+    """Whether some input of a model is as long as the workload's sequence, as tokens are.
+
+    Args:
+        model: a Keras model; one that does not say what it takes is taken to.
+    """
+    structure = getattr(_functional(model), "_inputs_struct", None)
+    if structure is None:
+        return True
+    shapes = [tuple(tensor.shape) for tensor in import_keras().tree.flatten(structure)]
+    return any(_is_open(shape) for shape in shapes)
+
+
+def _is_open(shape: SymbolicShape) -> bool:
+    """Whether the sequence fills a dimension of it; pictures that are open are one pixel."""
+    return len(shape) < 4 and None in shape[1:]
 
 
 def _nested_shapes(model: Any) -> dict[str, SymbolicShape]:

@@ -84,14 +84,17 @@ def generate_shapes(model: AbstractModel, workload: Workload) -> OutputShapes:
         workload: its sequence length is that of the cache.
 
     Returns:
-        Path of a layer output -> the shapes at it, in the pass over the prompt and in decoding.
+        Template of a layer output -> the shapes at it, in the pass over the prompt and in decoding.
 
     Raises:
         ModelError: the model has no cache.
     """
     alone = replace(workload, kind="decode", batch=1)
-    with marking_scope() as outputs:
+    with marking_scope() as prompted:
         step = decode_step(model, alone)
-    for path, shapes in _traced(step)[1].items():
-        outputs.setdefault(path, set()).update(shapes)
+    decoded = _traced(step)[1]
+    templates = model.table().templates
+    outputs = OutputShapes()
+    for path, shapes in (*prompted.items(), *decoded.items()):
+        outputs.setdefault(templates.get(path, path), set()).update(shapes)
     return outputs

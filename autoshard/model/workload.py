@@ -36,7 +36,8 @@ class Workload:
         kind: `train` (loss, gradients, optimizer), `lora` (the same on low-rank factors with the
             base frozen), `prefill` (forward with logits), `decode` (one token against a cache).
         batch: sequences in the global batch, at least 1.
-        seq_len: tokens a sequence, at least 1; for `decode` the length of the cache.
+        seq_len: tokens a sequence, at least 1; for `decode` the length of the cache; 1 for a model
+            that takes no sequences.
         dtype: Keras dtype policy of the model, `int8` for weights in eight bits; None for the
             model's own, until that is built.
         optimizer: Keras optimizer of `train` and `lora`, by name.
@@ -109,10 +110,15 @@ class Workload:
             )
         return ""
 
+    @property
+    def size(self) -> str:
+        """Such as `batch 8 x 512 tokens`, or `batch 8` of what has no tokens."""
+        return f"batch {self.batch}" + (f" x {self.seq_len} tokens" if self.seq_len > 1 else "")
+
     def __str__(self) -> str:
         """Such as `train: batch 8 x 512 tokens, bfloat16, adam`."""
         kind: str = self.kind
         if self.lora_rank:
             kind += f" rank {self.lora_rank}" if kind == "lora" else f", LoRA rank {self.lora_rank}"
         optimizer = f", {self.optimizer}" if self.trains else ""
-        return f"{kind}: batch {self.batch} x {self.seq_len} tokens, {self.policy}{optimizer}"
+        return f"{kind}: {self.size}, {self.policy}{optimizer}"

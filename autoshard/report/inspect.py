@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from tabulate import tabulate
 
 from autoshard.model.variables import ModelTable, Variable
-from autoshard.units import format_bytes, format_count
+from autoshard.units import format_bytes, spell_count
 
 __all__ = ["INSPECT_FORMATS", "layer_text"]
 
@@ -40,9 +40,8 @@ def _text(table: ModelTable) -> str:
 def _totals(table: ModelTable) -> str:
     return (
         f"{table.name}: {len(table.variables)} variables in {len(table.families())} families, "
-        f"{table.n_parameters:,} parameters ({format_count(table.n_parameters)}, "
-        f"{format_bytes(table.n_bytes)}), of which {table.n_trainable:,} "
-        f"({format_count(table.n_trainable)}) trainable"
+        f"{spell_count(table.n_parameters, 'parameters', format_bytes(table.n_bytes))}, "
+        f"of which {spell_count(table.n_trainable, 'trainable')}"
     )
 
 

@@ -23,4 +23,4 @@ def models_text(presets: Sequence[Preset]) -> str:
     table = tabulate(
         rows, headers=headers, colalign=("left", "left", "right", "left"), disable_numparse=True
     )
-    return f"{table}\n\n{len(rows)} presets" if rows else "no preset has that in its name"
+    return f"{table}\n\n{len(rows)} presets"

@@ -1,7 +1,7 @@
 """A plan and how it came about, as text."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tabulate import tabulate
 
@@ -17,7 +17,7 @@ from autoshard.records.parts import Reason
 from autoshard.search.candidates import legal_specs
 from autoshard.settling import Verdict
 from autoshard.sharding_plan import Plan
-from autoshard.units import format_bytes, format_count, format_seconds, option_bytes
+from autoshard.units import format_bytes, format_seconds, option_bytes, spell_count
 from autoshard.xla.collectives import Collective
 from autoshard.xla.partitioned import target_collectives
 
@@ -28,6 +28,9 @@ _LEAST = 1e-12
 
 # Whole weights of less than this share of the model are not worth a line.
 _TRIFLE = 0.01
+
+# What a ranking says of a layout, as `_ranking_row` gives it.
+_COLUMNS = ("step", "compute", "collectives", "wire", "memory", "compiled", "note")
 
 # Collectives that the TPU compiler makes others of.
 _REFINED = ("reduce-scatter", "all-gather")
@@ -62,13 +65,13 @@ def _map(plan: Plan) -> str:
 
 def _head(outcome: PlanOutcome) -> str:
     setup, table = outcome.planning.setup, outcome.planning.table
-    work = setup.workload
+    stored = f"{format_bytes(table.n_bytes)} as {table.dtype}"
     lines = [
-        f"{table.name}: {table.n_parameters:,} parameters ({format_count(table.n_parameters)}, "
-        f"{format_bytes(table.n_bytes)} as {table.dtype}), {outcome.planning.task}",
+        f"{table.name}: {spell_count(table.n_parameters, 'parameters', stored)}, "
+        f"{outcome.planning.task}",
         f"mesh {setup.mesh} ({', '.join(setup.mesh.axis_names)}) on {setup.target}, "
         f"{format_bytes(setup.memory_limit)} a device",
-        f"workload {work}",
+        f"workload {setup.workload}",
     ]
     lines += notes(outcome)
     if not outcome.fits:
@@ -167,12 +170,9 @@ def _shapes(outcome: PlanOutcome) -> Iterator[str]:
     rows, batch = [], outcome.plan.workload.batch
     for planning in outcome.shapes:
         mark = "-> " if planning is outcome.planning else "   "
-        *cost, _, note = _ranking_row(planning.candidates[0], None)
-        rows.append((mark + str(planning.setup.mesh), *cost, note))
-    headers = ("mesh", "step", "compute", "collectives", "wire", "memory", "")
-    yield tabulate(rows, headers=headers, disable_numparse=True, preserve_whitespace=True) + (
-        f"\n(the best layout of each shape, batch {batch})"
-    )
+        row = _ranking_row(planning.candidates[0], None)
+        rows.append((mark + str(planning.setup.mesh), *row))
+    yield f"{_table(('mesh', *_COLUMNS), rows)}\n(the best layout of each shape, batch {batch})"
     lines = []
     for one in tradeoffs(outcome.shapes):
         seconds, peak = one.scored.cost.step_seconds, one.scored.cost.memory.peak_bytes
@@ -191,14 +191,20 @@ def _ranking(outcome: PlanOutcome) -> str:
     for candidate in (*_candidates(outcome), *filter(None, others)):
         name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
-    headers = ("layout", "step", "compute", "collectives", "wire", "memory", "compiled", "")
-    table = tabulate(rows, headers=headers, disable_numparse=True, preserve_whitespace=True)
+    table = _table(("layout", *_COLUMNS), rows)
     note = "all predicted by formulas; hidden collectives and memory count a little in the ranking"
     by = next((v.compiled.target for v in outcome.verdicts if v.compiled), None)
     if by is not None:
         note += f";\ncompiled: the step with the collectives {_source(by)}"
     refused = "".join(f"\n{c.name}: {c.failure}" for c in planning.rivals if c.failure)
     return "\n\n".join([f"{table}\n({note}){refused}", *_differences(outcome)])
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without the columns that have nothing in them."""
+    columns = [column for column in zip(headers, *rows, strict=True) if any(column[1:])]
+    head, *body = zip(*columns, strict=True)
+    return tabulate(body, headers=head, disable_numparse=True, preserve_whitespace=True)
 
 
 def _candidates(outcome: PlanOutcome) -> tuple[Candidate, ...]:
