@@ -47,6 +47,33 @@ MOVES: dict[str, tuple[Move, list[str] | None]] = {
 }
 
 
+# How often shards are passed on where x is cut or padded to another size.
+PASSES: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "half": (lambda x: x[:2048], 2),
+    "quarter": (lambda x: x[3072:], 4),
+    "doubled": (lambda x: jnp.pad(x, ((0, 4096), (0, 0))), 2),
+    "turned round": (lambda x: x[::-1], 1),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_shards_are_passed_on_as_often_as_by_xla(name: str) -> None:
+    move, expected = PASSES[name]
+
+    def function(x: Any) -> Any:
+        return move(x) * 2
+
+    program = program_of(function, (4096, 512))
+    layouts = propagate(program, {program.arguments[0].group: (0,)}, (8,))
+    (passed,) = StepPricer(program, MACHINE).price(layouts).traffic
+    assert (passed.kind, passed.count) == ("collective-permute", expected)
+    mesh = jax.sharding.Mesh(jax.devices()[:8], ("model",))
+    sharding = jax.NamedSharding(mesh, jax.P("model"))
+    x = jax.ShapeDtypeStruct((4096, 512), jnp.float32, sharding=sharding)
+    compiled = jax.jit(function).lower(x).compile().as_text()
+    assert len(re.findall(r" collective-permute\(", compiled)) == expected
+
+
 @pytest.mark.parametrize("name", MOVES)
 def test_what_moves_data_is_laid_out_and_moved_as_by_xla(name: str) -> None:
     move, expected = MOVES[name]

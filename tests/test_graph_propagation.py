@@ -51,6 +51,16 @@ def test_where_two_operands_want_the_axis_the_larger_wins() -> None:
     assert output(program, layouts_of(program, 0, 1)) == 1
 
 
+def test_what_is_broadcast_is_not_split_further_than_its_own_axis_does() -> None:
+    # On one dimension the first axis splits what is broadcast, the second what it is added to.
+    program = program_of(lambda x, w: jnp.tanh(x @ x)[:, None] + w @ w, (16, 16), (16, 16, 16))
+    x, w = (argument.group for argument in program.arguments)
+    layouts = propagate(program, {x: (0, WHOLE), w: (WHOLE, 0)}, (2, 4))
+    addition = program.ops[-1]
+    assert (addition.primitive, addition.kind) == ("add", "broadcast")
+    assert [layouts[group] for group in addition.groups] == [(0, WHOLE), (WHOLE, 0)]
+
+
 def test_small_operands_do_not_lay_out_what_they_are_broadcast_to() -> None:
     # The labels[8] are split as x is, and w, the larger, on its columns.
     def function(x, w, labels):

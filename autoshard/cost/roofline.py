@@ -2,6 +2,8 @@
 
 - Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`.
 - Reductions, lookups and moves take their bytes.
+- What repeats for a matmul is read once. To write it out takes a TPU its tiles; that is needed
+  where a device has several parts to be repeated.
 - Sums of a stream that do not fit the vector memory of a TPU take theirs.
 - What the compiler fuses into these takes nothing of its own; so do products that sum nothing up.
 """
@@ -21,6 +23,13 @@ __all__ = ["compute_seconds", "sum_seconds"]
 # where 4 x 16 MiB did on a v5e, and 3 x 24 MiB did not.
 _SUM_ON_CHIP = 0.5
 
+# A tile of a TPU's vector memory, and what it takes to write one whose rows repeat others: by the
+# cycles of the compilers for v3, v5e and v6e 12 to 16 ns, and half where a row fills no tile, for
+# then the rows lie across.
+_ROWS, _LANES = 8, 128
+_TILE_SECONDS = 15e-9
+_NARROW_TILE_SECONDS = 7.5e-9
+
 
 def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     """Roofline of one device's share of an op.
@@ -30,6 +39,8 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         choice: the factor split over each axis, or `WHOLE`.
         machine: the chips.
     """
+    if op.kind == "reshape" and op.results[0].repetition and machine.is_tpu:
+        return _repeating_seconds(op, choice, machine)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
     if op.is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
@@ -74,24 +85,55 @@ def sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
     )
 
 
+def _repeating_seconds(op: Op, choice: Choice, machine: Machine) -> float:
+    """What it takes to write an array that repeats another, tile by tile.
+
+    Where a device repeats a single part it writes nothing. What repeats for single rows begins a
+    tile with each part if that fills it evenly, and moves nothing if it fills it whole.
+    """
+    (result,) = op.results
+    repetition, sizes = result.repetition, _local_sizes(op, choice, machine.axis_sizes)
+    assert repetition is not None
+    parts, width = (result.factors[dim] for dim in (repetition.dim, -1))
+    if parts is None or width is None or sizes[parts] == 1:
+        return 0.0
+    shard = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
+    tiles = shard / (result.itemsize * _ROWS * _LANES)
+    if repetition.for_rows and sizes[width] >= _LANES and _ROWS % repetition.times == 0:
+        tiles *= _ROWS / repetition.times if repetition.times < _ROWS else 0
+    return tiles * (_TILE_SECONDS if sizes[width] >= _LANES else _NARROW_TILE_SECONDS)
+
+
 def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> int:
     """Bytes of a device's shard of an array, where its op reads or writes it.
 
-    What a matmul writes is taken to be read by another.
+    What a matmul writes is taken to be read by another, and what repeats to be read once.
     """
     n_bytes = array.n_bytes if array.is_held else moved_bytes(op, array, machine)
-    return local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
+    shard = local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
+    repetition = array.repetition
+    if repetition is None or op.kind != "contraction":
+        return shard
+    factor = array.factors[repetition.dim]
+    n_local = 1 if factor is None else _local_sizes(op, choice, machine.axis_sizes)[factor]
+    return shard // min(repetition.times, n_local)
 
 
 def _matmul_shape(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> tuple[int, int, int]:
     """Rows (batch and space among them), contracted and columns of one device's matmul."""
-    local = list(op.factor_sizes)
-    for factor, n in zip(choice, axis_sizes, strict=True):
-        if factor != WHOLE:
-            local[factor] = max(1, local[factor] // n)
+    local = _local_sizes(op, choice, axis_sizes)
     left, right = set(op.operands[0].factors), set(op.operands[-1].factors)
     columns = right - left - {None}
     n = math.prod(local[f] for f in columns if f is not None)
     k = op.window * math.prod(local[f] for f in op.reduced)
     m = max(1, op.flops // (2 * n * k * n_parts(choice, axis_sizes)))
     return m, k, n
+
+
+def _local_sizes(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> list[int]:
+    """What of each factor one device has."""
+    local = list(op.factor_sizes)
+    for factor, n in zip(choice, axis_sizes, strict=True):
+        if factor != WHOLE:
+            local[factor] = max(1, local[factor] // n)
+    return local

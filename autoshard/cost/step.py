@@ -208,7 +208,7 @@ class StepPricer:
             wire_bytes=wire_bytes(transfer.kind, transfer.n_bytes, link.size),
             seconds=transfer.seconds,
             overlapped=transfer.overlapped,
-            count=op.count,
+            count=op.count * transfer.n_runs,
             layer=op.layer,
             backward=op.backward,
         )

@@ -61,7 +61,7 @@ class OpCost:
 
     @property
     def total_seconds(self) -> float:
-        """Everything one after the other: what the choice is made by."""
+        """Everything one after the other, each once: what the choice is made by."""
         return self.compute_seconds + sum(
             transfer.seconds + transfer.memory_seconds for transfer in self.transfers
         )

@@ -54,6 +54,7 @@ class Transfer:
         in_ring: whether it is a reduce-scatter whose sums go round while the matmul makes them.
         within: the axes in whose groups of devices it is moved. The partitioner finds again what it
             moved before only within the same.
+        n_runs: how many of it there are, one after the other.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Transfer:
     operand: int | None
     target: Layout
     within: frozenset[int] = frozenset()
+    n_runs: int = 1
     pieces: int = 1
     alone_seconds: float = 0.0
     in_ring: bool = False
@@ -182,15 +184,21 @@ def _sliced(transfer: Transfer, n_slices: int, machine: Machine) -> Iterator[Tra
 
 
 def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
-    """Along a shifted factor devices pass on shards, the larger ones of what is cut or padded."""
+    """Along a shifted factor devices pass on parts of what is cut or padded.
+
+    Each device gets its shard of a result from as many others, or sends so many theirs, as the one
+    shard is larger than the other; XLA permutes as often, once for each.
+    """
     for axis, factor in enumerate(choice):
         if factor in op.shifted:
-            target = layout_of(op.results[0], choice)
-            n_bytes = max(
+            whole, *results = (
                 local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
-                for array in op.arrays
+                for array in (op.operands[0], *op.results)
             )
-            yield _transfer("collective-permute", axis, n_bytes, machine, None, target)
+            n_runs = sum(math.ceil(max(whole, one) / min(whole, one)) for one in results)
+            n_bytes, target = min(whole, *results), layout_of(op.results[0], choice)
+            part = _transfer("collective-permute", axis, n_bytes, machine, None, target)
+            yield replace(part, n_runs=n_runs)
 
 
 def array_transfers(

@@ -13,7 +13,17 @@ from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
 from autoshard.graph.liveness import Lives, read_lives
 from autoshard.graph.meetings import count_meetings
-from autoshard.graph.program import Argument, Array, Group, LayerOutput, Op, Program, StepOutput
+from autoshard.graph.program import (
+    Argument,
+    Array,
+    Group,
+    LayerOutput,
+    Op,
+    Program,
+    Repetition,
+    StepOutput,
+)
+from autoshard.graph.repeats import read_repetitions
 
 __all__ = ["StepInput", "build_program"]
 
@@ -68,7 +78,7 @@ def build_program(
         if info.role != "state" or info.family
     }
     grouping, left = group_arrays(flat, owners)
-    numbering = _Numbering(grouping, held=_held(flat))
+    numbering = _Numbering(grouping, held=_held(flat), repetitions=read_repetitions(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
     sums = _sum_targets(flat)
     caches = {index: info.count for index, info in enumerate(inputs) if info.role == "cache"}
@@ -121,11 +131,20 @@ class _Numbering:
 
     grouping: Grouping
     held: frozenset[int]
+    repetitions: Mapping[int, Repetition]
     numbers: dict[int, int] = field(default_factory=dict)
 
     def number(self, identity: int) -> int:
         root = self.grouping.group_of[identity]
         return self.numbers.setdefault(root, len(self.numbers))
+
+    def repetition(self, identity: int) -> Repetition | None:
+        """How an array repeats another, by the dimension of its group."""
+        found = self.repetitions.get(identity)
+        if found is None:
+            return None
+        dim = self.grouping.dims[identity][found.dim]
+        return None if dim is None else replace(found, dim=dim)
 
 
 def _held(flat: FlatJaxpr) -> frozenset[int]:
@@ -254,6 +273,7 @@ class _Factors:
             itemsize=kind.itemsize,
             factors=tuple(None if label is None else self.numbers[label] for label in placed),
             is_held=identity in self.numbering.held,
+            repetition=self.numbering.repetition(identity),
         )
 
     def of(self, labels: frozenset[Label]) -> frozenset[int]:

@@ -26,11 +26,27 @@ __all__ = [
     "Layout",
     "Op",
     "Program",
+    "Repetition",
     "StepOutput",
 ]
 
 WHOLE = -1
 Layout = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repetition:
+    """How an array has each part of another several times, one beside the other.
+
+    Attributes:
+        dim: the dimension along which it does.
+        times: how often.
+        for_rows: whether matmuls read it that have a single row for each, as one token's query is.
+    """
+
+    dim: int
+    times: int
+    for_rows: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +60,7 @@ class Array:
         itemsize: bytes of an element.
         factors: for each dimension of the group, the op's factor it moves with, or None.
         is_held: whether it is an argument of the step, there before any op runs.
+        repetition: how it repeats what it was made of, by the group's dimension, or None.
     """
 
     identity: int
@@ -52,6 +69,7 @@ class Array:
     itemsize: int
     factors: tuple[int | None, ...]
     is_held: bool = False
+    repetition: Repetition | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

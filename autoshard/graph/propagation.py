@@ -249,6 +249,8 @@ def _spread(
             if factor not in arrays[at].factors:
                 continue
             dim = arrays[at].factors.index(factor)
+            if any(split == dim and axis not in axes for axis, split in enumerate(layout)):
+                continue  # as in `_wanted`: the small side of a broadcast pulls elsewhere
             for axis in axes:
                 if layout[axis] == WHOLE:
                     layout[axis] = dim

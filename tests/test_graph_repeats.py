@@ -1,0 +1,94 @@
+"""Heads of keys and values that are repeated for those of the query: what is written and read."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from test_cost_step import MACHINE
+from test_graph_rules import program_of
+
+from autoshard.cost.machine import Machine
+from autoshard.cost.strategies import price_op
+from autoshard.graph.program import WHOLE, Op, Repetition
+from autoshard.hardware.targets import parse_target
+from autoshard.mesh import parse_mesh
+
+BATCH, LENGTH, HEADS, WIDTH = 4, 512, 8, 128
+TILE = 15e-9
+WHOLE_HEADS, SPLIT_HEADS = (WHOLE,), (2,)
+
+
+def attention(times: int, rows: int, width: int = WIDTH) -> list[Op]:
+    """The op that repeats the keys, and the matmul of the query with them."""
+
+    def logits(query: Any, keys: Any) -> Any:
+        return jnp.einsum("btnh,bsnh->bnts", query, jnp.repeat(keys, times, axis=2))
+
+    shapes = ((BATCH, rows, HEADS * times, width), (BATCH, LENGTH, HEADS, width))
+    ops = program_of(logits, *shapes, dtype="bfloat16").ops
+    return [op for op in ops if any(array.repetition for array in op.arrays)]
+
+
+def writing(times: int, rows: int, layout: tuple[int, ...], width: int = WIDTH) -> float:
+    op = attention(times, rows, width)[0]
+    return price_op(op, (layout, layout), MACHINE).compute_seconds
+
+
+@pytest.mark.parametrize(("rows", "for_rows"), [(1, True), (LENGTH, False)])
+def test_repeated_heads_are_seen_where_they_are_made_and_read(rows: int, for_rows: bool) -> None:
+    made, read = attention(4, rows)
+    repetition = Repetition(dim=2, times=4, for_rows=for_rows)
+    assert (made.kind, made.results[0].repetition) == ("reshape", repetition)
+    assert repetition in [operand.repetition for operand in read.operands]
+
+
+def test_what_is_joined_or_repeated_as_a_whole_repeats_no_heads() -> None:
+    def joined(query: Any, keys: Any) -> Any:
+        return query @ keys.reshape(64, 512)
+
+    def tiled(query: Any, keys: Any) -> Any:
+        return query @ jnp.tile(keys, (1, 4))
+
+    for function in (joined, tiled):
+        shapes = ((8, 64), (64, 8, 64)) if function is joined else ((8, 64), (64, 128))
+        ops = program_of(function, *shapes).ops
+        assert not any(array.repetition for op in ops for array in op.arrays)
+
+
+# Nanoseconds that the TPU compiler for v5e estimates for each position and head of the keys.
+@pytest.mark.parametrize(
+    ("times", "rows", "width", "nanoseconds"),
+    [
+        (4, 1, 128, 15.0),
+        (2, 1, 128, 15.0),
+        (7, 1, 128, 13.8),
+        (8, 1, 128, 0.0),
+        (4, 1, 64, 1.8),
+        (2, 512, 128, 3.8),
+        (4, 512, 128, 7.5),
+        (8, 512, 128, 15.0),
+    ],
+)
+def test_writing_takes_what_the_compiler_says(
+    times: int, rows: int, width: int, nanoseconds: float
+) -> None:
+    seconds = writing(times, rows, WHOLE_HEADS, width)
+    assert seconds / (BATCH * LENGTH * HEADS) * 1e9 == pytest.approx(nanoseconds, rel=0.08)
+
+
+def test_a_device_with_a_single_head_writes_nothing() -> None:
+    assert writing(4, 1, SPLIT_HEADS) == 0.0
+
+
+def test_gpus_are_not_charged_for_it() -> None:
+    machine = Machine.of(parse_mesh("1x8"), parse_target("gpu:h100-sxm:8"))
+    op = attention(4, LENGTH)[0]
+    assert price_op(op, (WHOLE_HEADS, WHOLE_HEADS), machine).compute_seconds == 0.0
+
+
+def test_what_repeats_is_read_once() -> None:
+    once, four = (
+        price_op(attention(times, 1)[-1], ((WHOLE,),) * 3, MACHINE).compute_seconds
+        for times in (2, 4)
+    )
+    assert four < 1.5 * once
