@@ -26,7 +26,7 @@ from autoshard.setup import Setup, make_setup
 __all__ = ["held_bytes", "predicted_cost", "setup_of", "shallow_scorer"]
 
 # A weight, and Adam's two moments.
-_COPIES = {"train": 3, "prefill": 1}
+_COPIES = {"train": 3, "prefill": 1, "decode": 1}
 
 
 def setup_of(mesh: str, workload: str) -> Setup:
@@ -40,7 +40,7 @@ def shallow_scorer(
 ) -> tuple[ModelTable, Scorer]:
     """The variables of the copy with two periods of blocks, and what scores its layouts."""
     setup = setup_of(mesh, workload)
-    shallow = build(model, dtype=setup.workload.dtype, repeats=PERIODS)
+    shallow = build(model, dtype=setup.workload.dtype, repeats=PERIODS[workload])
     shallow = replace(shallow, folding=Folding())
     pricer = make_pricer(make_program(shallow, setup.workload), setup)
     if as_partitioned:

@@ -4,9 +4,10 @@
     python examples/benchmarks/rivals.py --unseen
     python examples/benchmarks/rivals.py --table
 
-A verdict is the program of two periods of blocks, batch 8 x 512, compiled for `tpu:v5e:2x4`, on the
-clock of `autoshard.xla.clock`: the compiler's cycles and its collectives over a plain ring. Where
-libtpu is not installed it is predicted compute with the collectives of XLA's partitioner for CPUs.
+A verdict is the program of two periods of blocks, batch 8 x 512 (decoding: of all blocks, a token
+each beside a cache of 512), compiled for `tpu:v5e:2x4`, on the clock of `autoshard.xla.clock`: the
+compiler's cycles and its collectives over a plain ring. Where libtpu is not installed it is
+predicted compute with the collectives of XLA's partitioner for CPUs.
 
 Ours are the candidates that `autoshard plan --verify target` compiles too; the fastest counts.
 
@@ -90,7 +91,7 @@ UNSEEN = (
 )
 TRAINED = ("gemma_2b_en", "llama3_8b_en", "qwen3_8b_en")
 MESHES = ("1x8", "2x4", "4x2", "8x1")
-WORKLOADS = ("prefill", "train")
+WORKLOADS = ("prefill", "decode", "train")
 # The first by the formulas, then the others that `--verify target` compiles.
 OURS = ("autoshard", "autoshard, second", "autoshard, third", "autoshard, fourth")
 HAND = "megatron"
@@ -141,18 +142,21 @@ def _questions(arguments: argparse.Namespace) -> Iterator[Question]:
     """All that is to be compiled, the forward passes first, model by model."""
     for workload in arguments.workload:
         for name in arguments.models:
-            if workload == "prefill" or name in TRAINED:
-                model = build(name)
-                for mesh in arguments.meshes:
-                    for layout, rules in _layouts(model, mesh, workload, arguments.only):
-                        yield Question(
-                            model=name,
-                            mesh=mesh,
-                            workload=workload,
-                            layout=layout,
-                            rules=rules,
-                            target=verdict_target(),
-                        )
+            if workload == "train" and name not in TRAINED:
+                continue
+            model = build(name)
+            if workload == "decode" and not model.generates:
+                continue
+            for mesh in arguments.meshes:
+                for layout, rules in _layouts(model, mesh, workload, arguments.only):
+                    yield Question(
+                        model=name,
+                        mesh=mesh,
+                        workload=workload,
+                        layout=layout,
+                        rules=rules,
+                        target=verdict_target(),
+                    )
 
 
 def _layouts(

@@ -46,7 +46,9 @@ __all__ = [
 
 BATCH = 8
 SEQ_LEN = 512
-PERIODS = 2
+# Periods of blocks in a program, None for all: a step of decoding is quick to compile, and of two
+# blocks of it the logits would be all that counts.
+PERIODS = {"prefill": 2, "decode": None, "train": 2}
 TARGET = "tpu:v5e:2x4"
 """What is planned for; its compiler gives the verdicts where libtpu is installed."""
 
@@ -69,7 +71,7 @@ class Question:
     target: str
 
     def request(self) -> CompileRequest:
-        """What the child is asked: the copy with two periods of blocks."""
+        """What the child is asked."""
         return CompileRequest(
             model=self.model,
             workload=Workload(
@@ -80,7 +82,7 @@ class Question:
             mesh=parse_mesh(self.mesh),
             rules=self.rules,
             target=self.target,
-            repeats=PERIODS,
+            repeats=PERIODS[self.workload],
         )
 
     def row(self) -> Row:
