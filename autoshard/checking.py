@@ -39,7 +39,8 @@ def check(
         model: as for `inspect`.
         layout: a plan file, Python source with `layout_map[...] = ...` lines, or `kerashub`.
         mesh: where given, axis names and divisibility are checked too, those of layer outputs for
-            a training step of 8 x 512 tokens; a plan file has its own mesh and step.
+            a training step of 8 x 512 tokens and, unless a plan gave it up, for `generate` with
+            one prompt; a plan file has its own mesh and step.
         axes: names of the mesh axes.
         seq_len: tokens a sequence of that step, where not 512 or the plan's.
 
@@ -117,5 +118,7 @@ def _refused(
     with suppress(ModelError):  # a model without a cache
         shapes = generate_shapes(folded, workload)
         for path, (_, reason) in refused_outputs(outputs, table, mesh, shapes).items():
-            found.setdefault(path, ("breaks-generate", f"while generate answers: {reason}"))
+            found.setdefault(
+                path, ("breaks-generate", f"while generate answers one prompt: {reason}")
+            )
     return found

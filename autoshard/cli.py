@@ -68,7 +68,8 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--batch",
                 type=click.IntRange(min=1),
-                help="Sequences of the global batch. [default: 8, or what the mesh divides]",
+                help="Sequences of the global batch. "
+                "[default: 8, or the next multiple of the data axis]",
             ),
             click.option(
                 "--seq-len",

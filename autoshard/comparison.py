@@ -44,7 +44,7 @@ def compare(
         layouts: each a `Plan`, a plan file, a file of Python source with `layout_map[...] = ...`
             lines, such source itself, `kerashub` for the map that KerasHub ships, or `autoshard`
             for the one that `autoshard.plan` finds.
-        mesh: such as `1x8`, or a `Mesh`.
+        mesh: as for `autoshard.plan`.
         on_progress: called with the name of each stage.
         **options: `axes`, `target`, `slices`, `workload`, `batch`, `seq_len`, `lora_rank`, `dtype`,
             `optimizer`, `memory_limit` and `generate`, as for `autoshard.plan`.

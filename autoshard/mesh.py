@@ -8,7 +8,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from autoshard.errors import MeshError
 
@@ -122,12 +123,12 @@ def as_mesh(mesh: MeshLike | Any, axis_names: Sequence[str] | None = None) -> Me
         axis_names: as for `parse_mesh`.
 
     Raises:
-        MeshError: it is neither, or the names are not those of the `Mesh`.
+        MeshError: it is none of these, or the names are not those of the `Mesh`.
     """
     if isinstance(axis_names, str):
         raise MeshError(f"axes is the text {axis_names!r}; give a list of names, one an axis")
-    if isinstance(mesh, Sequence) and mesh and all(type(size) is int for size in mesh):
-        mesh = "x".join(map(str, mesh))
+    if isinstance(mesh, tuple | list) and mesh and all(isinstance(n, SupportsIndex) for n in mesh):
+        mesh = "x".join(str(index(size)) for size in mesh)
     if isinstance(mesh, str):
         return parse_mesh(mesh, axis_names)
     shape, names = getattr(mesh, "shape", None), getattr(mesh, "axis_names", None)

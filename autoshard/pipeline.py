@@ -211,7 +211,14 @@ def make_plan(
         setups = (make_setup(mesh, **options),)
     watch = Stopwatch(progress=on_progress)
     traced = trace_model(model, setups[0].workload, watch)
-    setups = tuple(replace(setup, workload=traced.workload) for setup in setups)
+    setups = tuple(
+        replace(
+            setup,
+            workload=traced.workload,
+            generate=setup.generate or not traced.whole.generates,
+        )
+        for setup in setups
+    )
     shapes = plan_shapes(traced, setups, top=top, watch=watch)
     planning = shapes[0]
     ask = advise and planning.best.excess_bytes > 0
@@ -255,7 +262,7 @@ def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, 
         rules=winner.rules,
         workload=planning.setup.workload,
         target=str(planning.setup.target),
-        generate=planning.setup.generate,
+        generate=planning.setup.generate or not winner.scored.n_outputs,
         predicted=Prediction.of(winner.scored.cost),
         compiled=said.get(winner.name),
         reasons=tuple(_reasons(planning.result, winner.scored)),

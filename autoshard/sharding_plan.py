@@ -45,7 +45,7 @@ __all__ = ["GENERATE_GIVEN_UP", "Plan", "is_stream", "load", "plan_of"]
 _FORMAT = "autoshard-plan"
 _VERSION = 1
 
-# What a user of such a plan has to know.
+# What is said of a plan with `generate=False`.
 GENERATE_GIVEN_UP = "made with --no-generate: generate may be slow or fail under this plan"
 
 
@@ -59,7 +59,8 @@ class Plan:
         rules: the layout map.
         workload: the step whose cost was minimised.
         target: the chips, as `tpu:v5e:2x4`.
-        generate: False where it was given up: `generate` may be slow or fail under these rules.
+        generate: False where it was given up: `generate` may be slow or fail under the rules for
+            layer outputs.
         predicted: what the formulas say of the step.
         compiled: what a compiler says of it, None where none was asked.
         reasons: why each family got its spec.

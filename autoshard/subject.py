@@ -78,7 +78,8 @@ def subject_of(
     setup = make_setup(**given, target=target, memory_limit=memory_limit)
     workload = setup.workload
     built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    setup = replace(setup, workload=built.own(workload))
+    generate = plan.generate if plan else setup.generate
+    setup = replace(setup, workload=built.own(workload), generate=generate)
     rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
     resolve(rules, built.table(), setup.mesh).checked()
     return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)

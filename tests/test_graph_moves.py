@@ -74,6 +74,16 @@ def test_shards_are_passed_on_as_often_as_by_xla(name: str) -> None:
     assert len(re.findall(r" collective-permute\(", compiled)) == expected
 
 
+def test_parts_of_several_sizes_are_passed_on_each_as_often_as_its_size_asks() -> None:
+    program = program_of(lambda x: [part * 2 for part in jnp.split(x, [0, 2048, 3072])], (4096, 8))
+    layouts = propagate(program, {program.arguments[0].group: (0,)}, (8,))
+    (passed,) = StepPricer(program, MACHINE).price(layouts).traffic
+    # nothing of none, a half in two and two quarters in four times
+    assert passed.count == 2 + 4 + 4
+    shard = 4096 * 8 * 4 // 8
+    assert passed.n_bytes == (2 * shard // 2 + 8 * shard // 4) // 10
+
+
 @pytest.mark.parametrize("name", MOVES)
 def test_what_moves_data_is_laid_out_and_moved_as_by_xla(name: str) -> None:
     move, expected = MOVES[name]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from test_cost_step import MACHINE
@@ -37,9 +38,20 @@ def writing(times: int, rows: int, layout: tuple[int, ...], width: int = WIDTH) 
 @pytest.mark.parametrize(("rows", "for_rows"), [(1, True), (LENGTH, False)])
 def test_repeated_heads_are_seen_where_they_are_made_and_read(rows: int, for_rows: bool) -> None:
     made, read = attention(4, rows)
-    repetition = Repetition(dim=2, times=4, for_rows=for_rows)
+    repetition = Repetition(dim=2, width=3, times=4, for_rows=for_rows)
     assert (made.kind, made.results[0].repetition) == ("reshape", repetition)
     assert repetition in [operand.repetition for operand in read.operands]
+
+
+def test_a_number_that_is_reshaped_repeats_nothing() -> None:
+    inner = jax.jit(lambda number, x: number.reshape(1, 1) + x)
+    ops = program_of(lambda x: inner(2.0, x) @ x, (8, 8)).ops
+    assert not any(array.repetition for op in ops for array in op.arrays)
+
+
+def test_a_weight_whose_columns_repeat_has_no_parts_of_some_width() -> None:
+    ops = program_of(lambda x, w: x @ jnp.repeat(w, 4, axis=1), (8, 16), (16, 32)).ops
+    assert not any(array.repetition for op in ops for array in op.arrays)
 
 
 def test_what_is_joined_or_repeated_as_a_whole_repeats_no_heads() -> None:
@@ -63,6 +75,7 @@ def test_what_is_joined_or_repeated_as_a_whole_repeats_no_heads() -> None:
         (2, 1, 128, 15.0),
         (7, 1, 128, 13.8),
         (8, 1, 128, 0.0),
+        (16, 1, 128, 30.1),
         (4, 1, 64, 1.8),
         (2, 512, 128, 3.8),
         (4, 512, 128, 7.5),

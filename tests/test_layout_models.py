@@ -26,6 +26,7 @@ from autoshard.model.workload import Workload
 from autoshard.pipeline import plan
 from autoshard.records.parts import PlannedModel, Prediction
 from autoshard.sharding_plan import Plan
+from autoshard.subject import subject_of
 
 PRESETS = (
     "gemma_7b_en",
@@ -170,8 +171,15 @@ def test_a_rule_that_generate_does_not_keep_is_told_unless_it_was_given_up(tmp_p
         layout.save(tmp_path / "plan.json")
         kinds.append([f.kind for f in check(small_gemma_backbone, str(tmp_path / "plan.json"))])
     assert kinds == [[], ["breaks-generate"]]
+    again = subject_of(given_up, model="test_end_to_end:small_gemma_backbone", mesh="1x8")
+    assert not again.setup.generate
     assert "generate may be slow or fail" in given_up.to_python()
     assert "generate" not in wanted.to_python()
+
+
+def test_nothing_is_given_up_where_no_layer_output_is_laid_out() -> None:
+    made = plan(small_gemma_backbone, "1x1", dtype="float32", generate=False)
+    assert made.generate
 
 
 def test_axes_are_those_of_a_mesh() -> None:

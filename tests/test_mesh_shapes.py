@@ -64,7 +64,9 @@ def test_meshes_of_keras_and_jax_are_meshes() -> None:
     assert as_mesh(one) == Mesh(shape=(1, 1), axis_names=("data", "tensor"))
     with pytest.raises(MeshError, match="give a text like 1x8"):
         as_mesh((2.0, 4))
-    assert as_mesh((2, 4)) == as_mesh([2, 4]) == as_mesh("2x4")
+    with pytest.raises(MeshError):
+        as_mesh(b"24")
+    assert as_mesh((2, 4)) == as_mesh([*np.array([2, 4])]) == as_mesh("2x4")
 
 
 @pytest.mark.parametrize("name", ["batch", "seq_len", "slices", "lora_rank"])

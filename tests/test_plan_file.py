@@ -196,6 +196,8 @@ def test_that_generate_was_given_up_is_in_the_file_where_it_was() -> None:
     given_up = replace(PLAN, generate=False)
     assert json.loads(given_up.to_json())["generate"] is False
     assert Plan.from_json(given_up.to_json()) == given_up
+    assert "generate" not in json.loads(PLAN.to_json())
+    assert Plan.from_json(PLAN.to_json()).generate
     assert str(given_up).splitlines()[0].endswith("generate may be slow or fail under this plan")
 
 

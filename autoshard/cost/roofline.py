@@ -89,12 +89,12 @@ def _repeating_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     """What it takes to write an array that repeats another, tile by tile.
 
     Where a device repeats a single part it writes nothing. What repeats for single rows begins a
-    tile with each part if that fills it evenly, and moves nothing if it fills it whole.
+    tile with each part if so many of them fill one, and moves nothing if a part alone fills one.
     """
     (result,) = op.results
     repetition, sizes = result.repetition, _local_sizes(op, choice, machine.axis_sizes)
     assert repetition is not None
-    parts, width = (result.factors[dim] for dim in (repetition.dim, -1))
+    parts, width = (result.factors[dim] for dim in (repetition.dim, repetition.width))
     if parts is None or width is None or sizes[parts] == 1:
         return 0.0
     shard = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)

@@ -187,16 +187,19 @@ def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
     """Along a shifted factor devices pass on parts of what is cut or padded.
 
     Each device gets its shard of a result from as many others, or sends so many theirs, as the one
-    shard is larger than the other; XLA permutes as often, once for each.
+    shard is larger than the other. XLA permutes as often where that number is whole, the smaller of
+    the two each time; else it takes one or two more or less.
     """
+    cut, *results = (
+        local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
+        for array in (op.operands[0], *op.results)
+    )
+    passes = [(math.ceil(max(cut, one) / min(cut, one)), min(cut, one)) for one in results if one]
+    n_runs = sum(times for times, _ in passes)
     for axis, factor in enumerate(choice):
-        if factor in op.shifted:
-            whole, *results = (
-                local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
-                for array in (op.operands[0], *op.results)
-            )
-            n_runs = sum(math.ceil(max(whole, one) / min(whole, one)) for one in results)
-            n_bytes, target = min(whole, *results), layout_of(op.results[0], choice)
+        if factor in op.shifted and n_runs:
+            n_bytes = sum(times * part for times, part in passes) // n_runs
+            target = layout_of(op.results[0], choice)
             part = _transfer("collective-permute", axis, n_bytes, machine, None, target)
             yield replace(part, n_runs=n_runs)
 

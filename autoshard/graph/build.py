@@ -139,12 +139,13 @@ class _Numbering:
         return self.numbers.setdefault(root, len(self.numbers))
 
     def repetition(self, identity: int) -> Repetition | None:
-        """How an array repeats another, by the dimension of its group."""
+        """How an array repeats another, by the dimensions of its group."""
         found = self.repetitions.get(identity)
         if found is None:
             return None
-        dim = self.grouping.dims[identity][found.dim]
-        return None if dim is None else replace(found, dim=dim)
+        dims = self.grouping.dims[identity]
+        dim, width = dims[found.dim], dims[found.width]
+        return None if dim is None or width is None else replace(found, dim=dim, width=width)
 
 
 def _held(flat: FlatJaxpr) -> frozenset[int]:

@@ -40,11 +40,13 @@ class Repetition:
 
     Attributes:
         dim: the dimension along which it does.
+        width: the last one, along which each part is wide.
         times: how often.
         for_rows: whether matmuls read it that have a single row for each, as one token's query is.
     """
 
     dim: int
+    width: int
     times: int
     for_rows: bool
 
@@ -60,7 +62,7 @@ class Array:
         itemsize: bytes of an element.
         factors: for each dimension of the group, the op's factor it moves with, or None.
         is_held: whether it is an argument of the step, there before any op runs.
-        repetition: how it repeats what it was made of, by the group's dimension, or None.
+        repetition: how it repeats what it was made of, by the group's dimensions, or None.
     """
 
     identity: int

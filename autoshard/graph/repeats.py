@@ -21,10 +21,10 @@ def read_repetitions(flat: FlatJaxpr) -> dict[int, Repetition]:
     found: dict[int, tuple[int, int]] = {}
     readers: dict[int, list[Equation]] = {}
     for equation in flat.equations:
-        if equation.primitive == "reshape" and equation.operands[0] in made_by:
-            dim = _merged_into(made_by[equation.operands[0]], equation)
+        if equation.primitive == "reshape" and made_by.keys() & set(equation.operands):
+            (repeated,), (result,) = equation.operands, equation.results
+            dim = _merged_into(made_by[repeated], equation)
             if dim is not None:
-                repeated, result = equation.operands[0], equation.results[0]
                 (source,) = made_by[repeated].operands
                 times = flat.arrays[repeated].n_elements // flat.arrays[source].n_elements
                 found[result] = dim, times
@@ -32,7 +32,12 @@ def read_repetitions(flat: FlatJaxpr) -> dict[int, Repetition]:
             for identity in found.keys() & set(equation.operands):
                 readers.setdefault(identity, []).append(equation)
     return {
-        identity: Repetition(dim=dim, times=times, for_rows=_are_rows(identity, readers[identity]))
+        identity: Repetition(
+            dim=dim,
+            width=len(flat.arrays[identity].shape) - 1,
+            times=times,
+            for_rows=_are_rows(identity, readers[identity]),
+        )
         for identity, (dim, times) in found.items()
         if identity in readers
     }
@@ -41,7 +46,7 @@ def read_repetitions(flat: FlatJaxpr) -> dict[int, Repetition]:
 def _merged_into(broadcast: Equation, reshape: Equation) -> int | None:
     """The dimension of the reshape's result that has the new one of a broadcast for its minor part.
 
-    None where it does anything else.
+    None where it does anything else, or where that dimension is the last.
     """
     if broadcast.primitive != "broadcast_in_dim" or len(broadcast.operands) != 1:
         return None
@@ -51,7 +56,7 @@ def _merged_into(broadcast: Equation, reshape: Equation) -> int | None:
     if len(new) != 1 or new[0] == 0 or before[new[0]] is not None:
         return None
     major = before[new[0] - 1]
-    return after.index(major) if major is not None and major in after else None
+    return after.index(major) if major is not None and major in after[:-1] else None
 
 
 def _are_rows(identity: int, readers: Iterable[Equation]) -> bool:

@@ -20,7 +20,8 @@ TiedOp = tuple[Op, tuple[int, ...], int]
 
 def price_look(op: Op) -> tuple[object, ...]:
     """Everything that decides an op's price but the layouts of its arrays."""
-    return _look(op), op.addends, op.summed_batch
+    repeated = tuple(array.repetition for array in op.results)
+    return _look(op), op.addends, op.summed_batch, repeated
 
 
 def _look(op: Op) -> tuple[object, ...]:
@@ -29,7 +30,7 @@ def _look(op: Op) -> tuple[object, ...]:
         op.primitive,
         op.kind,
         tuple((a.n_bytes, a.itemsize, a.factors, a.is_held, a.repetition) for a in op.operands),
-        tuple((a.n_bytes, a.itemsize, a.factors, a.repetition) for a in op.results),
+        tuple((a.n_bytes, a.itemsize, a.factors) for a in op.results),
         op.factor_sizes,
         op.reduced,
         op.shifted,

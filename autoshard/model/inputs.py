@@ -8,7 +8,7 @@ from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
-__all__ = ["Input", "model_inputs", "output_structure", "takes_sequences"]
+__all__ = ["Input", "has_open_length", "model_inputs", "output_structure"]
 
 # As Keras gives shapes: None for a dimension that is open.
 SymbolicShape = tuple[int | None, ...]
@@ -82,22 +82,20 @@ def model_inputs(
     return inputs, structure
 
 
-def takes_sequences(model: Any) -> bool:
+def has_open_length(model: Any) -> bool:
     """Whether some input of a model is as long as the workload's sequence, as tokens are.
 
     Args:
-        model: a Keras model; one that does not say what it takes is taken to.
+        model: a Keras model; one that does not say what it takes is taken to have one.
     """
     structure = getattr(_functional(model), "_inputs_struct", None)
     if structure is None:
         return True
-    shapes = [tuple(tensor.shape) for tensor in import_keras().tree.flatten(structure)]
-    return any(_is_open(shape) for shape in shapes)
-
-
-def _is_open(shape: SymbolicShape) -> bool:
-    """Whether the sequence fills a dimension of it; pictures that are open are one pixel."""
-    return len(shape) < 4 and None in shape[1:]
+    nested = _nested_shapes(model)
+    tensors = import_keras().tree.flatten(structure)
+    shapes = [_merged(tensor, nested.get(tensor.name, ())) for tensor in tensors]
+    # Of pictures and the like that are open one pixel is taken.
+    return any(len(shape) < 4 and None in shape[1:] for shape in shapes)
 
 
 def _nested_shapes(model: Any) -> dict[str, SymbolicShape]:

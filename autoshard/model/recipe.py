@@ -13,7 +13,7 @@ from typing import Any
 from autoshard.errors import AutoshardError, ModelError, UsageError
 from autoshard.model.abstract import abstract_scope, recording_scope
 from autoshard.model.folding import Folding
-from autoshard.model.inputs import takes_sequences
+from autoshard.model.inputs import has_open_length
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
 from autoshard.model.workload import DTYPES, Workload
@@ -82,7 +82,7 @@ class AbstractModel:
     def own(self, workload: Workload) -> Workload:
         """The workload with the model's own dtype, where it has one, and its own length.
 
-        That is 1 for a model that takes no sequences, as one of pictures.
+        That is 1 for a model that leaves no length open, as one of pictures.
 
         Raises:
             UsageError: the model came with a dtype in which no step is planned.
@@ -92,7 +92,7 @@ class AbstractModel:
                 f"'{self.name}' is made with dtype {self.dtype}, in which no step is planned: "
                 f"make it with one of {', '.join(DTYPES)}"
             )
-        seq_len = workload.seq_len if takes_sequences(self.model) else 1
+        seq_len = workload.seq_len if has_open_length(self.model) else 1
         return replace(workload, dtype=self.dtype or workload.policy, seq_len=seq_len)
 
     def numbered_layers(self) -> frozenset[str]:

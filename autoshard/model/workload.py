@@ -37,7 +37,7 @@ class Workload:
             base frozen), `prefill` (forward with logits), `decode` (one token against a cache).
         batch: sequences in the global batch, at least 1.
         seq_len: tokens a sequence, at least 1; for `decode` the length of the cache; 1 for a model
-            that takes no sequences.
+            that leaves no length open.
         dtype: Keras dtype policy of the model, `int8` for weights in eight bits; None for the
             model's own, until that is built.
         optimizer: Keras optimizer of `train` and `lora`, by name.
@@ -112,7 +112,7 @@ class Workload:
 
     @property
     def size(self) -> str:
-        """Such as `batch 8 x 512 tokens`, or `batch 8` of what has no tokens."""
+        """Such as `batch 8 x 512 tokens`, or `batch 8` where the length is 1."""
         return f"batch {self.batch}" + (f" x {self.seq_len} tokens" if self.seq_len > 1 else "")
 
     def __str__(self) -> str:

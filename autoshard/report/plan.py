@@ -201,9 +201,9 @@ def _ranking(outcome: PlanOutcome) -> str:
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table without the columns that have nothing in them."""
-    columns = [column for column in zip(headers, *rows, strict=True) if any(column[1:])]
-    head, *body = zip(*columns, strict=True)
+    """A table without the columns, after the first, that have nothing in them."""
+    first, *others = zip(headers, *rows, strict=True)
+    head, *body = zip(first, *(column for column in others if any(column[1:])), strict=True)
     return tabulate(body, headers=head, disable_numparse=True, preserve_whitespace=True)
 
 

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/memory.py [--workload KIND ...] [--models NAME ...]
 
-Compiles nothing: `fidelity.py` and `rivals.py` put the programs, two periods of blocks deep, into
+Compiles nothing: `fidelity.py` and `rivals.py` put the programs, as deep as `PERIODS` says, into
 results/. A row a workload and model; the error is predicted over compiled, less one. Training that
 was compiled before what is in use at once was kept is left out: what lies idle counts twice there.
 (Prefill leaves next to nothing idle.)

@@ -1,4 +1,4 @@
-"""What the planner predicts for the program that a verdict is of: two periods of blocks, no more.
+"""What the planner predicts for the program that a verdict is of: few blocks, or all (`PERIODS`).
 
 The planner itself prices a copy of the model in which one block stands for many. Here the copy
 stands for itself alone, so that prediction and compiler speak of the same program.
@@ -23,7 +23,7 @@ from autoshard.pricing import make_pricer, score_rules
 from autoshard.search.descent import Scorer
 from autoshard.setup import Setup, make_setup
 
-__all__ = ["held_bytes", "predicted_cost", "setup_of", "shallow_scorer"]
+__all__ = ["held_bytes", "predicted_cost", "setup_of", "copy_scorer"]
 
 # A weight, and Adam's two moments.
 _COPIES = {"train": 3, "prefill": 1, "decode": 1}
@@ -35,18 +35,18 @@ def setup_of(mesh: str, workload: str) -> Setup:
 
 
 @cache
-def shallow_scorer(
+def copy_scorer(
     model: str, mesh: str, workload: str, as_partitioned: bool = False
 ) -> tuple[ModelTable, Scorer]:
-    """The variables of the copy with two periods of blocks, and what scores its layouts."""
+    """The variables of the copy that is compiled, and what scores its layouts."""
     setup = setup_of(mesh, workload)
-    shallow = build(model, dtype=setup.workload.dtype, repeats=PERIODS[workload])
-    shallow = replace(shallow, folding=Folding())
-    pricer = make_pricer(make_program(shallow, setup.workload), setup)
+    copy = build(model, dtype=setup.workload.dtype, repeats=PERIODS[workload])
+    copy = replace(copy, folding=Folding())
+    pricer = make_pricer(make_program(copy, setup.workload), setup)
     if as_partitioned:
         machine = replace(pricer.machine, as_partitioned=True)
         pricer = StepPricer(pricer.program, machine)
-    return shallow.table(), Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
+    return copy.table(), Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
 
 
 def predicted_cost(
@@ -56,7 +56,7 @@ def predicted_cost(
 
     `as_partitioned` leaves out what the TPU compiler makes of the partitioner's collectives.
     """
-    table, scorer = shallow_scorer(model, mesh, workload, as_partitioned)
+    table, scorer = copy_scorer(model, mesh, workload, as_partitioned)
     scored = score_rules("", rules, table, scorer).scored
     return None if scored is None else scored.cost
 
