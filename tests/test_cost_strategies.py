@@ -1,6 +1,7 @@
 """What the compiler adds to a matmul: rings, sums of a stream, experts summed as they are made."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import _SUMMED_BATCH, OpCost, price_op
 from autoshard.graph.program import WHOLE, Op, Program
 from autoshard.hardware.efficiency import memory_seconds
+from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh
 
 CHIP = MACHINE.chip
@@ -69,6 +71,36 @@ def test_there_is_no_ring_where_devices_along_another_axis_do_the_same() -> None
     )
     assert busy.overlapped
     assert not idle.overlapped
+
+
+def multiplied(function: Any, *shapes: tuple[int, ...], machine: Machine = MACHINE) -> float:
+    (op,) = program_of(function, *shapes, dtype="bfloat16").ops
+    return price_op(op, ((WHOLE,),) * 3, machine).compute_seconds
+
+
+# Microseconds by the TPU compiler for v5e.
+@pytest.mark.parametrize(
+    ("function", "shapes", "microseconds"),
+    [
+        (jnp.matmul, ((1, 4096), (4096, 14_336)), 546),
+        (partial(jnp.einsum, "bnh,bsnh->bns"), ((8, 20, 64), (8, 512, 20, 64)), 50.7),
+        (partial(jnp.einsum, "bns,bsnh->bnh"), ((8, 8, 2048), (8, 2048, 8, 128)), 162),
+    ],
+)
+def test_single_rows_do_without_the_matrix_unit(
+    function: Any, shapes: tuple[tuple[int, ...], ...], microseconds: float
+) -> None:
+    assert multiplied(function, *shapes) == pytest.approx(microseconds * 1e-6, rel=0.05)
+    gpu = Machine.of(parse_mesh("1x8"), parse_target("gpu:h100-sxm:8"))
+    assert multiplied(function, *shapes, machine=gpu) < microseconds * 1e-6 / 2
+
+
+def test_a_device_with_one_row_of_several_does_without_the_matrix_unit() -> None:
+    (op,) = program_of(jnp.matmul, (8, 4096), (4096, 14_336), dtype="bfloat16").ops
+    one, all_rows = (
+        price_op(op, ((dim,), (WHOLE,), (dim,)), MACHINE).compute_seconds for dim in (0, WHOLE)
+    )
+    assert one > 2 * all_rows
 
 
 def stream(x: Any, a: Any, b: Any) -> Any:

@@ -1,5 +1,6 @@
 """Heads of keys and values that are repeated for those of the query: what is written and read."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from test_graph_rules import program_of
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.strategies import price_op
-from autoshard.graph.program import WHOLE, Op, Repetition
+from autoshard.graph.program import WHOLE, Array, Op, Repetition
+from autoshard.hardware.efficiency import memory_seconds
 from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh
 
@@ -100,8 +102,14 @@ def test_gpus_are_not_charged_for_it() -> None:
 
 
 def test_what_repeats_is_read_once() -> None:
-    once, four = (
-        price_op(attention(times, 1)[-1], ((WHOLE,),) * 3, MACHINE).compute_seconds
-        for times in (2, 4)
+    op = attention(4, 8)[-1]
+    repeated, plain = (
+        price_op(one, ((WHOLE,),) * 3, MACHINE).compute_seconds
+        for one in (op, replace(op, operands=tuple(map(unrepeated, op.operands))))
     )
-    assert four < 1.5 * once
+    n_bytes = BATCH * LENGTH * HEADS * WIDTH * 2
+    assert plain - repeated == pytest.approx(memory_seconds(MACHINE.chip, 3 * n_bytes, 0), rel=0.2)
+
+
+def unrepeated(array: Array) -> Array:
+    return replace(array, repetition=None)

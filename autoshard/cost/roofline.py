@@ -1,9 +1,10 @@
 """What one device's share of an op takes, collectives aside.
 
 - Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`.
+- TPUs multiply a single row by a matrix without the matrix unit, at a quarter of the bandwidth.
 - Reductions, lookups and moves take their bytes.
-- What repeats for a matmul is read once. To write it out takes a TPU its tiles; that is needed
-  where a device has several parts to be repeated.
+- What repeats for a matmul a TPU reads once. To write it out takes it so much a tile; it does where
+  a device has several parts to be repeated.
 - Sums of a stream that do not fit the vector memory of a TPU take theirs.
 - What the compiler fuses into these takes nothing of its own; so do products that sum nothing up.
 """
@@ -22,6 +23,11 @@ __all__ = ["compute_seconds", "sum_seconds"]
 # A sum stays in the vector memory if it takes no more than this share with what is added up: seen
 # where 4 x 16 MiB did on a v5e, and 3 x 24 MiB did not.
 _SUM_ON_CHIP = 0.5
+
+# By the cycles of the compilers for v3, v5e and v6e 0.24 to 0.3 of the bandwidth, were each element
+# of the matrix of two bytes. Two rows go to the matrix unit.
+_SINGLE_ROW_SHARE = 0.26
+_SINGLE_ROW_BYTES = 2
 
 # A tile of a TPU's vector memory, and what it takes to write one whose rows repeat others: by the
 # cycles of the compilers for v3, v5e and v6e 12 to 16 ns, and half where a row fills no tile, for
@@ -57,6 +63,9 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     in_eight_bits = all(array.itemsize == 1 for array in op.operands)
     dtype = "int8" if in_eight_bits else machine.matmul_dtype
     if op.kind == "contraction":
+        if machine.is_tpu and _has_single_rows(op, choice, sizes):
+            n_bytes = _SINGLE_ROW_BYTES * op.flops / 2 / n_parts(choice, sizes)
+            return max(moving, n_bytes / (_SINGLE_ROW_SHARE * chip.hbm_bytes_per_second))
         efficiency = matmul_efficiency(chip, *_matmul_shape(op, choice, sizes), dtype)
     else:  # a loop, whose matmuls may have any shape
         efficiency = chip.matmul_efficiency_max
@@ -107,16 +116,27 @@ def _repeating_seconds(op: Op, choice: Choice, machine: Machine) -> float:
 def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> int:
     """Bytes of a device's shard of an array, where its op reads or writes it.
 
-    What a matmul writes is taken to be read by another, and what repeats to be read once.
+    What a matmul writes is taken to be read by another, and what repeats to be read once by TPUs.
     """
     n_bytes = array.n_bytes if array.is_held else moved_bytes(op, array, machine)
     shard = local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
     repetition = array.repetition
-    if repetition is None or op.kind != "contraction":
+    if repetition is None or op.kind != "contraction" or not machine.is_tpu:
         return shard
     factor = array.factors[repetition.dim]
     n_local = 1 if factor is None else _local_sizes(op, choice, machine.axis_sizes)[factor]
     return shard // min(repetition.times, n_local)
+
+
+def _has_single_rows(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> bool:
+    """Whether a device's part of a contraction is of vectors with matrices, one for each batch."""
+    if op.window > 1:
+        return False
+    sizes = _local_sizes(op, choice, axis_sizes)
+    left, right = ({f for f in op.operands[at].factors if f is not None} for at in (0, -1))
+    return any(
+        math.prod(sizes[factor] for factor in own) == 1 for own in (left - right, right - left)
+    )
 
 
 def _matmul_shape(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> tuple[int, int, int]:

@@ -124,6 +124,7 @@ def run(
         else "the same plan in one process",
         available_bytes=available_bytes(),
         tolerance=tolerance_of(subject.model).words(),
+        generate=subject.setup.generate,
         parts=tuple(
             _run_part(_job(part, subject, n_processes, blocks, seed), on_progress)
             for part in _parts(subject)

@@ -120,6 +120,7 @@ class PlanRun:
         against: what the results are held against.
         available_bytes: memory that was free; None where the system does not say.
         tolerance: how the bounds of the whole model are derived, in words.
+        generate: False where it was not run because the plan was made without it.
         parts: what was run.
         versions: the packages.
     """
@@ -133,6 +134,7 @@ class PlanRun:
     against: str
     available_bytes: int | None
     tolerance: str
+    generate: bool = True
     parts: tuple[PartRun, ...]
     versions: Versions = field(default_factory=Versions)
 

@@ -100,9 +100,11 @@ def _placed(part: PartRun) -> Iterator[str]:
 
 
 def _verdict(found: PlanRun) -> str:
-    if found.passed:
-        return f"PASSED: {', '.join(part.part for part in found.parts)}"
-    return f"FAILED: {', '.join(part.part for part in found.parts if not part.passed)}"
+    parts = ", ".join(part.part for part in found.parts if found.passed or not part.passed)
+    left_out = (
+        "" if found.generate else " (generate left out: the plan was made with --no-generate)"
+    )
+    return f"{'PASSED' if found.passed else 'FAILED'}: {parts}{left_out}"
 
 
 def _indented(text: str) -> str:
