@@ -10,9 +10,12 @@ import pytest
 from test_cost_step import MACHINE
 from test_graph_rules import program_of
 
+from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
 from autoshard.graph.program import WHOLE
 from autoshard.graph.propagation import Propagator, propagate
+from autoshard.hardware.targets import parse_target
+from autoshard.mesh import parse_mesh
 
 KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 Move = Callable[[Any, Any], Any]
@@ -47,7 +50,7 @@ MOVES: dict[str, tuple[Move, list[str] | None]] = {
 }
 
 
-# How often shards are passed on where x is cut or padded to another size.
+# How often shards are passed on where x is cut or padded to another size, among devices enough.
 PASSES: dict[str, tuple[Callable[[Any], Any], int]] = {
     "half": (lambda x: x[:2048], 2),
     "quarter": (lambda x: x[3072:], 4),
@@ -57,17 +60,20 @@ PASSES: dict[str, tuple[Callable[[Any], Any], int]] = {
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_shards_are_passed_on_as_often_as_by_xla(name: str) -> None:
-    move, expected = PASSES[name]
+@pytest.mark.parametrize("n_devices", [2, 8])
+def test_shards_are_passed_on_as_often_as_by_xla(name: str, n_devices: int) -> None:
+    move, ratio = PASSES[name]
+    expected = min(ratio, n_devices - 1)
+    machine = Machine.of(parse_mesh(f"1x{n_devices}"), parse_target(f"cpu:{n_devices}"))
 
     def function(x: Any) -> Any:
         return move(x) * 2
 
     program = program_of(function, (4096, 512))
-    layouts = propagate(program, {program.arguments[0].group: (0,)}, (8,))
-    (passed,) = StepPricer(program, MACHINE).price(layouts).traffic
+    layouts = propagate(program, {program.arguments[0].group: (0,)}, (n_devices,))
+    (passed,) = StepPricer(program, machine).price(layouts).traffic
     assert (passed.kind, passed.count) == ("collective-permute", expected)
-    mesh = jax.sharding.Mesh(jax.devices()[:8], ("model",))
+    mesh = jax.sharding.Mesh(jax.devices()[:n_devices], ("model",))
     sharding = jax.NamedSharding(mesh, jax.P("model"))
     x = jax.ShapeDtypeStruct((4096, 512), jnp.float32, sharding=sharding)
     compiled = jax.jit(function).lower(x).compile().as_text()

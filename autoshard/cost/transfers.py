@@ -187,17 +187,22 @@ def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
     """Along a shifted factor devices pass on parts of what is cut or padded.
 
     Each device gets its shard of a result from as many others, or sends so many theirs, as the one
-    shard is larger than the other. XLA permutes as often where that number is whole, the smaller of
-    the two each time; else it takes one or two more or less.
+    shard is larger than the other, but no more than there are others. XLA permutes as often where
+    that number is whole, the smaller of the two each time; else once or twice more or less often.
     """
     cut, *results = (
         local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
         for array in (op.operands[0], *op.results)
     )
-    passes = [(math.ceil(max(cut, one) / min(cut, one)), min(cut, one)) for one in results if one]
-    n_runs = sum(times for times, _ in passes)
     for axis, factor in enumerate(choice):
-        if factor in op.shifted and n_runs:
+        n_others = machine.axis_sizes[axis] - 1
+        passes = [
+            (min(n_others, math.ceil(max(cut, one) / min(cut, one))), min(cut, one))
+            for one in results
+            if one and factor in op.shifted
+        ]
+        n_runs = sum(times for times, _ in passes)
+        if n_runs:
             n_bytes = sum(times * part for times, part in passes) // n_runs
             target = layout_of(op.results[0], choice)
             part = _transfer("collective-permute", axis, n_bytes, machine, None, target)

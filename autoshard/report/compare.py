@@ -56,7 +56,7 @@ def _table(layouts: tuple[ComparedLayout, ...]) -> str:
                 f"{format_bytes(excess)} too much" if excess else "fits",
             )
         )
-    headers = ("layout", "step", "x best", "compute", "collectives", "wire", "memory", "")
+    headers = ("layout", "step", "x best", "compute", "collectives", "wire", "memory", "note")
     table = tabulate(rows, headers=headers, disable_numparse=True)
     return f"{table}\n(all predicted by formulas; wire and memory are bytes of one device)"
 
