@@ -29,6 +29,9 @@ _LEAST = 1e-12
 # Whole weights of less than this share of the model are not worth a line.
 _TRIFLE = 0.01
 
+# If no axis divides more than this share, the mesh has hardly the right shape.
+_MUCH = 0.1
+
 # What a ranking says of a layout, as `_ranking_row` gives it.
 _COLUMNS = ("step", "compute", "collectives", "wire", "memory", "compiled", "note")
 
@@ -151,15 +154,18 @@ def _whole(outcome: PlanOutcome) -> Iterator[str]:
     total = sum(family.n_bytes for family in families)
     if mesh.n_devices == 1 or total < _TRIFLE * table.n_bytes:
         return
-    named = []
+    named, undivided = [], 0
     large = [family for family in families if family.n_bytes >= _TRIFLE * table.n_bytes]
     for family in large:
         legal = len(list(legal_specs(family.shape, mesh))) > 1
         why = "by choice" if legal else f"no axis divides {family.shape}"
+        undivided += 0 if legal else family.n_bytes
         named.append(f"  {family.name} {format_bytes(family.n_bytes)}: {why}")
     if len(large) < len(families):
         rest = total - sum(family.n_bytes for family in large)
         named.append(f"  and {len(families) - len(large)} more, {format_bytes(rest)}")
+    if undivided > _MUCH * table.n_bytes and not outcome.shapes:
+        named.append(f"  (--devices {mesh.n_devices} tries every shape of the mesh)")
     yield "\n".join([f"whole on every device: {format_bytes(total)} of weights", *named])
 
 
