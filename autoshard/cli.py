@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from autoshard import __version__
-from autoshard.errors import AutoshardError, PlanFileError, UnknownNameError, UsageError
+from autoshard.errors import AutoshardError, PlanFileError, UsageError
 from autoshard.model.keras_import import PLANNING_ONLY
 
 __all__ = ["chips", "check", "compare", "explain", "inspect", "main", "models", "plan", "verify"]
@@ -55,9 +55,7 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="Chips, like tpu:v5e:2x4, or attached. [default: the smallest v5e slice]",
             ),
             click.option(
-                "--slices",
-                type=click.IntRange(min=1),
-                help="So many slices of the target (GPU nodes), joined by a network.",
+                "--slices", type=click.IntRange(min=1), help="So many of the target, in a network."
             ),
             click.option(
                 "--workload",
@@ -68,8 +66,7 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--batch",
                 type=click.IntRange(min=1),
-                help="Sequences of the global batch. "
-                "[default: 8, or the next multiple of the data axis]",
+                help="Sequences in all. [default: 8, or the next multiple of the data axis]",
             ),
             click.option(
                 "--seq-len",
@@ -200,10 +197,7 @@ def models(pattern: str | None) -> None:
     from autoshard.model import catalogue
     from autoshard.report.models import models_text
 
-    found = catalogue.names(pattern)
-    if not found:
-        raise UnknownNameError("model", pattern or "", catalogue.names())
-    click.echo(models_text([catalogue.get(name) for name in found]))
+    click.echo(models_text(catalogue.find(pattern)))
 
 
 @main.command()

@@ -240,3 +240,13 @@ def test_sums_over_one_axis_after_the_other_are_one_over_both() -> None:
     assert {first.axis, second.axis} == {0, 1}
     assert first.n_bytes == second.n_bytes == folded.n_bytes == 256 * 64 * 4
     assert folded.seconds < first.seconds + second.seconds
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(1, "all-to-all"), (2, "reduce-scatter")])
+def test_of_a_single_row_the_matrix_is_dealt_out_again(rows: int, kind: str) -> None:
+    (op,) = program_of(jnp.matmul, (rows, 4096), (4096, 8192), dtype="bfloat16").ops
+    # of one row there is no dimension; the contracting one is split, and the columns are wanted so
+    contracting, columns = (0, 0) if rows == 1 else (1, 1)
+    (transfer,) = price_op(op, ((contracting,), (0,), (columns,)), MACHINE).transfers
+    matrix, sums = 4096 * 8192 * 2 // 8, rows * 8192 * 2
+    assert (transfer.kind, transfer.n_bytes) == (kind, matrix if rows == 1 else sums)

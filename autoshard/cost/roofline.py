@@ -1,7 +1,7 @@
 """What one device's share of an op takes, collectives aside.
 
 - Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`.
-- TPUs multiply a single row by a matrix without the matrix unit, at a quarter of the bandwidth.
+- TPUs multiply single rows without the matrix unit (`autoshard.cost.single_rows`).
 - Reductions, lookups and moves take their bytes.
 - What repeats for a matmul a TPU reads once. To write it out takes it so much a tile; it does where
   a device has several parts to be repeated.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice
+from autoshard.cost.single_rows import has_single_rows, matrix_seconds
 from autoshard.cost.transfers import layout_of, local_bytes, moved_bytes, n_parts
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
@@ -23,11 +24,6 @@ __all__ = ["compute_seconds", "sum_seconds"]
 # A sum stays in the vector memory if it takes no more than this share with what is added up: seen
 # where 4 x 16 MiB did on a v5e, and 3 x 24 MiB did not.
 _SUM_ON_CHIP = 0.5
-
-# By the cycles of the compilers for v3, v5e and v6e 0.24 to 0.3 of the bandwidth, were each element
-# of the matrix of two bytes. Two rows go to the matrix unit.
-_SINGLE_ROW_SHARE = 0.26
-_SINGLE_ROW_BYTES = 2
 
 # A tile of a TPU's vector memory, and what it takes to write one whose rows repeat others: by the
 # cycles of the compilers for v3, v5e and v6e 12 to 16 ns, and half where a row fills no tile, for
@@ -63,9 +59,8 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     in_eight_bits = all(array.itemsize == 1 for array in op.operands)
     dtype = "int8" if in_eight_bits else machine.matmul_dtype
     if op.kind == "contraction":
-        if machine.is_tpu and _has_single_rows(op, choice, sizes):
-            n_bytes = _SINGLE_ROW_BYTES * op.flops / 2 / n_parts(choice, sizes)
-            return max(moving, n_bytes / (_SINGLE_ROW_SHARE * chip.hbm_bytes_per_second))
+        if machine.is_tpu and has_single_rows(op, _local_sizes(op, choice, sizes)):
+            return max(moving, matrix_seconds(op.flops / 2 / n_parts(choice, sizes), machine))
         efficiency = matmul_efficiency(chip, *_matmul_shape(op, choice, sizes), dtype)
     else:  # a loop, whose matmuls may have any shape
         efficiency = chip.matmul_efficiency_max
@@ -126,17 +121,6 @@ def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> 
     factor = array.factors[repetition.dim]
     n_local = 1 if factor is None else _local_sizes(op, choice, machine.axis_sizes)[factor]
     return shard // min(repetition.times, n_local)
-
-
-def _has_single_rows(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> bool:
-    """Whether a device's part of a contraction is of vectors with matrices, one for each batch."""
-    if op.window > 1:
-        return False
-    sizes = _local_sizes(op, choice, axis_sizes)
-    left, right = ({f for f in op.operands[at].factors if f is not None} for at in (0, -1))
-    return any(
-        math.prod(sizes[factor] for factor in own) == 1 for own in (left - right, right - left)
-    )
 
 
 def _matmul_shape(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> tuple[int, int, int]:

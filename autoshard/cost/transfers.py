@@ -20,6 +20,7 @@ from autoshard.hardware.collectives import seconds as collective_seconds
 __all__ = [
     "FLOAT32",
     "Transfer",
+    "all_to_all",
     "array_transfers",
     "as_all_reduce",
     "folded_sums",
@@ -117,6 +118,11 @@ def as_all_reduce(transfer: Transfer, machine: Machine) -> Transfer:
     return _transfer(
         "all-reduce", transfer.axis, transfer.n_bytes, machine, transfer.operand, transfer.target
     )
+
+
+def all_to_all(axis: int, n_bytes: int, operand: int, target: Layout, machine: Machine) -> Transfer:
+    """An operand that is dealt out again along another dimension."""
+    return _transfer("all-to-all", axis, n_bytes, machine, operand, target)
 
 
 def folded_sums(transfers: Sequence[Transfer], machine: Machine) -> list[Transfer]:

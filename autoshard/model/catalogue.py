@@ -14,7 +14,7 @@ from typing import Any
 
 from autoshard.errors import UnknownNameError
 
-__all__ = ["Preset", "get", "names"]
+__all__ = ["Preset", "find", "get", "names"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,18 @@ def names(pattern: str | None = None) -> tuple[str, ...]:
     if not any(character in pattern for character in "*?["):
         pattern = f"*{pattern}*"
     return tuple(name for name in _rows() if fnmatchcase(name.lower(), pattern.lower()))
+
+
+def find(pattern: str | None = None) -> tuple[Preset, ...]:
+    """The presets that `names` gives.
+
+    Raises:
+        UnknownNameError: there is none; the text offers the nearest names.
+    """
+    found = names(pattern)
+    if not found:
+        raise UnknownNameError("model", pattern or "", names())
+    return tuple(get(name) for name in found)
 
 
 def get(name: str) -> Preset:
