@@ -41,8 +41,8 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         choice: the factor split over each axis, or `WHOLE`.
         machine: the chips.
     """
-    if op.kind == "reshape" and op.results[0].repetition and machine.is_tpu:
-        return _repeating_seconds(op, choice, machine)
+    if op.kind == "reshape" and machine.is_tpu:
+        return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
     if op.is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
@@ -89,15 +89,15 @@ def sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
     )
 
 
-def _repeating_seconds(op: Op, choice: Choice, machine: Machine) -> float:
-    """What it takes to write an array that repeats another, tile by tile.
+def _repeating_seconds(op: Op, result: Array, choice: Choice, machine: Machine) -> float:
+    """What it takes to write an array that repeats another, tile by tile; nothing for any other.
 
     Where a device repeats a single part it writes nothing. What repeats for single rows begins a
     tile with each part if so many of them fill one, and moves nothing if a part alone fills one.
     """
-    (result,) = op.results
     repetition, sizes = result.repetition, _local_sizes(op, choice, machine.axis_sizes)
-    assert repetition is not None
+    if repetition is None:
+        return 0.0
     parts, width = (result.factors[dim] for dim in (repetition.dim, repetition.width))
     if parts is None or width is None or sizes[parts] == 1:
         return 0.0

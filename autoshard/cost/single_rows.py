@@ -27,7 +27,7 @@ def has_single_rows(op: Op, sizes: Sequence[int]) -> bool:
         op: a contraction.
         sizes: of its factors, on one device or in all.
     """
-    if op.window > 1:
+    if op.window > 1 or len(op.operands) < 2:
         return False
     left, right = ({f for f in op.operands[at].factors if f is not None} for at in (0, -1))
     return any(math.prod(sizes[f] for f in own) == 1 for own in (left - right, right - left))
