@@ -42,10 +42,11 @@ def to_record(value: Any, hint: Any = None, where: str = "") -> Any:
     if hasattr(hint, "to_record"):
         return value.to_record()
     if dataclasses.is_dataclass(hint):
+        optional = _optional(hint)
         return {
             key: to_record(getattr(value, name), field_hint, _join(where, key))
             for key, (name, field_hint) in keys(hint).items()
-            if key not in _optional(hint) or getattr(value, name) != _optional(hint)[key]
+            if key not in optional or getattr(value, name) != optional[key]
         }
     if get_origin(hint) is tuple:
         return [to_record(entry, get_args(hint)[0], where) for entry in value]
@@ -142,8 +143,9 @@ def _fields(record: Any, value: Any, where: str) -> dict[str, Any]:
     for key in value:
         if key not in known:
             raise PlanFileError(f"unknown field '{_join(where, key)}'; expected {', '.join(known)}")
+    optional = _optional(record)
     for key in known:
-        if key not in value and key not in _optional(record):
+        if key not in value and key not in optional:
             raise PlanFileError(f"field '{_join(where, key)}' is missing")
     return {
         name: from_record(hint, value[key], _join(where, key))

@@ -59,9 +59,11 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     in_eight_bits = all(array.itemsize == 1 for array in op.operands)
     dtype = "int8" if in_eight_bits else machine.matmul_dtype
     if op.kind == "contraction":
-        if machine.is_tpu and has_single_rows(op, _local_sizes(op, choice, sizes)):
+        local = _local_sizes(op, choice, sizes)
+        if machine.is_tpu and has_single_rows(op, local):
             return max(moving, matrix_seconds(op.flops / 2 / n_parts(choice, sizes), machine))
-        efficiency = matmul_efficiency(chip, *_matmul_shape(op, choice, sizes), dtype)
+        shape = _matmul_shape(op, local, n_parts(choice, sizes))
+        efficiency = matmul_efficiency(chip, *shape, dtype)
     else:  # a loop, whose matmuls may have any shape
         efficiency = chip.matmul_efficiency_max
     peak = chip.flops_per_second(dtype)
@@ -123,14 +125,13 @@ def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> 
     return shard // min(repetition.times, n_local)
 
 
-def _matmul_shape(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> tuple[int, int, int]:
+def _matmul_shape(op: Op, local: Sequence[int], n_shares: int) -> tuple[int, int, int]:
     """Rows (batch and space among them), contracted and columns of one device's matmul."""
-    local = _local_sizes(op, choice, axis_sizes)
     left, right = set(op.operands[0].factors), set(op.operands[-1].factors)
     columns = right - left - {None}
     n = math.prod(local[f] for f in columns if f is not None)
     k = op.window * math.prod(local[f] for f in op.reduced)
-    m = max(1, op.flops // (2 * n * k * n_parts(choice, axis_sizes)))
+    m = max(1, op.flops // (2 * n * k * n_shares))
     return m, k, n
 
 

@@ -41,17 +41,19 @@ def matrix_seconds(n_products: float, machine: Machine) -> float:
 def matrix_transfer(
     op: Op, layouts: Sequence[Layout], transfer: Transfer, machine: Machine
 ) -> Transfer:
-    """What a TPU compiler moves for a product of single rows.
+    """What a TPU compiler moves for a contraction, if that is of single rows.
 
     Args:
-        op: the product.
+        op: the contraction.
         layouts: of each operand, then each result.
         transfer: what would be moved for a matmul.
         machine: the chips and links.
     """
+    if transfer.kind != "reduce-scatter" or not has_single_rows(op, op.factor_sizes):
+        return transfer
     matrix = max(range(len(op.operands)), key=lambda at: op.operands[at].n_bytes)
     layout = layouts[matrix]
-    if transfer.kind != "reduce-scatter" or layout[transfer.axis] == WHOLE:
+    if layout[transfer.axis] == WHOLE:
         return transfer
     n_bytes = local_bytes(op.operands[matrix].n_bytes, layout, machine.axis_sizes)
     return all_to_all(transfer.axis, n_bytes, matrix, layout, machine)

@@ -27,7 +27,7 @@ from autoshard.cost.collective_matmul import (
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition, partition_matmul
 from autoshard.cost.roofline import compute_seconds, sum_seconds
-from autoshard.cost.single_rows import has_single_rows, matrix_transfer
+from autoshard.cost.single_rows import matrix_transfer
 from autoshard.cost.transfers import Transfer, folded_sums, op_transfers
 from autoshard.graph.program import WHOLE, Layout, Op
 from autoshard.graph.propagation import splits_evenly
@@ -154,7 +154,7 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     """Price one choice with what is permuted for it."""
     choice = partition.choice
     transfers = folded_sums(op_transfers(op, partition, layouts, machine), machine)
-    if machine.is_tpu and op.kind == "contraction" and has_single_rows(op, op.factor_sizes):
+    if machine.is_tpu and op.kind == "contraction":
         transfers = [matrix_transfer(op, layouts, one, machine) for one in transfers]
     seconds = compute_seconds(op, choice, machine)
     if machine.is_tpu and _sums_batch(op, choice, transfers, machine):

@@ -196,16 +196,18 @@ def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
     shard is larger than the other, but no more than there are others. XLA permutes as often where
     that number is whole, the smaller of the two each time; else once or twice more or less often.
     """
-    cut, *results = (
-        local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
-        for array in (op.operands[0], *op.results)
-    )
     for axis, factor in enumerate(choice):
+        if factor not in op.shifted:
+            continue
+        cut, *results = (
+            local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
+            for array in (op.operands[0], *op.results)
+        )
         n_others = machine.axis_sizes[axis] - 1
         passes = [
             (min(n_others, math.ceil(max(cut, one) / min(cut, one))), min(cut, one))
             for one in results
-            if one and factor in op.shifted
+            if one
         ]
         n_runs = sum(times for times, _ in passes)
         if n_runs:
