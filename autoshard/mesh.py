@@ -21,6 +21,7 @@ __all__ = [
     "divides",
     "format_spec",
     "parse_mesh",
+    "prime_factors",
     "round_up",
     "shard_shape",
 ]
@@ -143,6 +144,22 @@ def as_mesh(mesh: MeshLike | Any, axis_names: Sequence[str] | None = None) -> Me
             "leave axes out"
         )
     return mesh
+
+
+def prime_factors(size: int) -> tuple[int, ...]:
+    """The primes whose product is `size`, in order; none for 1.
+
+    >>> prime_factors(12)
+    (2, 2, 3)
+    """
+    found = []
+    factor = 2
+    while size > 1:
+        while size % factor == 0:
+            found.append(factor)
+            size //= factor
+        factor += 1
+    return tuple(found)
 
 
 def round_up(size: int, step: int) -> int:

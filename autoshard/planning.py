@@ -23,7 +23,7 @@ from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.pricing import Candidate, make_pricer, published_maps
+from autoshard.pricing import Candidate, axis_parts, make_pricer, published_maps
 from autoshard.search.candidates import all_whole, fixed_layouts, split_by_hand
 from autoshard.search.descent import Scored
 from autoshard.search.ranking import SearchResult, search
@@ -240,11 +240,11 @@ def _cache_specs(program: Program, scored: Scored, mesh: Mesh) -> Iterator[Spec]
     caches = [argument for argument in program.arguments if argument.role == "cache"]
     if not caches:
         return
-    axes = mesh.parallel_axes
-    sizes = [mesh.sizes[axis] for axis in axes]
-    layouts = propagate(program, fixed_layouts(program, dict(scored.assignment), mesh), sizes)
+    parts = axis_parts(program, mesh)
+    fixed = fixed_layouts(program, dict(scored.assignment), mesh, parts)
+    layouts = propagate(program, fixed, parts.sizes)
     for cache in caches:
-        axis_of = dict(zip(layouts[cache.group], axes, strict=True))
+        axis_of = parts.names(layouts[cache.group], mesh.parallel_axes)
         yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)
 
 

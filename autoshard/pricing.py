@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
 from autoshard.errors import AutoshardError, LayoutError
+from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import Program
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.references import ANNOUNCEMENT_MAP
@@ -20,7 +21,14 @@ from autoshard.search.candidates import Shapes
 from autoshard.search.descent import Scored, Scorer
 from autoshard.setup import Setup
 
-__all__ = ["Candidate", "make_pricer", "published_maps", "refused_outputs", "score_rules"]
+__all__ = [
+    "Candidate",
+    "axis_parts",
+    "make_pricer",
+    "published_maps",
+    "refused_outputs",
+    "score_rules",
+]
 
 _MATMUL_DTYPES = {"mixed_bfloat16": "bfloat16", QUANTIZED: "bfloat16"}
 
@@ -55,8 +63,18 @@ class Candidate:
 def make_pricer(program: Program, setup: Setup) -> StepPricer:
     """What prices layouts of a program on the mesh and chips of a setup."""
     policy = setup.workload.policy
-    machine = Machine.of(setup.mesh, setup.target, _MATMUL_DTYPES.get(policy, policy))
+    machine = Machine.of(
+        setup.mesh,
+        setup.target,
+        _MATMUL_DTYPES.get(policy, policy),
+        axis_parts(program, setup.mesh),
+    )
     return StepPricer(program, machine)
+
+
+def axis_parts(program: Program, mesh: Mesh) -> AxisParts:
+    """What the axes of a mesh are cut into for a program."""
+    return AxisParts.of(program, [mesh.sizes[axis] for axis in mesh.parallel_axes])
 
 
 def published_maps(

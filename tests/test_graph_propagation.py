@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from test_graph_rules import program_of
 
 from autoshard.graph.program import WHOLE
-from autoshard.graph.propagation import propagate, splits_evenly
+from autoshard.graph.propagation import propagate
+from autoshard.graph.splits import splits_evenly
 
 
 def layouts_of(program, *arguments: int, axis: int = 4) -> list[int]:

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice
-from autoshard.cost.transfers import FLOAT32, Transfer, as_all_reduce, layout_of, local_bytes
+from autoshard.cost.transfers import FLOAT32, Transfer, as_all_reduce, local_bytes
 from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.graph.splits import layout_of
 from autoshard.hardware.chips import Chip
 from autoshard.hardware.efficiency import memory_seconds
 from autoshard.mesh import round_up
@@ -115,7 +116,7 @@ def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
     matmuls in float32 the widths do not matter.
     """
     (result,) = op.results
-    dim, factors = transfer.target[transfer.axis], result.factors
+    dim, factors = transfer.target[machine.axis_of(transfer.axis)], result.factors
     factor = factors[dim]
     if factor is None:
         return False
@@ -155,11 +156,12 @@ def windowed(
     if transfer.kind != "all-gather" or transfer.operand is None:
         return transfer
     array, size = op.operands[transfer.operand], machine.links[transfer.axis].size
+    axis = machine.axis_of(transfer.axis)
     if size <= 2 or not may_be_windowed(op, array, transfer.operand):
         return transfer
     (result,) = op.results
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
-    is_contracted = array.factors[layouts[transfer.operand][transfer.axis]] in op.reduced
+    is_contracted = array.factors[layouts[transfer.operand][axis]] in op.reduced
     seconds = _rewriting_seconds(machine.chip, size, n_bytes, is_contracted, compute)
     return replace(transfer, pieces=size, alone_seconds=seconds)
 
@@ -191,11 +193,12 @@ def thinned(op: Op, layouts: Sequence[Layout], transfer: Transfer, machine: Mach
     matrix unit's tile leaves the rest of it idle. Seen in programs of eight devices: kernels of 256
     channels, 3 x 3 and 1 x 1, took 3.6 times as long.
     """
+    axis = machine.axis_of(transfer.axis)
     if transfer.kind == "all-gather" and transfer.operand is not None:
         array = op.operands[transfer.operand]
-        dim = layouts[transfer.operand][transfer.axis]
+        dim = layouts[transfer.operand][axis]
     elif transfer.in_ring:
-        array, dim = op.results[0], transfer.target[transfer.axis]
+        array, dim = op.results[0], transfer.target[axis]
     else:
         return 1.0
     factor, tile = array.factors[dim], machine.chip.mxu_size

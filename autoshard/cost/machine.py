@@ -1,9 +1,11 @@
 """What a step runs on."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
+from autoshard.graph.axis_parts import AxisParts
 from autoshard.hardware.chips import Chip
 from autoshard.hardware.links import AxisLink, group_link
 from autoshard.hardware.targets import Target
@@ -18,8 +20,10 @@ class Machine:
 
     Attributes:
         chip: one device.
-        links: what carries each mesh axis of more than one device, in mesh order; last, what
-            carries all of them together.
+        parts: the mesh axes of more than one device, in order, and what each is cut into. An axis
+            of layouts is a part of one.
+        links: what carries each part; then, where some axis is cut, what carries each axis; last,
+            what carries all of them together.
         matmul_dtype: dtype of the matmuls, for the peak.
         as_partitioned: whether the collectives are wanted as the partitioner makes them, without
             what the TPU compiler makes of them: it finds gathers of the forward pass that are
@@ -27,25 +31,60 @@ class Machine:
     """
 
     chip: Chip
+    parts: AxisParts
     links: tuple[AxisLink, ...]
     matmul_dtype: str = "bfloat16"
     as_partitioned: bool = False
 
     @classmethod
-    def of(cls, mesh: Mesh, target: Target, matmul_dtype: str = "bfloat16") -> Self:
-        """The chips of a target under a mesh of as many devices."""
+    def of(
+        cls,
+        mesh: Mesh,
+        target: Target,
+        matmul_dtype: str = "bfloat16",
+        parts: AxisParts | None = None,
+    ) -> Self:
+        """The chips of a target under a mesh of as many devices.
+
+        Args:
+            mesh: the mesh.
+            target: a target with as many devices.
+            matmul_dtype: see the class.
+            parts: of the axes of more than one device; by default each stays whole.
+        """
         axes = mesh.parallel_axes
-        groups = [*((axis,) for axis in axes), axes]
-        return cls(
-            chip=target.chip,
-            links=tuple(group_link(group, mesh, target) for group in groups),
-            matmul_dtype=matmul_dtype,
-        )
+        parts = parts or AxisParts.uncut([mesh.sizes[axis] for axis in axes])
+        links = [group_link(group, mesh, target) for group in [*((axis,) for axis in axes), axes]]
+        if parts.is_fine:
+            links = [*_part_links(parts, mesh, target), *links]
+        return cls(chip=target.chip, parts=parts, links=tuple(links), matmul_dtype=matmul_dtype)
+
+    @property
+    def axis_sizes(self) -> tuple[int, ...]:
+        """Devices along each axis of a layout."""
+        return self.parts.sizes
+
+    @property
+    def all_axes(self) -> int:
+        """The index of the link of all axes together."""
+        return len(self.links) - 1
+
+    def axes_of(self, link: int) -> tuple[int, ...]:
+        """The axes of a layout over which a link goes."""
+        n_axes = len(self.axis_sizes)
+        if link < n_axes:
+            return (link,)
+        return tuple(range(n_axes)) if link == self.all_axes else self.parts.places[link - n_axes]
+
+    def axis_of(self, link: int) -> int:
+        """The first of them: what a collective over the link moves, all split one dimension of."""
+        return self.axes_of(link)[0]
 
     @cached_property
-    def axis_sizes(self) -> tuple[int, ...]:
-        """Devices along each axis."""
-        return tuple(link.size for link in self.links[:-1])
+    def uncut(self) -> "Machine":
+        """The same with layouts by whole mesh axes; its links are the last of this one's."""
+        parts = AxisParts.uncut([math.prod(of) for of in self.parts.parts])
+        return replace(self, parts=parts, links=self.links[-len(parts.sizes) - 1 :])
 
     @property
     def is_tpu(self) -> bool:
@@ -72,7 +111,15 @@ class Machine:
         """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
         return self.is_tpu and self.hides_permutes
 
-    @property
-    def all_axes(self) -> int:
-        """The index of the link of all axes together."""
-        return len(self.links) - 1
+
+def _part_links(parts: AxisParts, mesh: Mesh, target: Target) -> list[AxisLink]:
+    """What carries each part of an axis, under the name of the axis."""
+    owners = [
+        axis
+        for axis, sizes in zip(mesh.parallel_axes, parts.parts, strict=True)
+        for _ in range(len(sizes))
+    ]
+    names = tuple(f"{axis}_part_{i}" for i, axis in enumerate(owners))
+    cut = Mesh(shape=parts.sizes, axis_names=names)
+    links = (group_link((name,), cut, target) for name in names)
+    return [replace(link, axis=axis) for link, axis in zip(links, owners, strict=True)]

@@ -22,12 +22,13 @@ from fractions import Fraction
 import numpy as np
 
 from autoshard.cost.lifetimes import Bytes, alive, lifetimes
+from autoshard.cost.machine import Machine
 from autoshard.cost.strategies import OpCost
-from autoshard.cost.transfers import layout_of, local_bytes
+from autoshard.cost.transfers import local_bytes
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import Array, Chain, Layout, Op, Program
-from autoshard.hardware.chips import Chip
+from autoshard.graph.splits import layout_of
 
 __all__ = ["OpBytes", "PeakMemory"]
 
@@ -49,15 +50,15 @@ class PeakMemory:
 
     Args:
         program: the step.
-        axis_sizes: devices along each mesh axis.
-        chip: what it runs on.
+        machine: what it runs on.
     """
 
-    def __init__(self, program: Program, axis_sizes: tuple[int, ...], chip: Chip) -> None:
+    def __init__(self, program: Program, machine: Machine) -> None:
         self._program = program
-        self._axis_sizes = axis_sizes
-        self._vmem = chip.vmem_bytes
-        self._writes_chains = chip.kind == "gpu"
+        self._machine = machine
+        self._axis_sizes = machine.axis_sizes
+        self._vmem = machine.chip.vmem_bytes
+        self._writes_chains = machine.chip.kind == "gpu"
         self._lifetimes = lifetimes(program)
         self._gradients = [
             (index, self._lifetimes.gradients[array.group], array.n_bytes)
@@ -180,7 +181,8 @@ class PeakMemory:
             transfer.in_ring
             and (
                 chain.follows_matmul
-                or op.results[0].factors[transfer.target[transfer.axis]] in array.factors
+                or op.results[0].factors[transfer.target[self._machine.axis_of(transfer.axis)]]
+                in array.factors
             )
             for transfer in cost.transfers
         )

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autoshard.graph.program import WHOLE, Array, Layout, Op
-from autoshard.graph.propagation import splits_evenly
+from autoshard.graph.splits import splits_evenly
 
 __all__ = ["Choice", "Partition", "partition_matmul"]
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.single_rows import has_single_rows, matrix_seconds
-from autoshard.cost.transfers import layout_of, local_bytes, moved_bytes, n_parts
+from autoshard.cost.transfers import local_bytes, moved_bytes, n_parts
 from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.graph.splits import layout_of
 from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
 
 __all__ = ["compute_seconds", "sum_seconds"]

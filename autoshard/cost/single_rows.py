@@ -53,7 +53,7 @@ def matrix_transfer(
         return transfer
     matrix = max(range(len(op.operands)), key=lambda at: op.operands[at].n_bytes)
     layout = layouts[matrix]
-    if layout[transfer.axis] == WHOLE:
+    if layout[machine.axis_of(transfer.axis)] == WHOLE:
         return transfer
     n_bytes = local_bytes(op.operands[matrix].n_bytes, layout, machine.axis_sizes)
     return all_to_all(transfer.axis, n_bytes, matrix, layout, machine)

@@ -69,7 +69,7 @@ class StepPricer:
     def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
         self.machine = machine
-        self._peak = PeakMemory(program, machine.axis_sizes, machine.chip)
+        self._peak = PeakMemory(program, machine)
         self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
         kinds: dict[tuple[object, ...], int] = {}
         self._kind_of = [kinds.setdefault(price_look(op), len(kinds)) for op in program.ops]
@@ -125,8 +125,8 @@ class StepPricer:
             traffic[once] = replace(moved, overlapped=hidden)
         for index, own in torn:
             shared = layouts[self.program.ops[index].results[0].group]
-            for moved in self._tearing(index, own, shared):
-                traffic["torn", index, moved.axis] = moved
+            for place, moved in enumerate(self._tearing(index, own, shared)):
+                traffic["torn", index, place] = moved
         return StepCost(
             compute_seconds=compute,
             blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
@@ -219,10 +219,13 @@ class StepPricer:
         One of the arrays is dealt out again at each elementwise op where the two meet; which one
         makes no difference, for all are of one size.
         """
-        op = self.program.ops[index]
-        n_bytes = local_bytes(op.results[0].n_bytes, shared, self.machine.axis_sizes)
+        op, machine = self.program.ops[index], self.machine
+        whole = machine.parts.whole((own, shared))
+        if whole is not None:
+            (own, shared), machine = whole, machine.uncut
+        n_bytes = local_bytes(op.results[0].n_bytes, shared, machine.axis_sizes)
         for axis in torn_axes(own, shared):
-            link = self.machine.links[axis]
+            link = machine.links[axis]
             yield Traffic(
                 kind="all-to-all",
                 axis=link.axis,

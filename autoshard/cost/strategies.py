@@ -15,7 +15,7 @@ leaves less to choose.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoshard.cost.collective_matmul import (
     PIECES_IN_PLACE,
@@ -28,9 +28,9 @@ from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition, partition_matmul
 from autoshard.cost.roofline import compute_seconds, sum_seconds
 from autoshard.cost.single_rows import matrix_transfer
-from autoshard.cost.transfers import Transfer, folded_sums, op_transfers
+from autoshard.cost.transfers import Transfer, folded_sums, op_transfers, transfer_by_parts
 from autoshard.graph.program import WHOLE, Layout, Op
-from autoshard.graph.propagation import splits_evenly
+from autoshard.graph.splits import factors_split, is_possible
 
 __all__ = ["OpCost", "candidate_choices", "price_op"]
 
@@ -78,20 +78,20 @@ def candidate_choices(
         layouts: for each operand, then each result, the layouts it may have.
         axis_sizes: devices along each axis.
     """
+    splits = [
+        factors_split(array, layout, op.factor_sizes, axis_sizes)
+        for array, possible in zip(op.arrays, layouts, strict=True)
+        for layout in possible
+    ]
     options = []
     for axis in range(len(axis_sizes)):
-        found = {WHOLE}
-        for array, possible in zip(op.arrays, layouts, strict=True):
-            for layout in possible:
-                factor = array.factors[layout[axis]] if layout[axis] != WHOLE else None
-                if factor in op.gathered:
-                    # What it needs whole it may have split along another dimension meanwhile.
-                    found |= set(range(len(op.factor_sizes))) - op.gathered
-                elif factor is not None:
-                    found.add(factor)
+        found = {WHOLE, *(split[axis] for split in splits)}
+        if found & op.gathered:
+            # What it needs whole it may have split along another dimension meanwhile.
+            found = {WHOLE, *range(len(op.factor_sizes))} - op.gathered
         options.append(sorted(found))
     for choice in itertools.product(*options):
-        if splits_evenly(op.factor_sizes, choice, axis_sizes):
+        if is_possible(op, choice, axis_sizes):
             yield choice
 
 
@@ -103,6 +103,9 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
         layouts: of each operand, then each result.
         machine: the chips and links.
     """
+    whole = machine.parts.whole(layouts) if machine.parts.is_fine else None
+    if whole is not None:
+        return _by_parts(price_op(op, whole, machine.uncut), machine)
     if op.kind == "contraction" and len(op.arrays) == 3:
         partition = partition_matmul(op, layouts, machine.axis_sizes)
         if partition is not None:
@@ -116,6 +119,13 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
         ),
         key=lambda cost: cost.total_seconds,
     )
+
+
+def _by_parts(cost: OpCost, machine: Machine) -> OpCost:
+    """A cost by whole axes as one by their parts."""
+    fine = machine.parts.fine
+    transfers = (transfer_by_parts(transfer, machine) for transfer in cost.transfers)
+    return replace(cost, choice=fine(cost.choice), transfers=tuple(transfers))
 
 
 def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:

@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition
 from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.graph.splits import layout_of
 from autoshard.hardware.collectives import seconds as collective_seconds
 
 __all__ = [
@@ -24,11 +25,11 @@ __all__ = [
     "array_transfers",
     "as_all_reduce",
     "folded_sums",
-    "layout_of",
     "local_bytes",
     "moved_bytes",
     "n_parts",
     "op_transfers",
+    "transfer_by_parts",
 ]
 
 FLOAT32 = 4
@@ -41,7 +42,8 @@ class Transfer:
 
     Attributes:
         kind: as in `autoshard.hardware.collectives`.
-        axis: index into `Machine.links`: a mesh axis, or all of them for a permutation.
+        axis: index into `Machine.links`: of a part of a mesh axis, of one, or of all of them for a
+            permutation.
         n_bytes: as `autoshard.hardware.collectives` counts them for the kind.
         seconds: time of one.
         overlapped: whether the chip's compiler hides it behind compute.
@@ -107,10 +109,15 @@ def op_transfers(
             layout = partition.permuted[position]
             transfers.append(_permuted(array, layout, machine, position))
         moved = array_transfers(op, array, position, partition.choice, layout, machine)
-        transfers += [replace(one, within=partition.within_of(one.axis)) for one in moved]
+        transfers += [_within(one, partition, machine) for one in moved]
     if op.kind in ("gather", "scatter"):
         transfers = list(_by_idle_devices(op, transfers, partition.choice, layouts, machine))
     return [*transfers, *_shifts(op, partition.choice, machine)]
+
+
+def _within(transfer: Transfer, partition: Partition, machine: Machine) -> Transfer:
+    """A transfer in the groups of devices that its partition moves it in."""
+    return replace(transfer, within=partition.within_of(machine.axis_of(transfer.axis)))
 
 
 def as_all_reduce(transfer: Transfer, machine: Machine) -> Transfer:
@@ -132,8 +139,8 @@ def folded_sums(transfers: Sequence[Transfer], machine: Machine) -> list[Transfe
     not.
     """
     sums = [one for one in transfers if one.operand is None and one.kind == "all-reduce"]
-    axes = [one.axis for one in sums]
-    if not machine.folds_sums or len(axes) < 2 or sorted(axes) != [*range(machine.all_axes)]:
+    axes = [axis for one in sums for axis in machine.axes_of(one.axis)]
+    if not machine.folds_sums or len(sums) < 2 or sorted(axes) != [*range(len(machine.axis_sizes))]:
         return list(transfers)
     folded = as_all_reduce(replace(sums[0], axis=machine.all_axes), machine)
     return [*(one for one in transfers if one not in sums), folded]
@@ -231,15 +238,52 @@ def array_transfers(
         machine: the chips and links.
     """
     made = layout_of(array, choice)
+    summed = () if operand is not None else op.reduced
+    partial = tuple(factor if factor in summed else WHOLE for factor in choice)
+    whole = machine.parts.whole((made, layout, partial)) if machine.parts.is_fine else None
+    if whole is None:
+        return list(_between(op, array, operand, made, layout, partial, machine))
+    made, layout, partial = whole
+    moves = _between(op, array, operand, made, layout, partial, machine.uncut)
+    return [transfer_by_parts(move, machine) for move in moves]
+
+
+def transfer_by_parts(transfer: Transfer, machine: Machine) -> Transfer:
+    """A collective of a machine's whole axes, as one by their parts."""
+    places = machine.parts.places
+    return replace(
+        transfer,
+        axis=len(machine.axis_sizes) + transfer.axis,
+        target=machine.parts.fine(transfer.target),
+        within=frozenset(place for axis in transfer.within for place in places[axis]),
+    )
+
+
+def _between(
+    op: Op,
+    array: Array,
+    operand: int | None,
+    made: Layout,
+    layout: Layout,
+    partial: Choice,
+    machine: Machine,
+) -> Iterator[Transfer]:
+    """The collectives between an array as its op has it and as it lies outside.
+
+    Args:
+        made: how it lies in the op.
+        layout: how it lies outside.
+        partial: the factors that are summed over each axis, or `WHOLE`.
+    """
     if operand is not None:
-        return list(_moves(op, array, layout, made, machine, operand))
-    partial = [axis for axis, factor in enumerate(choice) if factor in op.reduced]
-    summed = tuple(layout[axis] if axis in partial else dim for axis, dim in enumerate(made))
-    return [
-        *_reductions(array, made, layout, partial, machine),
-        *(_detours(op, array, made, layout, partial, machine) if op.kind == "gather" else ()),
-        *_moves(op, array, summed, layout, machine, None),
-    ]
+        yield from _moves(op, array, layout, made, machine, operand)
+        return
+    sums = [axis for axis, factor in enumerate(partial) if factor != WHOLE]
+    summed = tuple(layout[axis] if axis in sums else dim for axis, dim in enumerate(made))
+    yield from _reductions(array, made, layout, sums, machine)
+    if op.kind == "gather":
+        yield from _detours(op, array, made, layout, sums, machine)
+    yield from _moves(op, array, summed, layout, machine, None)
 
 
 def moved_bytes(op: Op, array: Array, machine: Machine) -> int:
@@ -250,15 +294,6 @@ def moved_bytes(op: Op, array: Array, machine: Machine) -> int:
     """
     rounded = machine.is_tpu and op.kind == "contraction" and array.itemsize == FLOAT32
     return array.n_bytes // 2 if rounded else array.n_bytes
-
-
-def layout_of(array: Array, choice: Choice) -> Layout:
-    """How an array lies where its op makes this choice."""
-    factors = array.factors
-    return tuple(
-        factors.index(factor) if factor != WHOLE and factor in factors else WHOLE
-        for factor in choice
-    )
 
 
 @lru_cache(maxsize=1 << 16)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -263,19 +263,38 @@ class _Factors:
     def array(self, identity: int, labels: tuple[Label | None, ...]) -> Array:
         kind = self.flat.arrays[identity]
         for label, size in zip(labels, kind.shape, strict=True):
-            if label is not None and label not in self.numbers and size != 1:
-                self.numbers[label] = len(self.numbers)
-                self.sizes.append(self.link.sizes.get(label, size))
+            if label is not None and size != 1:
+                self.number(label, size)
         placed = self.numbering.grouping.factors(identity, labels)
+        inner = tuple(
+            (self.number(label, 1), dim)
+            for dim, major in enumerate(placed)
+            for label in self.inside(major, placed)
+        )
         return Array(
             identity=identity,
             group=self.numbering.number(identity),
             n_bytes=kind.n_bytes,
             itemsize=kind.itemsize,
             factors=tuple(None if label is None else self.numbers[label] for label in placed),
+            inner=inner,
             is_held=identity in self.numbering.held,
             repetition=self.numbering.repetition(identity),
         )
+
+    def number(self, label: Label, size: int) -> int:
+        """The number of a factor, which has this size if the link says no other."""
+        if label not in self.numbers:
+            self.numbers[label] = len(self.numbers)
+            self.sizes.append(self.link.sizes.get(label, size))
+        return self.numbers[label]
+
+    def inside(self, major: Label | None, own: Sequence[Label | None]) -> Iterator[Label]:
+        """What a dimension holds inside its factor: up to where another dimension begins."""
+        label = self.link.inner.get(major)
+        while label is not None and label not in own:
+            yield label
+            label = self.link.inner.get(label)
 
     def of(self, labels: frozenset[Label]) -> frozenset[int]:
         return frozenset(self.numbers[label] for label in labels if label in self.numbers)

@@ -25,7 +25,8 @@ class Link:
             exchange the edges of their shards.
         gathered: the factors that layouts spread along, although the op needs them whole.
         sizes: factor -> its size, where that is not the size of the dimension (a reshape's
-            major part).
+            parts).
+        inner: factor -> the one inside it, where some dimension of a reshape holds both.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Link:
     shifted: frozenset[Label] = frozenset()
     gathered: frozenset[Label] = frozenset()
     sizes: Mapping[Label, int] = field(default_factory=dict)
+    inner: Mapping[Label, Label] = field(default_factory=dict)
 
 
 LinkRule = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], Link]

@@ -61,6 +61,8 @@ class Array:
         n_bytes: bytes of the whole array.
         itemsize: bytes of an element.
         factors: for each dimension of the group, the op's factor it moves with, or None.
+        inner: the factors that dimensions hold inside those, each with its dimension, from major
+            to minor.
         is_held: whether it is an argument of the step, there before any op runs.
         repetition: how it repeats what it was made of, by the group's dimensions, or None.
     """
@@ -70,6 +72,7 @@ class Array:
     n_bytes: int
     itemsize: int
     factors: tuple[int | None, ...]
+    inner: tuple[tuple[int, int], ...] = ()
     is_held: bool = False
     repetition: Repetition | None = None
 

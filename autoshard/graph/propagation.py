@@ -20,25 +20,15 @@ from operator import itemgetter
 import numpy as np
 
 from autoshard.graph.program import WHOLE, Layout, Op, Program
+from autoshard.graph.splits import factors_split, layout_of, splits_evenly
 
-__all__ = ["Propagator", "picker", "propagate", "splits_evenly", "torn_axes"]
+__all__ = ["Propagator", "picker", "propagate", "torn_axes"]
 
 _LEVELS = 4
 # The level at which matmuls have their first turn.
 _TEARING = 1
 
 _Changes = tuple[tuple[int, Layout], ...]
-
-
-def splits_evenly(sizes: Sequence[int], layout: Layout, axis_sizes: Sequence[int]) -> bool:
-    """Whether each dimension is a multiple of the product of the mesh axes that split it."""
-    left = list(sizes)
-    for dim, n in zip(layout, axis_sizes, strict=True):
-        if dim != WHOLE:
-            if left[dim] % n:
-                return False
-            left[dim] //= n
-    return True
 
 
 def propagate(
@@ -204,7 +194,8 @@ def _look(op: Op, program: Program) -> tuple[object, ...]:
         len(op.operands),
         _late(op),
         tuple(
-            (array.factors, array.n_bytes, program.groups[array.group].sizes) for array in op.arrays
+            (array.factors, array.inner, array.n_bytes, program.groups[array.group].sizes)
+            for array in op.arrays
         ),
         tuple(groups.index(group) for group in groups),
     )
@@ -240,40 +231,43 @@ def _spread(
     """Spread the layouts through one op; return the arrays, by position, that changed."""
     arrays = op.arrays
     n_operands = len(op.operands)
-    wanted = _wanted(op, level, around)
+    wanted = _wanted(op, level, around, axis_sizes)
     small_side = op.kind == "broadcast" and level < _LEVELS - 1
     changed = []
     for at in range(n_operands if small_side else len(arrays)):
-        layout = list(around[at])
+        layout = around[at]
         for factor, axes in wanted:
-            if factor not in arrays[at].factors:
-                continue
-            dim = arrays[at].factors.index(factor)
-            if any(split == dim and axis not in axes for axis, split in enumerate(layout)):
+            (dim,) = layout_of(arrays[at], (factor,))
+            split = factors_split(arrays[at], layout, op.factor_sizes, axis_sizes)
+            pulled = any(own == factor and axis not in axes for axis, own in enumerate(split))
+            if dim == WHOLE or pulled:
                 continue  # as in `_wanted`: the small side of a broadcast pulls elsewhere
             for axis in axes:
-                if layout[axis] == WHOLE:
-                    layout[axis] = dim
-                    if not splits_evenly(sizes[at], tuple(layout), axis_sizes):
-                        layout[axis] = WHOLE
-        if tuple(layout) != around[at]:
-            changed.append((at, tuple(layout)))
+                finer = (*layout[:axis], dim, *layout[axis + 1 :])
+                if layout[axis] != WHOLE or not splits_evenly(sizes[at], finer, axis_sizes):
+                    continue
+                if factors_split(arrays[at], finer, op.factor_sizes, axis_sizes)[axis] == factor:
+                    layout = finer
+        if layout != around[at]:
+            changed.append((at, layout))
     return changed
 
 
-def _wanted(op: Op, level: int, around: Sequence[Layout]) -> list[tuple[int, list[int]]]:
+def _wanted(
+    op: Op, level: int, around: Sequence[Layout], axis_sizes: Sequence[int]
+) -> list[tuple[int, list[int]]]:
     """The factors to split and over which axes, the strongest first."""
     arrays = op.arrays
     small_side = op.kind == "broadcast" and level < _LEVELS - 1
     late = _late(op)
     masks: dict[int, list[tuple[int, int, int]]] = {}
     for at in range(len(op.operands) if small_side else 0, len(arrays)):
-        for dim, factor in enumerate(arrays[at].factors):
-            if factor is None or (level < 2 and factor in late):
+        split = factors_split(arrays[at], around[at], op.factor_sizes, axis_sizes)
+        for factor in {*split} - {WHOLE}:
+            if level < 2 and factor in late:
                 continue
-            mask = sum(1 << axis for axis, split in enumerate(around[at]) if split == dim)
-            if mask:
-                masks.setdefault(factor, []).append((mask, arrays[at].n_bytes, at))
+            mask = sum(1 << axis for axis, own in enumerate(split) if own == factor)
+            masks.setdefault(factor, []).append((mask, arrays[at].n_bytes, at))
     wanted = []
     for factor, found in masks.items():
         union = 0

@@ -53,7 +53,7 @@ def _merged_into(broadcast: Equation, reshape: Equation) -> int | None:
     (source,), (repeated,) = broadcast.link.operands, broadcast.link.results
     (before,), (after,) = reshape.link.operands, reshape.link.results
     new = [at for at, label in enumerate(repeated) if label is not None and label not in source]
-    if len(new) != 1 or new[0] == 0 or before[new[0]] is not None:
+    if len(new) != 1 or new[0] == 0 or before[new[0]] in {*after} - {None}:
         return None
     major = before[new[0] - 1]
     return after.index(major) if major is not None and major in after[:-1] else None

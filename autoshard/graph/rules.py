@@ -19,6 +19,7 @@ from typing import Any
 
 from autoshard.graph.link import Label, Link, LinkRule, Shape, drop_ones, numbered
 from autoshard.graph.lookups import gather_rule, scatter_rule
+from autoshard.graph.reshapes import reshape_rule
 from autoshard.model.outputs import MARK
 
 __all__ = ["LINK_RULES", "link_of", "unknown_link"]
@@ -63,36 +64,8 @@ def _broadcast_in_dim(operands: Sequence[Shape], results: Sequence[Shape], param
     return Link(kind="broadcast", operands=(tuple(placed),), results=(labels,))
 
 
-def _reshape(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """Runs of dimensions with equal products correspond; of a run only the major parts can split.
-
-    `[8, 16, 256] -> [8, 4096]`: 8 with 8; 16 with the major part of 4096. The minor 256 is whole:
-    splitting it would interleave the shards.
-    """
-    before: list[Label | None] = [None] * len(operands[0])
-    after: list[Label | None] = [None] * len(results[0])
-    sizes: dict[Label, int] = {}
-    left = [dim for dim, size in enumerate(operands[0]) if size != 1]
-    right = [dim for dim, size in enumerate(results[0]) if size != 1]
-    i = j = 0
-    while i < len(left) and j < len(right):
-        a, b = operands[0][left[i]], results[0][right[j]]
-        label = len(sizes)
-        before[left[i]] = after[right[j]] = label
-        sizes[label] = math.gcd(a, b)
-        while a != b:
-            if a < b:
-                i += 1
-                a *= operands[0][left[i]]
-            else:
-                j += 1
-                b *= results[0][right[j]]
-        i, j = i + 1, j + 1
-    return Link(kind="reshape", operands=(tuple(before),), results=(tuple(after),), sizes=sizes)
-
-
 def _squeeze_like(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    return _reshape(operands[:1], results, params)
+    return reshape_rule(operands[:1], results, params)
 
 
 def _reduce(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
@@ -364,7 +337,7 @@ LINK_RULES: Mapping[str, LinkRule] = {
     "fft": _fft,
     "gather": gather_rule,
     "optimization_barrier": _one_to_one,
-    "reshape": _reshape,
+    "reshape": reshape_rule,
     "rev": _reverse,
     "squeeze": _squeeze_like,
     "tile": _tile,

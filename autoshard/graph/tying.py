@@ -29,8 +29,11 @@ def _look(op: Op) -> tuple[object, ...]:
     return (
         op.primitive,
         op.kind,
-        tuple((a.n_bytes, a.itemsize, a.factors, a.is_held, a.repetition) for a in op.operands),
-        tuple((a.n_bytes, a.itemsize, a.factors) for a in op.results),
+        tuple(
+            (a.n_bytes, a.itemsize, a.factors, a.inner, a.is_held, a.repetition)
+            for a in op.operands
+        ),
+        tuple((a.n_bytes, a.itemsize, a.factors, a.inner) for a in op.results),
         op.factor_sizes,
         op.reduced,
         op.shifted,

@@ -18,6 +18,7 @@ from functools import cache
 
 import networkx as nx
 
+from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
 from autoshard.mesh import Mesh, Spec, divides, shard_shape
 
@@ -228,11 +229,19 @@ def _parent(family: str) -> str:
     return family.rsplit("/", 2)[0]
 
 
-def fixed_layouts(program: Program, assignment: Assignment, mesh: Mesh) -> dict[int, Layout]:
+def fixed_layouts(
+    program: Program, assignment: Assignment, mesh: Mesh, parts: AxisParts
+) -> dict[int, Layout]:
     """The layouts of the groups of arguments and of constrained outputs under an assignment.
 
     Data is split on dimension 0 over the data axis, as Keras does; a KV cache is left free, since
     Keras makes it inside the step; what has no family is whole.
+
+    Args:
+        program: the step.
+        assignment: family, or template of a layer output -> spec.
+        mesh: the mesh.
+        parts: what its axes are cut into.
     """
     axes = mesh.parallel_axes
     fixed: dict[int, Layout] = {}
@@ -244,19 +253,21 @@ def fixed_layouts(program: Program, assignment: Assignment, mesh: Mesh) -> dict[
             spec = (mesh.data_axis,)
         elif argument.family is not None:
             spec = assignment.get(argument.family, ())
-        fixed[argument.group] = _layout(spec, argument.dims, axes)
+        fixed[argument.group] = _layout(spec, argument.dims, axes, parts)
     for output in program.layer_outputs:
         spec = assignment.get(output.template, NO_RULE)
         if spec and program.groups[output.group].argument is None:
-            fixed[output.group] = _layout(spec, output.dims, axes)
+            fixed[output.group] = _layout(spec, output.dims, axes, parts)
     return fixed
 
 
 @cache
-def _layout(spec: Spec, dims: tuple[int | None, ...], axes: tuple[str, ...]) -> Layout:
+def _layout(
+    spec: Spec, dims: tuple[int | None, ...], axes: tuple[str, ...], parts: AxisParts
+) -> Layout:
     """A spec of an array as the layout of its group."""
     layout = [WHOLE] * len(axes)
     for axis, dim in zip(spec, dims, strict=False):
         if axis in axes and dim is not None:
             layout[axes.index(axis)] = dim
-    return tuple(layout)
+    return parts.fine(tuple(layout))

@@ -118,7 +118,9 @@ class Scorer:
         key = tuple(sorted(item for item in assignment.items() if item[1] != NO_RULE))
         found = self.seen.get(key)
         if found is None:
-            fixed = fixed_layouts(self.pricer.program, assignment, self.mesh)
+            fixed = fixed_layouts(
+                self.pricer.program, assignment, self.mesh, self.pricer.machine.parts
+            )
             layouts = self._propagator.propagate(fixed)
             cost = self.pricer.price(layouts, self._propagator.torn)
             limit = math.inf if self.memory_limit is None else self.memory_limit

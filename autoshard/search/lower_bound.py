@@ -32,12 +32,11 @@ from autoshard.cost.transfers import (
     Transfer,
     array_transfers,
     folded_sums,
-    layout_of,
     local_bytes,
     moved_bytes,
 )
 from autoshard.graph.program import WHOLE, Array, Layout, Op
-from autoshard.graph.propagation import splits_evenly
+from autoshard.graph.splits import layout_of, splits_evenly
 from autoshard.graph.tying import tie_blocks
 from autoshard.mesh import Mesh, Spec
 from autoshard.search.candidates import Choices, all_whole, fixed_layouts
@@ -124,14 +123,14 @@ class _Builder:
             for argument in self.program.arguments
             if argument.family in base
         }
-        for group, layout in fixed_layouts(self.program, base, mesh).items():
+        for group, layout in fixed_layouts(self.program, base, mesh, self.machine.parts).items():
             group = self.stands_for[group]
             if group not in family_of and self.node_of[group] < 0:
                 self.layouts_of[group] = (layout,)
                 self.node_of[group] = self.add_node((0.0,))
         for choices in families:
             options = [
-                fixed_layouts(self.program, {**base, choices.name: spec}, mesh)
+                fixed_layouts(self.program, {**base, choices.name: spec}, mesh, self.machine.parts)
                 for spec in choices.specs
             ]
             held, seconds = zip(

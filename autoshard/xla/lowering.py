@@ -2,9 +2,11 @@
 
 The distribution is Keras' own, made from the rules, so what is compiled is what a user of the plan
 gets: it answers for every weight by its path, a slot takes its owner's layout, data is split on the
-data axis, and inside `distribution.scope()` Keras constrains the outputs of layers. A decode
-cache's layout is left to the compiler, as in `generate`, where the cache is made inside the
-compiled loop.
+data axis, and inside `distribution.scope()` Keras constrains the outputs of layers.
+
+A decode cache's layout is left to the compiler, as in `generate`, where the cache is made inside
+the compiled loop. Here it is an argument, which part of an axis could not split: such a step is
+lowered for a mesh of prime axes (`autoshard.xla.prime_axes`).
 
 Devices stand in the mesh in the order of `jax.devices()` or of the compile-only topology (host by
 host, the first torus axis fastest), reshaped row by row, as `keras.distribution.DeviceMesh` does;
@@ -21,6 +23,7 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.keras_import import import_keras
 from autoshard.model.signature import Step, StepArgument
+from autoshard.xla.prime_axes import by_prime_axes, prime_layout
 from autoshard.xla.topology import topology_options
 
 __all__ = ["lower", "target_devices"]
@@ -72,8 +75,12 @@ def lower(step: Step, rules: LayoutRules, mesh: Mesh, target: Target) -> tuple[A
     import jax
 
     check_devices(mesh, target)
-    distribution = keras_distribution(rules, mesh, target_devices(target))
+    has_cache = any(argument.role == "cache" for argument in step.arguments)
+    layout_type = prime_layout() if has_cache else None
+    distribution = keras_distribution(rules, mesh, target_devices(target), layout_type)
     shardings = [_sharding(distribution, argument) for argument in step.arguments]
+    if has_cache:
+        shardings = [sharding and by_prime_axes(sharding) for sharding in shardings]
     arguments = [
         jax.ShapeDtypeStruct(a.shape, jax.numpy.dtype(a.dtype), sharding=sharding)
         for a, sharding in zip(step.arguments, shardings, strict=True)
