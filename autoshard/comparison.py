@@ -61,7 +61,7 @@ def compare(
     if not layouts:
         raise UsageError("name at least one layout to compare")
     setup = make_setup(mesh, **options)
-    traced = trace_model(model, setup.workload, Stopwatch(progress=on_progress))
+    traced = trace_model(model, setup.workload, setup.target.chip, Stopwatch(progress=on_progress))
     setup = replace(setup, workload=traced.workload)
     table = traced.table
     read = [(_name(layout), *_read(layout, traced, setup, on_progress)) for layout in layouts]

@@ -46,7 +46,9 @@ def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) ->
             watch.progress(f"try {change}")
             same = changed.workload == setup.workload
             try:
-                planned = traced if same else trace_model(model, changed.workload)
+                planned = (
+                    traced if same else trace_model(model, changed.workload, setup.target.chip)
+                )
             except (ModelError, UsageError):
                 break  # the model has no such step
             remedy = _remedy(change, run_planner(planned, changed, top=1))

@@ -210,7 +210,7 @@ def make_plan(
         assert mesh is not None
         setups = (make_setup(mesh, **options),)
     watch = Stopwatch(progress=on_progress)
-    traced = trace_model(model, setups[0].workload, watch)
+    traced = trace_model(model, setups[0].workload, setups[0].target.chip, watch)
     setups = tuple(
         replace(
             setup,

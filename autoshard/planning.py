@@ -12,6 +12,7 @@ from autoshard.errors import LayoutError, ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.graph.propagation import propagate
+from autoshard.hardware.chips import Chip
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
@@ -149,12 +150,15 @@ class TracedModel:
     program: Program
 
 
-def trace_model(model: Any, workload: Workload, watch: Stopwatch | None = None) -> TracedModel:
+def trace_model(
+    model: Any, workload: Workload, chip: Chip | None = None, watch: Stopwatch | None = None
+) -> TracedModel:
     """Build a model and trace its step.
 
     Args:
         model: what `autoshard.plan` takes.
         workload: the step.
+        chip: see `make_program`.
         watch: measures the stages.
     """
     watch = watch or Stopwatch()
@@ -169,7 +173,7 @@ def trace_model(model: Any, workload: Workload, watch: Stopwatch | None = None) 
         table=table,
         folded=folded,
         workload=workload,
-        program=make_program(folded, workload, watch),
+        program=make_program(folded, workload, chip, watch),
     )
 
 
@@ -249,13 +253,17 @@ def _cache_specs(program: Program, scored: Scored, mesh: Mesh) -> Iterator[Spec]
 
 
 def make_program(
-    folded: AbstractModel, workload: Workload, watch: Stopwatch | None = None
+    folded: AbstractModel,
+    workload: Workload,
+    chip: Chip | None = None,
+    watch: Stopwatch | None = None,
 ) -> Program:
     """The op graph of a model's step.
 
     Args:
         folded: the model, with fewer blocks.
         workload: the step.
+        chip: whose compiler partitions it; by default one that takes it as it is.
         watch: measures the stages.
     """
     watch = watch or Stopwatch()
@@ -263,7 +271,7 @@ def make_program(
         step = make_step(folded, workload)
         closed = trace(step)
     with watch.stage("build the op graph"):
-        return _program(closed, step, folded)
+        return _program(closed, step, folded, merges_equal=chip is not None and chip.kind == "tpu")
 
 
 def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> OutputShapes:
@@ -278,7 +286,7 @@ def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> Outpu
     return {name: shapes.get(name, set()) | generated.get(name, set()) for name in both}
 
 
-def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
+def _program(closed: Any, step: Any, folded: AbstractModel, *, merges_equal: bool) -> Program:
     """The op graph of the traced copy, each op and argument with its count in the real model."""
     folded_table = folded.table()
     variables = folded_table.variables
@@ -303,6 +311,7 @@ def _program(closed: Any, step: Any, folded: AbstractModel) -> Program:
         replaces,
         lambda layer: _layer_count(layer, multiplicity),
         folded_table.templates,
+        merges_equal=merges_equal,
     )
 
 

@@ -108,7 +108,7 @@ def _predict(subject: Subject, blocks: int | None) -> Prediction | None:
     if blocks:
         # The copy stands for itself alone, as it does for the compiler.
         model = folded = replace(folded, folding=Folding())
-    pricer = make_pricer(make_program(folded, setup.workload), setup)
+    pricer = make_pricer(make_program(folded, setup.workload, setup.target.chip), setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
     scored = score_rules("the map", subject.rules, model.table(), scorer).scored
     return Prediction.of(scored.cost) if scored else None

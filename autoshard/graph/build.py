@@ -54,6 +54,8 @@ def build_program(
     replaces: Sequence[int | None],
     count_of: Callable[[str], int] = lambda layer: 1,
     templates: Mapping[str, str] | None = None,
+    *,
+    merges_equal: bool = False,
 ) -> Program:
     """Read a traced step.
 
@@ -63,11 +65,12 @@ def build_program(
         replaces: for each result, the index of the argument whose memory it takes, or None.
         count_of: how many times the whole model has a layer of the traced copy.
         templates: path of a layer output -> its template.
+        merges_equal: see `read_jaxpr`.
 
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
     """
-    flat = read_jaxpr(closed)
+    flat = read_jaxpr(closed, merges_equal=merges_equal)
     inputs = [
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)

@@ -5,7 +5,7 @@ The result knows nothing of JAX any more: shapes, factors and names only.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,9 +103,12 @@ class FlatJaxpr:
 
 
 class _Reader:
-    """Walks nested jaxprs, keeping the numbering of arrays."""
+    """Walks nested jaxprs, keeping the numbering of arrays; see `read_jaxpr`."""
 
-    def __init__(self) -> None:
+    def __init__(self, merges_equal: bool) -> None:
+        self.merges_equal = merges_equal
+        # What an equation is -> the results of the first one like it.
+        self.results_of: dict[Hashable, list[int]] = {}
         self.arrays: list[ArrayType] = []
         self.equations: list[Equation] = []
         self.unknown: set[str] = set()
@@ -141,6 +144,11 @@ class _Reader:
         if all(0 in shape for shape in out_shapes):
             known.update(dict.fromkeys(equation.outvars))  # arrays of no elements: no work
             return
+        layer, backward = _layer(stack)
+        look = _look(equation, known, stack) if self.merges_equal and name != MARK else None
+        if look in self.results_of:
+            known.update(zip(equation.outvars, self.results_of[look], strict=True))
+            return
         # Offsets that are constants make it a slice, for the compiler too.
         if name == "dynamic_slice" and all(hasattr(v, "val") for v in equation.invars[1:]):
             name, shapes = "slice", shapes[:1]
@@ -152,9 +160,10 @@ class _Reader:
         for variable in equation.outvars:
             results.append(self.new(variable))
             known[variable] = results[-1]
+        if look is not None:
+            self.results_of[look] = results
         identities = enumerate(_identity(v, known) for v in equation.invars)
         present = [(i, identity) for i, identity in identities if identity is not None]
-        layer, backward = _layer(stack)
         if name == MARK:
             path = equation.params["path"]
             self.marks.append(Mark(path=path, identity=results[0], backward=backward))
@@ -173,6 +182,19 @@ class _Reader:
                 backward=backward,
             )
         )
+
+
+def _look(equation: Any, known: dict[Any, int | None], stack: str) -> Hashable | None:
+    """What two equations of one layer share that do the same; None where that cannot be told."""
+    operands = tuple(
+        (str(v.aval), str(v.val)) if hasattr(v, "val") else known.get(v) for v in equation.invars
+    )
+    look = (equation.primitive, operands, tuple(sorted(equation.params.items())), _layer(stack))
+    try:
+        hash(look)
+    except TypeError:
+        return None
+    return look
 
 
 def _called(equation: Any) -> Any:
@@ -207,17 +229,20 @@ def _layer(stack: str) -> tuple[str, bool]:
     return "/".join(part for part in parts if part and "->" not in part), backward
 
 
-def read_jaxpr(closed: Any) -> FlatJaxpr:
+def read_jaxpr(closed: Any, *, merges_equal: bool = False) -> FlatJaxpr:
     """Flatten a `jax.core.ClosedJaxpr`.
 
     Args:
         closed: the traced step, as `jax.make_jaxpr` returns it.
+        merges_equal: whether equations of one layer that do the same become one, as compilers for
+            TPUs find before they partition: keys and values that one mask is laid over are then
+            laid out alike.
 
     Returns:
         Its equations in order, calls inlined. A primitive without a rule is listed in `unknown`
         and taken to need its operands whole.
     """
-    reader = _Reader()
+    reader = _Reader(merges_equal)
     known: dict[Any, int | None] = {v: reader.new(v) for v in closed.jaxpr.invars}
     inputs = tuple(_identities(known.values()))
     known.update({v: None for v in closed.jaxpr.invars if 0 in v.aval.shape})

@@ -13,7 +13,6 @@ Where two factors of an op want one mesh axis, the factor of the larger array wi
 the earlier one.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 
@@ -110,24 +109,23 @@ class Propagator:
     def _run_level(
         self, level: int, state: list[Layout], fixed: Mapping[int, Layout], split: bytearray
     ) -> None:
-        """Give each op its turn in order, and then those around which something changed.
+        """Give each op its turn in order, and another where something around it changes afterwards.
 
-        An op that could do no more at the level before has its turn in order only if something
-        around it changed meanwhile.
+        That one it has at once, before the next op's first, and the op that was touched last before
+        the others (so MLIR's rewriter goes about it). An op that could do no more at the level
+        before has its turn in order only if something around it changed meanwhile.
         """
         may, begins, spreads = self._may[level], self._begins[level], self._spreads[level]
         ready = bytearray((self._new[level] & np.frombuffer(split, dtype=bool)).tobytes())
         waiting = bytearray(len(ready))
-        queue: deque[int] = deque()
-        at = ready.find(1)
-        while at >= 0 or queue:
-            if at >= 0:
-                index = at
-            else:
-                index = queue.popleft()
-                waiting[index] = False
+        again: list[int] = []
+        at = -1
+        while again or (at := ready.find(1, at + 1)) >= 0:
+            in_order = not again
+            index = at if in_order else again.pop()
+            waiting[index] = False
             around = self._around[index](state)
-            if at >= 0 and level == _TEARING and self._meets[index]:
+            if in_order and level == _TEARING and self._meets[index]:
                 self._tear(index, around, fixed)
             changes = spreads[index].get(around)
             if changes is None:
@@ -139,13 +137,11 @@ class Propagator:
                 state[group] = layout
                 for other in self._touching[group]:
                     split[other] = True
-                    if 0 <= at < other and begins[other]:
+                    if other > at and begins[other]:
                         ready[other] = True
                     elif may[other] and not waiting[other]:
                         waiting[other] = True
-                        queue.append(other)
-            if at >= 0:
-                at = ready.find(1, at + 1)
+                        again.append(other)
 
     def _tear(self, index: int, around: tuple[Layout, ...], fixed: Mapping[int, Layout]) -> None:
         """Note a matmul whose operands give its result another layout than its group has."""

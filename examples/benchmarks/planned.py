@@ -42,7 +42,8 @@ def copy_scorer(
     setup = setup_of(mesh, workload)
     copy = build(model, dtype=setup.workload.dtype, repeats=PERIODS[workload])
     copy = replace(copy, folding=Folding())
-    pricer = make_pricer(make_program(copy, setup.workload), setup)
+    chip = None if as_partitioned else setup.target.chip
+    pricer = make_pricer(make_program(copy, setup.workload, chip), setup)
     if as_partitioned:
         machine = replace(pricer.machine, as_partitioned=True)
         pricer = StepPricer(pricer.program, machine)
