@@ -9,12 +9,15 @@ from autoshard.graph.program import Program
 from autoshard.graph.rules import link_of
 
 
-def program_of(function, *shapes: tuple[int, ...], dtype: str = "float32") -> Program:
+def program_of(
+    function, *shapes: tuple[int, ...], dtype: str = "float32", merges_equal: bool = False
+) -> Program:
     """A program whose arguments are one weight family each."""
     structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
     closed = jax.make_jaxpr(function)(*structs)
     inputs = [StepInput(role="weight", family=f"w{i}") for i in range(len(shapes))]
-    return build_program(closed, inputs, [None] * len(closed.jaxpr.outvars))
+    replaces = [None] * len(closed.jaxpr.outvars)
+    return build_program(closed, inputs, replaces, merges_equal=merges_equal)
 
 
 def test_a_matmul_reduces_the_contracting_dimension_and_passes_the_others() -> None:
@@ -118,3 +121,18 @@ def test_what_no_result_depends_on_and_what_has_no_elements_leaves_the_program()
 
     program = program_of(function, (8, 4), (4, 4), (0, 4))
     assert [op.primitive for op in program.ops] == ["dot_general", "concatenate"]
+
+
+def test_where_equal_equations_are_one_what_a_mask_is_laid_over_is_laid_out_alike() -> None:
+    def masked(mask, k, v, w):
+        def over(x):
+            return jnp.where(jnp.broadcast_to(mask[:, None] > 0, x.shape), x, 0.0)
+
+        return over(k @ w), over(v @ w)
+
+    def groups(merges_equal: bool) -> set[int]:
+        program = program_of(masked, (8,), *[(8, 16)] * 2, (16, 32), merges_equal=merges_equal)
+        return {output.group for output in program.outputs}
+
+    assert len(groups(merges_equal=False)) == 2
+    assert len(groups(merges_equal=True)) == 1

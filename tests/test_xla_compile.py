@@ -32,15 +32,22 @@ MEGATRON = (
 )
 
 
-def gemma(**sizes):
+def gemma(num_key_value_heads=8, **sizes):
     import keras_hub
 
-    return keras_hub.models.GemmaBackbone(num_query_heads=8, num_key_value_heads=8, **sizes)
+    return keras_hub.models.GemmaBackbone(
+        num_query_heads=8, num_key_value_heads=num_key_value_heads, **sizes
+    )
 
 
 def small_gemma():
     sizes = {"hidden_dim": 64, "intermediate_dim": 256, "head_dim": 16}
     return gemma(vocabulary_size=512, num_layers=8, **sizes)
+
+
+def sharing_gemma():
+    sizes = {"hidden_dim": 64, "intermediate_dim": 256, "head_dim": 16}
+    return gemma(num_key_value_heads=4, vocabulary_size=512, num_layers=2, **sizes)
 
 
 def wide_gemma():
@@ -118,6 +125,22 @@ def test_output_rules_act_on_activations(child):
         8 * 32 * 64 * 2,
     )
     assert "reduce-scatter" in {c.kind for c in step.collectives}
+
+
+def test_a_cache_of_fewer_heads_than_devices_stays_split_as_in_the_loop(child):
+    # Queries are split by head; of keys and values four devices share one of four heads.
+    rules = (replace(MEGATRON[1], pattern=r"attention/query/kernel"), *MEGATRON[2:])
+    step = compiled(
+        child,
+        model=f"{__name__}:sharing_gemma",
+        workload=Workload(kind="decode", batch=8, seq_len=32),
+        rules=rules,
+    )
+    assert {collective.kind for collective in step.collectives} == {"all-reduce"}
+    cache = (
+        8 * 2 * 2 * 32 * 4 * 16 * 2
+    )  # batch, blocks, keys and values, length, heads, width, bytes
+    assert step.alias_bytes == cache // 4
 
 
 def test_two_axes_are_told_apart(child):

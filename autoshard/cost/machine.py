@@ -55,7 +55,7 @@ class Machine:
         axes = mesh.parallel_axes
         parts = parts or AxisParts.uncut([mesh.sizes[axis] for axis in axes])
         links = [group_link(group, mesh, target) for group in [*((axis,) for axis in axes), axes]]
-        if parts.is_fine:
+        if parts.is_cut:
             links = [*_part_links(parts, mesh, target), *links]
         return cls(chip=target.chip, parts=parts, links=tuple(links), matmul_dtype=matmul_dtype)
 

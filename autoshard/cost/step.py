@@ -220,9 +220,9 @@ class StepPricer:
         makes no difference, for all are of one size.
         """
         op, machine = self.program.ops[index], self.machine
-        whole = machine.parts.whole((own, shared))
-        if whole is not None:
-            (own, shared), machine = whole, machine.uncut
+        by_axis = machine.parts.by_axis((own, shared))
+        if by_axis is not None:
+            (own, shared), machine = by_axis, machine.uncut
         n_bytes = local_bytes(op.results[0].n_bytes, shared, machine.axis_sizes)
         for axis in torn_axes(own, shared):
             link = machine.links[axis]

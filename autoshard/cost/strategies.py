@@ -28,7 +28,7 @@ from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition, partition_matmul
 from autoshard.cost.roofline import compute_seconds, sum_seconds
 from autoshard.cost.single_rows import matrix_transfer
-from autoshard.cost.transfers import Transfer, folded_sums, op_transfers, transfer_by_parts
+from autoshard.cost.transfers import Transfer, folded_sums, op_transfers, transfer_by_part
 from autoshard.graph.program import WHOLE, Layout, Op
 from autoshard.graph.splits import factors_split, is_possible
 
@@ -103,9 +103,9 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
         layouts: of each operand, then each result.
         machine: the chips and links.
     """
-    whole = machine.parts.whole(layouts) if machine.parts.is_fine else None
-    if whole is not None:
-        return _by_parts(price_op(op, whole, machine.uncut), machine)
+    by_axis = machine.parts.by_axis(layouts) if machine.parts.is_cut else None
+    if by_axis is not None:
+        return _by_part(price_op(op, by_axis, machine.uncut), machine)
     if op.kind == "contraction" and len(op.arrays) == 3:
         partition = partition_matmul(op, layouts, machine.axis_sizes)
         if partition is not None:
@@ -121,11 +121,11 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
     )
 
 
-def _by_parts(cost: OpCost, machine: Machine) -> OpCost:
-    """A cost by whole axes as one by their parts."""
-    fine = machine.parts.fine
-    transfers = (transfer_by_parts(transfer, machine) for transfer in cost.transfers)
-    return replace(cost, choice=fine(cost.choice), transfers=tuple(transfers))
+def _by_part(cost: OpCost, machine: Machine) -> OpCost:
+    """A cost on `machine.uncut` as one on the machine."""
+    by_part = machine.parts.by_part
+    transfers = (transfer_by_part(transfer, machine) for transfer in cost.transfers)
+    return replace(cost, choice=by_part(cost.choice), transfers=tuple(transfers))
 
 
 def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:

@@ -29,7 +29,7 @@ __all__ = [
     "moved_bytes",
     "n_parts",
     "op_transfers",
-    "transfer_by_parts",
+    "transfer_by_part",
 ]
 
 FLOAT32 = 4
@@ -240,21 +240,21 @@ def array_transfers(
     made = layout_of(array, choice)
     summed = () if operand is not None else op.reduced
     partial = tuple(factor if factor in summed else WHOLE for factor in choice)
-    whole = machine.parts.whole((made, layout, partial)) if machine.parts.is_fine else None
-    if whole is None:
+    by_axis = machine.parts.by_axis((made, layout, partial)) if machine.parts.is_cut else None
+    if by_axis is None:
         return list(_between(op, array, operand, made, layout, partial, machine))
-    made, layout, partial = whole
+    made, layout, partial = by_axis
     moves = _between(op, array, operand, made, layout, partial, machine.uncut)
-    return [transfer_by_parts(move, machine) for move in moves]
+    return [transfer_by_part(move, machine) for move in moves]
 
 
-def transfer_by_parts(transfer: Transfer, machine: Machine) -> Transfer:
-    """A collective of a machine's whole axes, as one by their parts."""
+def transfer_by_part(transfer: Transfer, machine: Machine) -> Transfer:
+    """A collective of `machine.uncut` as one of the machine."""
     places = machine.parts.places
     return replace(
         transfer,
         axis=len(machine.axis_sizes) + transfer.axis,
-        target=machine.parts.fine(transfer.target),
+        target=machine.parts.by_part(transfer.target),
         within=frozenset(place for axis in transfer.within for place in places[axis]),
     )
 

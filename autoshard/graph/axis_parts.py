@@ -2,8 +2,7 @@
 
 A reshape of 8 heads to 4 x 2 makes two factors of one. Where an axis of 8 splits the 8, XLA has 4
 of its places split the 4, and the 2 that are left in each split the 2 (Shardy calls these
-sub-axes). Here such an axis becomes two, of 4 and of 2. Layouts by the axes of the mesh are *whole*
-ones; those by their parts are *fine*.
+sub-axes). Here such an axis is cut into two parts, of 4 and of 2, and layouts have an entry a part.
 """
 
 from collections import Counter
@@ -59,27 +58,27 @@ class AxisParts:
 
     @cached_property
     def places(self) -> tuple[tuple[int, ...], ...]:
-        """For each axis, where its parts stand in a fine layout."""
+        """For each axis, where its parts stand in a layout."""
         starts = [sum(map(len, self.parts[:axis])) for axis in range(len(self.parts) + 1)]
         return tuple(tuple(range(start, stop)) for start, stop in pairwise(starts))
 
     @property
-    def is_fine(self) -> bool:
+    def is_cut(self) -> bool:
         """Whether some axis is cut."""
         return len(self.sizes) > len(self.parts)
 
-    def fine(self, layout: Layout) -> Layout:
-        """A whole layout by parts.
+    def by_part(self, layout: Layout) -> Layout:
+        """A layout by axes as one by their parts.
 
-        >>> AxisParts(parts=((2,), (4, 2))).fine((-1, 3))
+        >>> AxisParts(parts=((2,), (4, 2))).by_part((-1, 3))
         (-1, 3, 3)
         """
         return tuple(
             dim for dim, parts in zip(layout, self.parts, strict=True) for _ in range(len(parts))
         )
 
-    def whole(self, layouts: Iterable[Layout]) -> list[Layout] | None:
-        """Fine layouts by axes; None where the parts of one split different dimensions."""
+    def by_axis(self, layouts: Iterable[Layout]) -> list[Layout] | None:
+        """The same by axes; None where parts of one axis split different dimensions."""
         found = []
         for layout in layouts:
             dims = [{layout[place] for place in places} for places in self.places]

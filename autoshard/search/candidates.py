@@ -270,4 +270,4 @@ def _layout(
     for axis, dim in zip(spec, dims, strict=False):
         if axis in axes and dim is not None:
             layout[axes.index(axis)] = dim
-    return parts.fine(tuple(layout))
+    return parts.by_part(tuple(layout))
