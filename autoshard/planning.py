@@ -271,7 +271,7 @@ def make_program(
         step = make_step(folded, workload)
         closed = trace(step)
     with watch.stage("build the op graph"):
-        return _program(closed, step, folded, merges_equal=chip is not None and chip.kind == "tpu")
+        return _program(closed, step, folded, for_tpu=chip is not None and chip.kind == "tpu")
 
 
 def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> OutputShapes:
@@ -286,7 +286,7 @@ def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> Outpu
     return {name: shapes.get(name, set()) | generated.get(name, set()) for name in both}
 
 
-def _program(closed: Any, step: Any, folded: AbstractModel, *, merges_equal: bool) -> Program:
+def _program(closed: Any, step: Any, folded: AbstractModel, *, for_tpu: bool) -> Program:
     """The op graph of the traced copy, each op and argument with its count in the real model."""
     folded_table = folded.table()
     variables = folded_table.variables
@@ -311,7 +311,7 @@ def _program(closed: Any, step: Any, folded: AbstractModel, *, merges_equal: boo
         replaces,
         lambda layer: _layer_count(layer, multiplicity),
         folded_table.templates,
-        merges_equal=merges_equal,
+        for_tpu=for_tpu,
     )
 
 

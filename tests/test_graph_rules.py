@@ -10,14 +10,14 @@ from autoshard.graph.rules import link_of
 
 
 def program_of(
-    function, *shapes: tuple[int, ...], dtype: str = "float32", merges_equal: bool = False
+    function, *shapes: tuple[int, ...], dtype: str = "float32", for_tpu: bool = False
 ) -> Program:
     """A program whose arguments are one weight family each."""
     structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
     closed = jax.make_jaxpr(function)(*structs)
     inputs = [StepInput(role="weight", family=f"w{i}") for i in range(len(shapes))]
     replaces = [None] * len(closed.jaxpr.outvars)
-    return build_program(closed, inputs, replaces, merges_equal=merges_equal)
+    return build_program(closed, inputs, replaces, for_tpu=for_tpu)
 
 
 def test_a_matmul_reduces_the_contracting_dimension_and_passes_the_others() -> None:
@@ -130,9 +130,9 @@ def test_where_equal_equations_are_one_what_a_mask_is_laid_over_is_laid_out_alik
 
         return over(k @ w), over(v @ w)
 
-    def groups(merges_equal: bool) -> set[int]:
-        program = program_of(masked, (8,), *[(8, 16)] * 2, (16, 32), merges_equal=merges_equal)
+    def groups(for_tpu: bool) -> set[int]:
+        program = program_of(masked, (8,), *[(8, 16)] * 2, (16, 32), for_tpu=for_tpu)
         return {output.group for output in program.outputs}
 
-    assert len(groups(merges_equal=False)) == 2
-    assert len(groups(merges_equal=True)) == 1
+    assert len(groups(for_tpu=False)) == 2
+    assert len(groups(for_tpu=True)) == 1

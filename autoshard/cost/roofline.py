@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice
-from autoshard.cost.single_rows import has_single_rows, matrix_seconds
+from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.transfers import local_bytes, moved_bytes, n_parts
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
+from autoshard.graph.vectors import vectors_of
 from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
 
 __all__ = ["compute_seconds", "sum_seconds"]
@@ -61,7 +62,7 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     dtype = "int8" if in_eight_bits else machine.matmul_dtype
     if op.kind == "contraction":
         local = _local_sizes(op, choice, sizes)
-        if machine.is_tpu and has_single_rows(op, local):
+        if machine.is_tpu and vectors_of(op, local) is not None:
             return max(moving, matrix_seconds(op.flops / 2 / n_parts(choice, sizes), machine))
         shape = _matmul_shape(op, local, n_parts(choice, sizes))
         efficiency = matmul_efficiency(chip, *shape, dtype)

@@ -106,6 +106,10 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
     by_axis = machine.parts.by_axis(layouts) if machine.parts.is_cut else None
     if by_axis is not None:
         return _by_part(price_op(op, by_axis, machine.uncut), machine)
+    if op.vectors is not None and len(op.arrays) == 3:
+        product = _as_product(op, layouts, machine)
+        if product is not None:
+            return _cost(op, Partition(choice=product), layouts, machine)
     if op.kind == "contraction" and len(op.arrays) == 3:
         partition = partition_matmul(op, layouts, machine.axis_sizes)
         if partition is not None:
@@ -126,6 +130,17 @@ def _by_part(cost: OpCost, machine: Machine) -> OpCost:
     by_part = machine.parts.by_part
     transfers = (transfer_by_part(transfer, machine) for transfer in cost.transfers)
     return replace(cost, choice=by_part(cost.choice), transfers=tuple(transfers))
+
+
+def _as_product(op: Op, layouts: Sequence[Layout], machine: Machine) -> Choice | None:
+    """What a multiplication of equal shapes splits: what its matrices are split by.
+
+    None where those are there before the step, for then they have a layout of their own.
+    """
+    matrices = next(at for at in range(len(op.operands)) if at != op.vectors)
+    array, sizes = op.operands[matrices], machine.axis_sizes
+    choice = factors_split(array, layouts[matrices], op.factor_sizes, sizes)
+    return None if array.is_held or not is_possible(op, choice, sizes) else choice
 
 
 def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:

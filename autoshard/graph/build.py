@@ -24,6 +24,7 @@ from autoshard.graph.program import (
     StepOutput,
 )
 from autoshard.graph.repeats import read_repetitions
+from autoshard.graph.vectors import broadcast_vectors
 
 __all__ = ["StepInput", "build_program"]
 
@@ -55,7 +56,7 @@ def build_program(
     count_of: Callable[[str], int] = lambda layer: 1,
     templates: Mapping[str, str] | None = None,
     *,
-    merges_equal: bool = False,
+    for_tpu: bool = False,
 ) -> Program:
     """Read a traced step.
 
@@ -65,12 +66,13 @@ def build_program(
         replaces: for each result, the index of the argument whose memory it takes, or None.
         count_of: how many times the whole model has a layer of the traced copy.
         templates: path of a layer output -> its template.
-        merges_equal: see `read_jaxpr`.
+        for_tpu: whether a TPU compiler partitions the step, which simplifies it first (see
+            `read_jaxpr` and `autoshard.graph.vectors`).
 
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
     """
-    flat = read_jaxpr(closed, merges_equal=merges_equal)
+    flat = read_jaxpr(closed, merges_equal=for_tpu)
     inputs = [
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)
@@ -97,6 +99,8 @@ def build_program(
             ops.append(replace(op, is_fused=True) if position in moves.fused else op)
     lives = read_lives(flat, op_of)
     ops = _as_summed(ops, lives)
+    if for_tpu:
+        ops = [replace(op, vectors=broadcast_vectors(op)) for op in ops]
     meetings = count_meetings(flat, grouping.group_of)
     ops = [
         replace(op, n_meetings=meetings[op.results[0].identity])

@@ -101,6 +101,8 @@ class Op:
             is made last: the number of arrays that the sum reads.
         is_fused: whether it moves part of a cache while another op moves the same, see
             `autoshard.graph.caches`.
+        vectors: position of the operand that a compiler broadcasts to the shape of the other before
+            it partitions, see `autoshard.graph.vectors`.
         n_meetings: how often elementwise ops bring a matmul's result together with arrays of its
             group that others laid out.
     """
@@ -122,6 +124,7 @@ class Op:
     summed_batch: int | None = None
     addends: tuple[int, ...] = ()
     is_fused: bool = False
+    vectors: int | None = None
     n_meetings: int = 0
 
     @property

@@ -9,6 +9,8 @@ others. Ops go by priority, each level run until nothing changes:
 2. all ops, factors too that are summed, shifted or gathered;
 3. also from the small side of a broadcast to the large.
 
+Vectors that are broadcast for a product with matrices are the small side of that.
+
 Where two factors of an op want one mesh axis, the factor of the larger array wins, then that of
 the earlier one.
 """
@@ -187,6 +189,7 @@ def _look(op: Op, program: Program) -> tuple[object, ...]:
     groups = op.groups
     return (
         op.kind,
+        op.vectors,
         len(op.operands),
         _late(op),
         tuple(
@@ -214,7 +217,8 @@ def _begins(op: Op, level: int) -> bool:
 def _is_new(op: Op, level: int) -> bool:
     """Whether an op may do at a level what it did not at the one before."""
     moves = op.kind in ("elementwise", "reshape")
-    return (moves, not moves, bool(_late(op)), op.kind == "broadcast")[level]
+    broadcasts = op.kind == "broadcast" or op.vectors is not None
+    return (moves, not moves, bool(_late(op)), broadcasts)[level]
 
 
 def _spread(
@@ -258,6 +262,8 @@ def _wanted(
     late = _late(op)
     masks: dict[int, list[tuple[int, int, int]]] = {}
     for at in range(len(op.operands) if small_side else 0, len(arrays)):
+        if at == op.vectors and level < _LEVELS - 1:
+            continue
         split = factors_split(arrays[at], around[at], op.factor_sizes, axis_sizes)
         for factor in {*split} - {WHOLE}:
             if level < 2 and factor in late:

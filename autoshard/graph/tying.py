@@ -42,6 +42,7 @@ def _look(op: Op) -> tuple[object, ...]:
         op.window,
         op.backward,
         op.is_fused,
+        op.vectors,
     )
 
 
