@@ -25,7 +25,12 @@ from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.pricing import Candidate, axis_parts, make_pricer, published_maps
-from autoshard.search.candidates import all_whole, fixed_layouts, split_by_hand
+from autoshard.search.candidates import (
+    all_whole,
+    asked_layouts,
+    fixed_layouts,
+    split_by_hand,
+)
 from autoshard.search.descent import Scored
 from autoshard.search.ranking import SearchResult, search
 from autoshard.setup import Setup
@@ -245,8 +250,8 @@ def _cache_specs(program: Program, scored: Scored, mesh: Mesh) -> Iterator[Spec]
     if not caches:
         return
     parts = axis_parts(program, mesh)
-    fixed = fixed_layouts(program, dict(scored.assignment), mesh, parts)
-    layouts = propagate(program, fixed, parts.sizes)
+    given = (program, dict(scored.assignment), mesh, parts)
+    layouts = propagate(program, fixed_layouts(*given), parts.sizes, asked_layouts(*given))
     for cache in caches:
         axis_of = parts.names(layouts[cache.group], mesh.parallel_axes)
         yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)

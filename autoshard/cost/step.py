@@ -10,10 +10,10 @@ from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.strategies import OpCost, price_op
-from autoshard.cost.transfers import Transfer, local_bytes
+from autoshard.cost.transfers import Transfer, local_bytes, result_moves
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import Array, Layout, Op, Program
-from autoshard.graph.propagation import picker, torn_axes
+from autoshard.graph.propagation import Apart, picker, torn_axes
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import seconds as collective_seconds
 from autoshard.hardware.collectives import wire_bytes
@@ -90,21 +90,20 @@ class StepPricer:
         self._n_bytes = np.zeros((len(program.ops), 5))
         self._moving: dict[int, _Share] = {}
 
-    def price(self, layouts: Sequence[Layout], torn: Sequence[tuple[int, Layout]] = ()) -> StepCost:
+    def price(self, layouts: Sequence[Layout], apart: Apart | None = None) -> StepCost:
         """The step under some layouts.
 
         Args:
             layouts: one a group.
-            torn: matmuls whose results lie otherwise than their groups, and how; see `Propagator`.
+            apart: what lies otherwise than its group.
         """
         self._follow(layouts)
-        apart = {
-            index: self._share(index, (*self._around[index](layouts)[:-1], own))
-            for index, own in torn
-        }
+        apart = apart or Apart()
+        around = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn} | apart.around
+        shares = {index: self._share(index, seen) for index, seen in around.items()}
         compute = float(self._compute.sum())
-        compute += sum(one.compute_seconds - self._compute[index] for index, one in apart.items())
-        moving = {**self._moving, **apart}
+        compute += sum(one.compute_seconds - self._compute[index] for index, one in shares.items())
+        moving = {**self._moving, **shares}
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
         windowed: dict[tuple[object, ...], Transfer] = {}
@@ -123,7 +122,15 @@ class StepPricer:
             compute += windowed[once].alone_seconds * moved.count
             hidden = moved.overlapped or self.machine.hides_permutes
             traffic[once] = replace(moved, overlapped=hidden)
-        for index, own in torn:
+        for index, have, want in apart.gathered:
+            op = self.program.ops[index]
+            # The result is gathered beside another matmul that reads what this one does.
+            hidden = any(self.may_run_beside(op, array) for array in op.operands)
+            for place, transfer in enumerate(result_moves(op, have, want, self.machine)):
+                moved = self._traffic(op, transfer)
+                traffic["asked", index, place] = replace(moved, overlapped=hidden)
+                compute += transfer.memory_seconds * op.count
+        for index, own in apart.torn:
             shared = layouts[self.program.ops[index].results[0].group]
             for place, moved in enumerate(self._tearing(index, own, shared)):
                 traffic["torn", index, place] = moved

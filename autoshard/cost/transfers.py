@@ -29,6 +29,7 @@ __all__ = [
     "moved_bytes",
     "n_parts",
     "op_transfers",
+    "result_moves",
     "transfer_by_part",
 ]
 
@@ -245,6 +246,16 @@ def array_transfers(
         return list(_between(op, array, operand, made, layout, partial, machine))
     made, layout, partial = by_axis
     moves = _between(op, array, operand, made, layout, partial, machine.uncut)
+    return [transfer_by_part(move, machine) for move in moves]
+
+
+def result_moves(op: Op, have: Layout, want: Layout, machine: Machine) -> list[Transfer]:
+    """What moves the result of an op from one layout to another."""
+    by_axis = machine.parts.by_axis((have, want)) if machine.parts.is_cut else None
+    if by_axis is None:
+        return list(_moves(op, op.results[0], have, want, machine, None))
+    have, want = by_axis
+    moves = _moves(op, op.results[0], have, want, machine.uncut, None)
     return [transfer_by_part(move, machine) for move in moves]
 
 

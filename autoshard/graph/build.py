@@ -110,7 +110,7 @@ def build_program(
     ]
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
-    layer_outputs = _layer_outputs(flat, numbering, templates or {})
+    layer_outputs = _layer_outputs(flat, ops, numbering, templates or {})
     groups = tuple(
         Group(sizes=grouping.sizes[root], argument=argument_of.get(number))
         for root, number in numbering.numbers.items()
@@ -196,35 +196,39 @@ def _ends(
 
 
 def _layer_outputs(
-    flat: FlatJaxpr, numbering: _Numbering, templates: Mapping[str, str]
+    flat: FlatJaxpr, ops: Sequence[Op], numbering: _Numbering, templates: Mapping[str, str]
 ) -> tuple[LayerOutput, ...]:
     made_by = flat.made_by()
+    op_of: dict[int | None, int] = {
+        array.identity: index for index, op in enumerate(ops) for array in op.results
+    }
     return tuple(
         LayerOutput(
             template=templates.get(mark.path, mark.path),
+            identity=mark.identity,
             group=numbering.number(mark.identity),
             dims=numbering.grouping.dims[mark.identity],
             shape=flat.arrays[mark.identity].shape,
             n_bytes=flat.arrays[mark.identity].n_bytes,
             backward=mark.backward,
-            is_sum=_is_sum(mark.identity, made_by, flat),
+            made_by=op_of.get(_contraction(mark.identity, made_by, flat)),
         )
         for mark in flat.marks
     )
 
 
-def _is_sum(identity: int, made_by: Mapping[int, Equation], flat: FlatJaxpr) -> bool:
-    """Whether an array is a contraction's result, moves, casts and a bias behind it aside."""
+def _contraction(identity: int, made_by: Mapping[int, Equation], flat: FlatJaxpr) -> int | None:
+    """The result of a contraction that an array is, moves, casts and a bias behind it aside."""
     equation = made_by.get(identity)
     while equation is not None and equation.link.kind in ("elementwise", "reshape"):
         size = math.prod(flat.arrays[identity].shape)
         wide = [i for i in equation.operands if math.prod(flat.arrays[i].shape) == size]
         wide = [i for i in wide if i in made_by and made_by[i].link.kind != "broadcast"]
         if len(wide) != 1:
-            return False
+            return None
         (identity,) = wide
         equation = made_by[identity]
-    return equation is not None and equation.link.kind == "contraction"
+    return identity if equation is not None and equation.link.kind == "contraction" else None
 
 
 def _replacements(

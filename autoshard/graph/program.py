@@ -214,17 +214,19 @@ class LayerOutput:
         shape: shape of the array.
         n_bytes: bytes of the whole array.
         backward: whether it is the gradient.
-        is_sum: whether a contraction makes it, so that a layout of it can turn an all-reduce into
-            a reduce-scatter.
+        identity: which array of the step it is.
+        made_by: index of the contraction that makes it, if one does: then a layout of it can turn
+            an all-reduce into a reduce-scatter.
     """
 
     template: str
+    identity: int
     group: int
     dims: tuple[int | None, ...]
     shape: tuple[int, ...]
     n_bytes: int
     backward: bool
-    is_sum: bool
+    made_by: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,14 +16,15 @@ the earlier one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import numpy as np
 
-from autoshard.graph.program import WHOLE, Layout, Op, Program
+from autoshard.graph.program import WHOLE, LayerOutput, Layout, Op, Program
 from autoshard.graph.splits import factors_split, layout_of, splits_evenly
 
-__all__ = ["Propagator", "picker", "propagate", "torn_axes"]
+__all__ = ["Apart", "Propagator", "picker", "propagate", "torn_axes"]
 
 _LEVELS = 4
 # The level at which matmuls have their first turn.
@@ -33,10 +34,13 @@ _Changes = tuple[tuple[int, Layout], ...]
 
 
 def propagate(
-    program: Program, fixed: Mapping[int, Layout], axis_sizes: Sequence[int]
+    program: Program,
+    fixed: Mapping[int, Layout],
+    axis_sizes: Sequence[int],
+    asked: Sequence[tuple[LayerOutput, Layout]] = (),
 ) -> tuple[Layout, ...]:
     """Lay out every group, once; see `Propagator`."""
-    return Propagator(program, axis_sizes).propagate(fixed)
+    return Propagator(program, axis_sizes).propagate(fixed, asked)
 
 
 def picker(groups: Sequence[int]) -> Callable[[Sequence[Layout]], tuple[Layout, ...]]:
@@ -45,6 +49,23 @@ def picker(groups: Sequence[int]) -> Callable[[Sequence[Layout]], tuple[Layout, 
         (group,) = groups
         return lambda layouts: (layouts[group],)
     return itemgetter(*groups)
+
+
+@dataclass(slots=True)
+class Apart:
+    """Where single arrays lie otherwise than their groups.
+
+    Attributes:
+        torn: matmuls whose results met others of their groups that were laid out before, with the
+            layouts that their operands alone gave them then.
+        around: index of an op -> the layouts around it, where a rule asked for one of them.
+        gathered: matmuls whose results are moved at once to where a rule asks for them: the index,
+            the layout before and that after.
+    """
+
+    torn: list[tuple[int, Layout]] = field(default_factory=list)
+    around: dict[int, tuple[Layout, ...]] = field(default_factory=dict)
+    gathered: list[tuple[int, Layout, Layout]] = field(default_factory=list)
 
 
 class Propagator:
@@ -58,12 +79,11 @@ class Propagator:
         axis_sizes: devices along each mesh axis.
 
     Attributes:
-        torn: of the layouts spread last, the matmuls whose results met others of their groups that
-            were laid out before, with the layouts that their operands alone gave them then.
+        apart: of the layouts spread last, what lies otherwise than its group.
     """
 
     def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
-        self.torn: list[tuple[int, Layout]] = []
+        self.apart = Apart()
         self._meets = bytearray(map(_may_tear, program.ops))
         self._program = program
         self._axis_sizes = tuple(axis_sizes)
@@ -84,32 +104,85 @@ class Propagator:
             tables: dict[object, dict[tuple[Layout, ...], _Changes]] = {look: {} for look in looks}
             self._spreads.append([tables[look] for look in looks])
 
-    def propagate(self, fixed: Mapping[int, Layout]) -> tuple[Layout, ...]:
+    def propagate(
+        self,
+        fixed: Mapping[int, Layout],
+        asked: Sequence[tuple[LayerOutput, Layout]] = (),
+    ) -> tuple[Layout, ...]:
         """Lay out every group.
 
         Args:
-            fixed: group -> layout, for the groups of arguments and of constrained outputs.
+            fixed: group -> layout, for the groups of arguments.
+            asked: outputs that contractions make, and the layouts that rules ask of them. What is
+                made of those may be split further.
 
         Returns:
             One layout a group; a group that nothing reaches is whole on every device.
         """
         whole = (WHOLE,) * len(self._axis_sizes)
-        state = [fixed.get(group, whole) for group in range(len(self._program.groups))]
-        self.torn = []
+        known = {output.group: layout for output, layout in asked} | dict(fixed)
+        state = [known.get(group, whole) for group in range(len(self._program.groups))]
+        self.apart = Apart()
         if not self._axis_sizes:
             return tuple(state)
         # Nothing comes of an op around which all is whole.
         split = bytearray(len(self._around))
-        for group, layout in fixed.items():
+        for group, layout in known.items():
             if layout != whole:
                 for index in self._touching[group]:
                     split[index] = True
         for level in range(_LEVELS):
-            self._run_level(level, state, fixed, split)
+            self._run_level(level, state, fixed, known, split)
+        for output, layout in asked:
+            if state[output.group] != layout:
+                self._set_apart(output, layout, state)
         return tuple(state)
 
+    def _set_apart(self, output: LayerOutput, want: Layout, state: Sequence[Layout]) -> None:
+        """Note the ops that see an output as was asked, where its group is split further.
+
+        The contraction makes it as its operands have it, and what is asked to be whole is gathered.
+        But sums that are whole only to be sliced are scattered.
+        """
+        index = output.made_by
+        assert index is not None
+        op, around, shared = (
+            self._program.ops[index],
+            self._around[index](state),
+            state[output.group],
+        )
+        own = self._alone(index, around)
+        summed = {
+            axis
+            for array, layout in zip(op.operands, around, strict=False)
+            for axis, factor in enumerate(
+                factors_split(array, layout, op.factor_sizes, self._axis_sizes)
+            )
+            if factor in op.reduced
+        }
+        made = list(want)
+        for axis, dim in enumerate(want):
+            if dim == WHOLE and own[axis] != WHOLE:
+                made[axis] = own[axis]
+            elif dim == WHOLE and axis in summed:
+                made[axis] = shared[axis]
+        self.apart.around[index] = (*around[:-1], tuple(made))
+        if any(own[axis] != WHOLE == dim for axis, dim in enumerate(want)):
+            self.apart.gathered.append((index, tuple(made), want))
+        for reader in self._touching[output.group]:
+            seen = list(self.apart.around.get(reader, self._around[reader](state)))
+            for position, operand in enumerate(self._program.ops[reader].operands):
+                if operand.identity == output.identity:
+                    seen[position] = want
+                    self.apart.around[reader] = tuple(seen)
+
     def _run_level(
-        self, level: int, state: list[Layout], fixed: Mapping[int, Layout], split: bytearray
+        self,
+        level: int,
+        state: list[Layout],
+        fixed: Mapping[int, Layout],
+        known: Mapping[int, Layout],
+        split: bytearray,
     ) -> None:
         """Give each op its turn in order, and another where something around it changes afterwards.
 
@@ -128,7 +201,7 @@ class Propagator:
             waiting[index] = False
             around = self._around[index](state)
             if in_order and level == _TEARING and self._meets[index]:
-                self._tear(index, around, fixed)
+                self._tear(index, around, known)
             changes = spreads[index].get(around)
             if changes is None:
                 changes = self._spread(index, level, around)
@@ -145,18 +218,23 @@ class Propagator:
                         waiting[other] = True
                         again.append(other)
 
-    def _tear(self, index: int, around: tuple[Layout, ...], fixed: Mapping[int, Layout]) -> None:
+    def _tear(self, index: int, around: tuple[Layout, ...], known: Mapping[int, Layout]) -> None:
         """Note a matmul whose operands give its result another layout than its group has."""
         shared, whole = around[-1], (WHOLE,) * len(self._axis_sizes)
-        if shared == whole or self._groups_of[index][-1] in fixed:
+        if shared == whole or self._groups_of[index][-1] in known:
             return
+        own = self._alone(index, around)
+        if torn_axes(own, shared):
+            self.apart.torn.append((index, own))
+
+    def _alone(self, index: int, around: tuple[Layout, ...]) -> Layout:
+        """The layout that its operands alone give the result of a matmul."""
+        whole = (WHOLE,) * len(self._axis_sizes)
         alone = (*around[:-1], whole)
         changes = self._spreads[_TEARING][index].get(alone)
         if changes is None:
             changes = self._spread(index, _TEARING, alone)
-        own = dict(changes).get(len(around) - 1, whole)
-        if torn_axes(own, shared):
-            self.torn.append((index, own))
+        return dict(changes).get(len(around) - 1, whole)
 
     def _spread(self, index: int, level: int, around: tuple[Layout, ...]) -> _Changes:
         """What one op changes: positions among its arrays, and their new layouts."""

@@ -33,6 +33,7 @@ __all__ = [
     "output_choices",
     "split_by_hand",
     "all_whole",
+    "asked_layouts",
 ]
 
 Assignment = Mapping[str, Spec]
@@ -181,7 +182,12 @@ def output_choices(program: Program, mesh: Mesh, shapes: Shapes) -> tuple[Choice
     found: dict[str, LayerOutput] = {}
     for output in program.layer_outputs:
         free = program.groups[output.group].argument is None
-        if output.is_sum and not output.backward and free and output.template in shapes:
+        if (
+            output.made_by is not None
+            and not output.backward
+            and free
+            and output.template in shapes
+        ):
             found.setdefault(output.template, output)
     choices = []
     for template, output in found.items():
@@ -232,7 +238,7 @@ def _parent(family: str) -> str:
 def fixed_layouts(
     program: Program, assignment: Assignment, mesh: Mesh, parts: AxisParts
 ) -> dict[int, Layout]:
-    """The layouts of the groups of arguments and of constrained outputs under an assignment.
+    """The layouts of the groups of arguments, and of outputs that no contraction makes.
 
     Data is split on dimension 0 over the data axis, as Keras does; a KV cache is left free, since
     Keras makes it inside the step; what has no family is whole.
@@ -254,11 +260,33 @@ def fixed_layouts(
         elif argument.family is not None:
             spec = assignment.get(argument.family, ())
         fixed[argument.group] = _layout(spec, argument.dims, axes, parts)
+    for output, spec in _laid_outputs(program, assignment):
+        if output.made_by is None or output.backward:
+            fixed[output.group] = _layout(spec, output.dims, axes, parts)
+    return fixed
+
+
+def asked_layouts(
+    program: Program, assignment: Assignment, mesh: Mesh, parts: AxisParts
+) -> list[tuple[LayerOutput, Layout]]:
+    """The outputs that contractions make and a rule lays out, and how.
+
+    Args:
+        program, assignment, mesh, parts: as for `fixed_layouts`.
+    """
+    return [
+        (output, _layout(spec, output.dims, mesh.parallel_axes, parts))
+        for output, spec in _laid_outputs(program, assignment)
+        if output.made_by is not None and not output.backward
+    ]
+
+
+def _laid_outputs(program: Program, assignment: Assignment) -> Iterator[tuple[LayerOutput, Spec]]:
+    """The layer outputs that a rule lays out, with its spec."""
     for output in program.layer_outputs:
         spec = assignment.get(output.template, NO_RULE)
         if spec and program.groups[output.group].argument is None:
-            fixed[output.group] = _layout(spec, output.dims, axes, parts)
-    return fixed
+            yield output, spec
 
 
 @cache

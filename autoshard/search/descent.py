@@ -19,7 +19,14 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.graph.propagation import Propagator
 from autoshard.mesh import Mesh, Spec, shard_shape
-from autoshard.search.candidates import NO_RULE, Choices, all_whole, fixed_layouts, split_by_hand
+from autoshard.search.candidates import (
+    NO_RULE,
+    Choices,
+    all_whole,
+    asked_layouts,
+    fixed_layouts,
+    split_by_hand,
+)
 
 __all__ = [
     "Scored",
@@ -118,11 +125,9 @@ class Scorer:
         key = tuple(sorted(item for item in assignment.items() if item[1] != NO_RULE))
         found = self.seen.get(key)
         if found is None:
-            fixed = fixed_layouts(
-                self.pricer.program, assignment, self.mesh, self.pricer.machine.parts
-            )
-            layouts = self._propagator.propagate(fixed)
-            cost = self.pricer.price(layouts, self._propagator.torn)
+            given = (self.pricer.program, assignment, self.mesh, self.pricer.machine.parts)
+            layouts = self._propagator.propagate(fixed_layouts(*given), asked_layouts(*given))
+            cost = self.pricer.price(layouts, self._propagator.apart)
             limit = math.inf if self.memory_limit is None else self.memory_limit
             excess = max(0.0, cost.memory.peak_bytes - limit)
             found = Scored(
