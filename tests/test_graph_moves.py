@@ -142,7 +142,7 @@ def test_a_gradient_that_lies_otherwise_than_what_it_is_multiplied_with_is_dealt
     }
     propagator = Propagator(program, (8,))
     layouts = propagator.propagate(fixed)
-    traffic = StepPricer(program, MACHINE).price(layouts, propagator.apart.torn).traffic
+    traffic = StepPricer(program, MACHINE).price(layouts, propagator.apart).traffic
     dealt = sum(moved.count for moved in traffic if moved.kind == "all-to-all")
 
     mesh = jax.sharding.Mesh(jax.devices()[:8], ("model",))

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from test_graph_rules import program_of
 
-from autoshard.graph.program import WHOLE
-from autoshard.graph.propagation import propagate
+from autoshard.graph.program import WHOLE, LayerOutput, Program
+from autoshard.graph.propagation import Apart, Propagator, propagate
 from autoshard.graph.splits import splits_evenly
 
 
@@ -88,3 +89,62 @@ def test_every_op_of_a_gradient_is_laid_out() -> None:
     program = program_of(step, (16, 32), (8, 16))
     # w split on its columns; so is its gradient, with no help from the caller.
     assert output(program, layouts_of(program, 1, WHOLE)) == 1
+
+
+@pytest.mark.parametrize(("for_tpu", "dim"), [(True, 0), (False, 2)])
+def test_vectors_that_are_broadcast_spread_after_the_rest(for_tpu: bool, dim: int) -> None:
+    # One token's weights p[b, n, s] of the values v[b, s, n, h]. The axis splits heads of p and the
+    # batch of what the result is added to; p is the larger, but broadcast it is the small side.
+    def attended(p, v, z):
+        return jnp.einsum("bns,bsnh->bnh", p, v) + z
+
+    program = program_of(attended, (8, 8, 512), (8, 512, 8, 64), (8, 8, 64), for_tpu=for_tpu)
+    p, v, z = (argument.group for argument in program.arguments)
+    assert propagate(program, {p: (1,), z: (0,)}, (8,))[v] == (dim,)
+
+
+def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, Apart]:
+    """`x @ w` asked to be whole and added to `y @ u`, which is split by columns; `w` split so."""
+
+    def added(x, w, y, u, t):
+        first = x @ w
+        return first + y @ u, (first @ t if reads else t)
+
+    program = program_of(added, (8, 16), (16, 32), (8, 16), (16, 32), (32, 8))
+    (made,) = program.ops[0].results
+    output = LayerOutput(
+        template="first/output",
+        identity=made.identity,
+        group=made.group,
+        dims=(0, 1),
+        shape=(8, 32),
+        n_bytes=made.n_bytes,
+        backward=False,
+        made_by=0,
+    )
+    x, w, y, u, t = (argument.group for argument in program.arguments)
+    fixed = {x: (WHOLE,), w: (spec,), y: (WHOLE,), u: (1,), t: (WHOLE,)}
+    propagator = Propagator(program, (8,))
+    layouts = propagator.propagate(fixed, [(output, (WHOLE,))])
+    assert layouts[made.group] == (1,)
+    return program, propagator.apart
+
+
+@pytest.mark.parametrize(
+    ("spec", "made", "gathered"),
+    [
+        (WHOLE, WHOLE, []),  # made whole, and sliced for the sum
+        (1, 1, [(0, (1,), (WHOLE,))]),  # made by columns, gathered as asked, and sliced again
+        (0, 1, []),  # partial sums, whole only to be sliced: scattered
+    ],
+)
+def test_what_is_asked_of_a_result_holds_for_it_alone(spec: int, made: int, gathered: list) -> None:
+    _, apart = asked_whole(spec)
+    assert apart.around[0][-1] == (made,)
+    assert apart.gathered == gathered
+
+
+def test_what_reads_a_result_itself_sees_it_as_was_asked() -> None:
+    program, apart = asked_whole(WHOLE, reads=True)
+    (reader,) = (i for i, op in enumerate(program.ops) if op.factor_sizes == (8, 32, 8))
+    assert apart.around[reader][0] == (WHOLE,)

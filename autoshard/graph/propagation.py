@@ -132,7 +132,12 @@ class Propagator:
                 for index in self._touching[group]:
                     split[index] = True
         for level in range(_LEVELS):
-            self._run_level(level, state, fixed, known, split)
+            self._run_level(level, state, fixed, split)
+        self.apart.torn = [
+            (index, own)
+            for index, own in self.apart.torn
+            if self._groups_of[index][-1] not in known
+        ]
         for output, layout in asked:
             if state[output.group] != layout:
                 self._set_apart(output, layout, state)
@@ -146,26 +151,19 @@ class Propagator:
         """
         index = output.made_by
         assert index is not None
-        op, around, shared = (
-            self._program.ops[index],
-            self._around[index](state),
-            state[output.group],
-        )
+        op, around = self._program.ops[index], self._around[index](state)
         own = self._alone(index, around)
-        summed = {
-            axis
-            for array, layout in zip(op.operands, around, strict=False)
-            for axis, factor in enumerate(
-                factors_split(array, layout, op.factor_sizes, self._axis_sizes)
-            )
-            if factor in op.reduced
-        }
+        splits = (
+            factors_split(array, layout, op.factor_sizes, self._axis_sizes)
+            for array, layout in zip(op.operands, around[: len(op.operands)], strict=True)
+        )
+        summed = {axis for split in splits for axis, f in enumerate(split) if f in op.reduced}
         made = list(want)
         for axis, dim in enumerate(want):
             if dim == WHOLE and own[axis] != WHOLE:
                 made[axis] = own[axis]
             elif dim == WHOLE and axis in summed:
-                made[axis] = shared[axis]
+                made[axis] = state[output.group][axis]
         self.apart.around[index] = (*around[:-1], tuple(made))
         if any(own[axis] != WHOLE == dim for axis, dim in enumerate(want)):
             self.apart.gathered.append((index, tuple(made), want))
@@ -177,12 +175,7 @@ class Propagator:
                     self.apart.around[reader] = tuple(seen)
 
     def _run_level(
-        self,
-        level: int,
-        state: list[Layout],
-        fixed: Mapping[int, Layout],
-        known: Mapping[int, Layout],
-        split: bytearray,
+        self, level: int, state: list[Layout], fixed: Mapping[int, Layout], split: bytearray
     ) -> None:
         """Give each op its turn in order, and another where something around it changes afterwards.
 
@@ -201,7 +194,7 @@ class Propagator:
             waiting[index] = False
             around = self._around[index](state)
             if in_order and level == _TEARING and self._meets[index]:
-                self._tear(index, around, known)
+                self._tear(index, around)
             changes = spreads[index].get(around)
             if changes is None:
                 changes = self._spread(index, level, around)
@@ -218,13 +211,10 @@ class Propagator:
                         waiting[other] = True
                         again.append(other)
 
-    def _tear(self, index: int, around: tuple[Layout, ...], known: Mapping[int, Layout]) -> None:
+    def _tear(self, index: int, around: tuple[Layout, ...]) -> None:
         """Note a matmul whose operands give its result another layout than its group has."""
-        shared, whole = around[-1], (WHOLE,) * len(self._axis_sizes)
-        if shared == whole or self._groups_of[index][-1] in known:
-            return
         own = self._alone(index, around)
-        if torn_axes(own, shared):
+        if torn_axes(own, around[-1]):
             self.apart.torn.append((index, own))
 
     def _alone(self, index: int, around: tuple[Layout, ...]) -> Layout:
