@@ -213,8 +213,10 @@ class Propagator:
 
     def _tear(self, index: int, around: tuple[Layout, ...]) -> None:
         """Note a matmul whose operands give its result another layout than its group has."""
-        own = self._alone(index, around)
-        if torn_axes(own, around[-1]):
+        shared = around[-1]
+        if any(dim != WHOLE for dim in shared) and torn_axes(
+            own := self._alone(index, around), shared
+        ):
             self.apart.torn.append((index, own))
 
     def _alone(self, index: int, around: tuple[Layout, ...]) -> Layout:
