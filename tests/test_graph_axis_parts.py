@@ -32,6 +32,7 @@ PROGRAM = program_of(attention, (4, 16, 8, 32), (4, 16, 4, 32), (4, 16, 4, 32), 
 def test_an_axis_is_cut_where_heads_are_fewer_than_its_devices() -> None:
     assert AxisParts.of(PROGRAM, (8,)).parts == ((4, 2),)
     assert AxisParts.of(PROGRAM, (2, 4)).parts == ((2,), (4,))
+    assert AxisParts.of(PROGRAM, (8, 8)).parts == ((8,), (4, 2))
     # Three devices, or sixteen, could not split eight heads.
     assert AxisParts.of(PROGRAM, (3,)).parts == ((3,),)
     assert AxisParts.of(PROGRAM, (16,)).parts == ((16,),)
@@ -96,6 +97,7 @@ def test_layouts_are_named_by_axes_and_their_parts() -> None:
     assert parts.by_axis([(0, 1, 1), (0, 1, WHOLE)]) is None
     assert parts.names((0, 1, 1), ("batch", "model")) == {0: "batch", 1: "model"}
     assert parts.names((0, 1, WHOLE), ("batch", "model")) == {0: "batch", 1: "model:(1)4"}
+    assert parts.names((0, 1, 0), ("batch", "model")) == {0: "batch,model:(4)2", 1: "model:(1)4"}
 
 
 @pytest.mark.parametrize(

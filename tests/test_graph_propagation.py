@@ -133,18 +133,21 @@ def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, Apart]:
 @pytest.mark.parametrize(
     ("spec", "made", "gathered"),
     [
-        (WHOLE, WHOLE, []),  # made whole, and sliced for the sum
-        (1, 1, [(0, (1,), (WHOLE,))]),  # made by columns, gathered as asked, and sliced again
-        (0, 1, []),  # partial sums, whole only to be sliced: scattered
+        (WHOLE, WHOLE, {}),  # made whole, and sliced for the sum
+        (1, 1, {0: ((1,), (WHOLE,))}),  # made by columns, gathered as asked, and sliced again
+        (0, 1, {}),  # partial sums, whole only to be sliced: scattered
     ],
 )
-def test_what_is_asked_of_a_result_holds_for_it_alone(spec: int, made: int, gathered: list) -> None:
+def test_what_is_asked_of_a_result_holds_for_it_alone(spec: int, made: int, gathered: dict) -> None:
     _, apart = asked_whole(spec)
     assert apart.around[0][-1] == (made,)
     assert apart.gathered == gathered
 
 
-def test_what_reads_a_result_itself_sees_it_as_was_asked() -> None:
-    program, apart = asked_whole(WHOLE, reads=True)
+@pytest.mark.parametrize("spec", [WHOLE, 0, 1])
+def test_what_reads_a_result_itself_sees_it_as_was_asked(spec: int) -> None:
+    program, apart = asked_whole(spec, reads=True)
     (reader,) = (i for i, op in enumerate(program.ops) if op.factor_sizes == (8, 32, 8))
     assert apart.around[reader][0] == (WHOLE,)
+    # Nobody scatters what is read whole.
+    assert apart.around[0][-1] == ((1,) if spec == 1 else (WHOLE,))

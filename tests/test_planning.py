@@ -26,7 +26,7 @@ from autoshard.setup import Setup, make_setup
 
 
 def plan(model: Any, setup: Setup) -> Planning:
-    return run_planner(trace_model(model, setup.workload), setup)
+    return run_planner(trace_model(model, setup.workload, setup.target.chip), setup)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def residual_rules(*spec: str | None) -> LayoutRules:
 
 def test_a_rule_for_an_output_turns_all_reduces_into_reduce_scatters() -> None:
     setup = make_setup("1x8", workload="prefill")
-    traced = trace_model("gemma_7b_en", setup.workload)
+    traced = trace_model("gemma_7b_en", setup.workload, setup.target.chip)
     mesh, pricer = setup.mesh, make_pricer(traced.program, setup)
     scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=None)
     rules = residual_rules("batch", None, "model")
@@ -131,7 +131,7 @@ def test_a_rule_for_an_output_turns_all_reduces_into_reduce_scatters() -> None:
 
 def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
     setup = make_setup("1x8", workload="prefill")
-    traced = trace_model("gemma_2b_en", setup.workload)
+    traced = trace_model("gemma_2b_en", setup.workload, setup.target.chip)
     planning = run_planner(traced, setup)
     outputs = {output.template for output in traced.program.layer_outputs}
     assert "decoder_block_*/ffw_linear/output" in outputs
@@ -146,7 +146,7 @@ def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
 def test_no_outputs_chosen_by_hand_beat_those_that_the_search_chooses() -> None:
     # Whole weights, and the attention of Gemma 2B (one key/value head) split along the keys.
     setup = make_setup("1x8", workload="prefill")
-    traced = trace_model("gemma_2b_en", setup.workload)
+    traced = trace_model("gemma_2b_en", setup.workload, setup.target.chip)
     planning = run_planner(traced, setup)
     scorer = planning.result.scorer
     value = Rule(
@@ -243,7 +243,7 @@ def test_a_rule_for_outputs_is_priced_where_it_can_be(
     pattern: str, spec: tuple[str | None, ...], words: str
 ) -> None:
     setup = make_setup("1x8", workload="prefill")
-    traced = trace_model("gemma_7b_en", setup.workload)
+    traced = trace_model("gemma_7b_en", setup.workload, setup.target.chip)
     pricer = make_pricer(traced.program, setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
     rules = (Rule(pattern=pattern, spec=spec),)

@@ -1,11 +1,13 @@
 """What a step runs on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
 from autoshard.graph.axis_parts import AxisParts
+from autoshard.graph.program import Layout
 from autoshard.hardware.chips import Chip
 from autoshard.hardware.links import AxisLink, group_link
 from autoshard.hardware.targets import Target
@@ -85,6 +87,11 @@ class Machine:
         """The same with layouts by whole mesh axes; its links are the last of this one's."""
         parts = AxisParts.uncut([math.prod(of) for of in self.parts.parts])
         return replace(self, parts=parts, links=self.links[-len(parts.sizes) - 1 :])
+
+    def simplest(self, layouts: Sequence[Layout]) -> tuple[Sequence[Layout], "Machine"]:
+        """The layouts by whole axes and `uncut`, where no part of an axis is on its own."""
+        by_axis = self.parts.by_axis(layouts) if self.parts.is_cut else None
+        return (layouts, self) if by_axis is None else (by_axis, self.uncut)
 
     @property
     def is_tpu(self) -> bool:

@@ -122,7 +122,7 @@ class StepPricer:
             compute += windowed[once].alone_seconds * moved.count
             hidden = moved.overlapped or self.machine.hides_permutes
             traffic[once] = replace(moved, overlapped=hidden)
-        for index, have, want in apart.gathered:
+        for index, (have, want) in apart.gathered.items():
             op = self.program.ops[index]
             # The result is gathered beside another matmul that reads what this one does.
             hidden = any(self.may_run_beside(op, array) for array in op.operands)
@@ -226,10 +226,8 @@ class StepPricer:
         One of the arrays is dealt out again at each elementwise op where the two meet; which one
         makes no difference, for all are of one size.
         """
-        op, machine = self.program.ops[index], self.machine
-        by_axis = machine.parts.by_axis((own, shared))
-        if by_axis is not None:
-            (own, shared), machine = by_axis, machine.uncut
+        op = self.program.ops[index]
+        (own, shared), machine = self.machine.simplest((own, shared))
         n_bytes = local_bytes(op.results[0].n_bytes, shared, machine.axis_sizes)
         for axis in torn_axes(own, shared):
             link = machine.links[axis]

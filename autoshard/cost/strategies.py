@@ -103,9 +103,9 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
         layouts: of each operand, then each result.
         machine: the chips and links.
     """
-    by_axis = machine.parts.by_axis(layouts) if machine.parts.is_cut else None
-    if by_axis is not None:
-        return _by_part(price_op(op, by_axis, machine.uncut), machine)
+    by_axis, uncut = machine.simplest(layouts)
+    if uncut is not machine:
+        return _by_part(price_op(op, by_axis, uncut), machine)
     if op.vectors is not None and len(op.arrays) == 3:
         product = _as_product(op, layouts, machine)
         if product is not None:
@@ -137,10 +137,12 @@ def _as_product(op: Op, layouts: Sequence[Layout], machine: Machine) -> Choice |
 
     None where those are there before the step, for then they have a layout of their own.
     """
-    matrices = next(at for at in range(len(op.operands)) if at != op.vectors)
-    array, sizes = op.operands[matrices], machine.axis_sizes
-    choice = factors_split(array, layouts[matrices], op.factor_sizes, sizes)
-    return None if array.is_held or not is_possible(op, choice, sizes) else choice
+    assert op.vectors is not None
+    array, layout = op.operands[1 - op.vectors], layouts[1 - op.vectors]
+    if array.is_held:
+        return None
+    choice = factors_split(array, layout, op.factor_sizes, machine.axis_sizes)
+    return choice if is_possible(op, choice, machine.axis_sizes) else None
 
 
 def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:

@@ -241,22 +241,16 @@ def array_transfers(
     made = layout_of(array, choice)
     summed = () if operand is not None else op.reduced
     partial = tuple(factor if factor in summed else WHOLE for factor in choice)
-    by_axis = machine.parts.by_axis((made, layout, partial)) if machine.parts.is_cut else None
-    if by_axis is None:
-        return list(_between(op, array, operand, made, layout, partial, machine))
-    made, layout, partial = by_axis
-    moves = _between(op, array, operand, made, layout, partial, machine.uncut)
-    return [transfer_by_part(move, machine) for move in moves]
+    (made, layout, partial), uncut = machine.simplest((made, layout, partial))
+    moves = _between(op, array, operand, made, layout, partial, uncut)
+    return list(moves) if uncut is machine else [transfer_by_part(m, machine) for m in moves]
 
 
 def result_moves(op: Op, have: Layout, want: Layout, machine: Machine) -> list[Transfer]:
     """What moves the result of an op from one layout to another."""
-    by_axis = machine.parts.by_axis((have, want)) if machine.parts.is_cut else None
-    if by_axis is None:
-        return list(_moves(op, op.results[0], have, want, machine, None))
-    have, want = by_axis
-    moves = _moves(op, op.results[0], have, want, machine.uncut, None)
-    return [transfer_by_part(move, machine) for move in moves]
+    (have, want), uncut = machine.simplest((have, want))
+    moves = _moves(op, op.results[0], have, want, uncut, None)
+    return list(moves) if uncut is machine else [transfer_by_part(m, machine) for m in moves]
 
 
 def transfer_by_part(transfer: Transfer, machine: Machine) -> Transfer:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 from typing import Self
 
@@ -31,10 +31,10 @@ class AxisParts:
 
     @classmethod
     def of(cls, program: Program, axis_sizes: Sequence[int]) -> Self:
-        """Cut each axis where the reshapes of a program ask for it.
+        """Cut an axis where the reshapes of a program ask for it; of several the last.
 
-        Not where no other op can split the major part of one, as that of two halves that are joined
-        after a rotary embedding.
+        Not where no other op can split the major part of a dimension, as that of two halves that
+        are joined after a rotary embedding.
         """
         uses = Counter(
             (array.group, dim)
@@ -44,7 +44,11 @@ class AxisParts:
             if factor is not None
         )
         bounds = {bound for op in program.ops for bound in _bounds(op, uses)}
-        return cls(parts=tuple(_parts(size, bounds) for size in axis_sizes))
+        parts = [_parts(size, bounds) for size in axis_sizes]
+        last = max((axis for axis, of in enumerate(parts) if len(of) > 1), default=None)
+        return cls(
+            parts=tuple(of if axis == last else (prod(of),) for axis, of in enumerate(parts))
+        )
 
     @classmethod
     def uncut(cls, axis_sizes: Sequence[int]) -> Self:
@@ -88,18 +92,22 @@ class AxisParts:
         return found
 
     def names(self, layout: Layout, axes: Sequence[str]) -> dict[int, str]:
-        """Dimension -> what splits it: an axis, or a part as `axis:(places before)size`.
+        """Dimension -> what splits it: axes, or parts as `axis:(size of those before)size`.
 
         >>> AxisParts(parts=((2,), (4, 2))).names((0, 2, 3), ("batch", "model"))
         {0: 'batch', 2: 'model:(1)4', 3: 'model:(4)2'}
         """
-        names = {}
+        names: dict[int, list[str]] = {}
         for axis, places, sizes in zip(axes, self.places, self.parts, strict=True):
-            for dim in {layout[place] for place in places} - {WHOLE}:
-                own = [i for i, place in enumerate(places) if layout[place] == dim]
-                before, size = prod(sizes[: own[0]]), prod(sizes[i] for i in own)
-                names[dim] = axis if len(own) == len(sizes) else f"{axis}:({before}){size}"
-        return names
+            dims = [layout[place] for place in places]
+            for dim, run in groupby(range(len(dims)), key=dims.__getitem__):
+                own = [sizes[i] for i in run]
+                first = dims.index(dim)
+                name = (
+                    axis if len(own) == len(sizes) else f"{axis}:({prod(sizes[:first])}){prod(own)}"
+                )
+                names.setdefault(dim, []).append(name)
+        return {dim: ",".join(found) for dim, found in names.items() if dim != WHOLE}
 
 
 def _bounds(op: Op, uses: Mapping[tuple[int, int], int]) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,6 @@
 """Turns a traced step into the `Program` that the planner lays out."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -11,7 +10,7 @@ from autoshard.graph.caches import cache_count, cache_moves, rebuilt_arguments
 from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
-from autoshard.graph.liveness import Lives, read_lives
+from autoshard.graph.liveness import read_lives
 from autoshard.graph.meetings import count_meetings
 from autoshard.graph.program import (
     Argument,
@@ -24,11 +23,10 @@ from autoshard.graph.program import (
     StepOutput,
 )
 from autoshard.graph.repeats import read_repetitions
+from autoshard.graph.sums import as_summed, sum_targets
 from autoshard.graph.vectors import broadcast_vectors
 
 __all__ = ["StepInput", "build_program"]
-
-_LINEAR = {"add", "add_any", "copy", "reshape", "transpose", "convert_element_type"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +83,7 @@ def build_program(
     grouping, left = group_arrays(flat, owners)
     numbering = _Numbering(grouping, held=_held(flat), repetitions=read_repetitions(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
-    sums = _sum_targets(flat)
+    sums = sum_targets(flat)
     caches = {index: info.count for index, info in enumerate(inputs) if info.role == "cache"}
     moves = cache_moves(flat, caches, replaces)
     ops: list[Op] = []
@@ -98,7 +96,7 @@ def build_program(
             op_of[position] = len(ops)
             ops.append(replace(op, is_fused=True) if position in moves.fused else op)
     lives = read_lives(flat, op_of)
-    ops = _as_summed(ops, lives)
+    ops = as_summed(ops, lives)
     if for_tpu:
         ops = [replace(op, vectors=broadcast_vectors(op)) for op in ops]
     meetings = count_meetings(flat, grouping.group_of)
@@ -354,50 +352,3 @@ def _op(
         if link.kind == "scatter"
         else sums.get(equation.results[0], equation.results[0]),
     )
-
-
-def _as_summed(ops: Sequence[Op], lives: Lives) -> list[Op]:
-    """The ops, told in which sums their results end."""
-    told = []
-    for index, op in enumerate(ops):
-        alone = index not in lives.shared
-        batch = _summed_batch(op, ops[lives.results.get(index, index)]) if alone else None
-        addends = tuple(lives.sums.get(index, ()))
-        told.append(replace(op, summed_batch=batch, addends=addends))
-    return told
-
-
-def _summed_batch(op: Op, last_reader: Op) -> int | None:
-    """The batch factor of a matmul along which what reads its result sums it up."""
-    if op.kind != "contraction" or last_reader.primitive != "reduce_sum" or not op.results:
-        return None
-    result, read = op.results[0], last_reader.operands[0]
-    if result.group != read.group:
-        return None
-    summed = [
-        factor
-        for factor, label in zip(result.factors, read.factors, strict=True)
-        if factor is not None
-        and label in last_reader.reduced
-        and all(factor in each.factors for each in op.operands)
-    ]
-    return summed[0] if len(summed) == 1 else None
-
-
-def _sum_targets(flat: FlatJaxpr) -> dict[int, int]:
-    """Where each array's value is added up with others before anything else reads it.
-
-    XLA reduces a sum of partial sums once, not each of them, so long as nothing but additions and
-    moves stand between.
-    """
-    uses = Counter(i for equation in flat.equations for i in equation.operands)
-    uses.update(i for i in flat.outputs if i is not None)
-    target: dict[int, int] = {}
-    for equation in reversed(flat.equations):
-        if equation.primitive not in _LINEAR or not equation.results:
-            continue
-        result = equation.results[0]
-        for operand in equation.operands:
-            if uses[operand] == 1:
-                target[operand] = target.get(result, result)
-    return target

@@ -15,7 +15,7 @@ Where two factors of an op want one mesh axis, the factor of the larger array wi
 the earlier one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -59,13 +59,13 @@ class Apart:
         torn: matmuls whose results met others of their groups that were laid out before, with the
             layouts that their operands alone gave them then.
         around: index of an op -> the layouts around it, where a rule asked for one of them.
-        gathered: matmuls whose results are moved at once to where a rule asks for them: the index,
-            the layout before and that after.
+        gathered: index of a matmul whose result is moved at once to where a rule asks for it -> the
+            layouts before and after.
     """
 
     torn: list[tuple[int, Layout]] = field(default_factory=list)
     around: dict[int, tuple[Layout, ...]] = field(default_factory=dict)
-    gathered: list[tuple[int, Layout, Layout]] = field(default_factory=list)
+    gathered: dict[int, tuple[Layout, Layout]] = field(default_factory=dict)
 
 
 class Propagator:
@@ -112,7 +112,8 @@ class Propagator:
         """Lay out every group.
 
         Args:
-            fixed: group -> layout, for the groups of arguments.
+            fixed: group -> layout, for the groups of arguments, and of outputs that a rule lays out
+                and that no contraction makes.
             asked: outputs that contractions make, and the layouts that rules ask of them. What is
                 made of those may be split further.
 
@@ -138,41 +139,55 @@ class Propagator:
             for index, own in self.apart.torn
             if self._groups_of[index][-1] not in known
         ]
-        for output, layout in asked:
-            if state[output.group] != layout:
-                self._set_apart(output, layout, state)
+        for made_by, layout in {output.made_by: layout for output, layout in asked}.items():
+            if made_by is not None and state[self._groups_of[made_by][-1]] != layout:
+                read = {output.identity for output, _ in asked if output.made_by == made_by}
+                self._set_apart(made_by, layout, read, state)
         return tuple(state)
 
-    def _set_apart(self, output: LayerOutput, want: Layout, state: Sequence[Layout]) -> None:
-        """Note the ops that see an output as was asked, where its group is split further.
+    def _set_apart(
+        self, index: int, want: Layout, read: Collection[int], state: Sequence[Layout]
+    ) -> None:
+        """Note the ops that see a result as was asked, where its group is split further.
 
         The contraction makes it as its operands have it, and what is asked to be whole is gathered.
         But sums that are whole only to be sliced are scattered.
+
+        Args:
+            index: of the contraction.
+            want: the layout that is asked.
+            read: identities of the outputs that it makes.
+            state: the layouts of all groups.
         """
-        index = output.made_by
-        assert index is not None
         op, around = self._program.ops[index], self._around[index](state)
+        readers = [
+            (reader, position)
+            for reader in self._touching[self._groups_of[index][-1]]
+            for position, operand in enumerate(self._program.ops[reader].operands)
+            if operand.identity in read
+        ]
         own = self._alone(index, around)
         splits = (
             factors_split(array, layout, op.factor_sizes, self._axis_sizes)
             for array, layout in zip(op.operands, around[: len(op.operands)], strict=True)
         )
         summed = {axis for split in splits for axis, f in enumerate(split) if f in op.reduced}
-        made = list(want)
+        made, gathered = list(want), list(want)
         for axis, dim in enumerate(want):
             if dim == WHOLE and own[axis] != WHOLE:
                 made[axis] = own[axis]
-            elif dim == WHOLE and axis in summed:
-                made[axis] = state[output.group][axis]
-        self.apart.around[index] = (*around[:-1], tuple(made))
-        if any(own[axis] != WHOLE == dim for axis, dim in enumerate(want)):
-            self.apart.gathered.append((index, tuple(made), want))
-        for reader in self._touching[output.group]:
-            seen = list(self.apart.around.get(reader, self._around[reader](state)))
-            for position, operand in enumerate(self._program.ops[reader].operands):
-                if operand.identity == output.identity:
-                    seen[position] = want
-                    self.apart.around[reader] = tuple(seen)
+            elif dim == WHOLE and axis in summed and not readers:
+                made[axis] = gathered[axis] = around[-1][axis]
+        self._see(index, len(around) - 1, tuple(made), state)
+        if made != gathered:
+            self.apart.gathered[index] = (tuple(made), tuple(gathered))
+        for reader, position in readers:
+            self._see(reader, position, want, state)
+
+    def _see(self, index: int, position: int, layout: Layout, state: Sequence[Layout]) -> None:
+        """Note the layout in which an op sees one of its arrays."""
+        seen = self.apart.around.get(index) or self._around[index](state)
+        self.apart.around[index] = (*seen[:position], layout, *seen[position + 1 :])
 
     def _run_level(
         self, level: int, state: list[Layout], fixed: Mapping[int, Layout], split: bytearray

@@ -1,8 +1,8 @@
 """Products of vectors with matrices, one row for each matrix, as of one token's queries with keys.
 
 Before a program is partitioned TPU compilers make a multiplication of equal shapes and a sum of
-them: the vectors are broadcast to the shape of the matrices. They leave those whose result is of
-another dtype.
+them: the vectors are broadcast to the shape of the matrices. They leave those whose result has
+elements of another size.
 """
 
 import math

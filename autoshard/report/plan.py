@@ -126,7 +126,9 @@ def _cost(outcome: PlanOutcome) -> str:
     caches = dict.fromkeys(map(format_spec, specs))
     laid = [f"KV cache, laid out by XLA: {', '.join(caches)}"] if caches else []
     if any(entry and ":" in entry for spec in specs for entry in spec):
-        laid.append("  axis:(m)n is the part of size n of an axis, behind parts of size m, as Shardy writes it")
+        laid.append(
+            "  axis:(m)n is the part of size n of an axis, behind parts of size m (as in Shardy)"
+        )
     if result.bound_seconds is not None:
         bound = (
             f"by the same formulas none is faster than {format_seconds(result.bound_seconds)}, "

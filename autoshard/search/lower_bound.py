@@ -20,7 +20,7 @@ is only where the search starts.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.cost.collective_matmul import is_decomposed, may_be_windowed
@@ -35,6 +35,7 @@ from autoshard.cost.transfers import (
     local_bytes,
     moved_bytes,
 )
+from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of, splits_evenly
 from autoshard.graph.tying import tie_blocks
@@ -158,12 +159,7 @@ class _Builder:
         """One node a free group that stands for itself, with every layout that divides it."""
         for index, group in enumerate(self.program.groups):
             if self.stands_for[index] == index and self.node_of[index] < 0:
-                dims = range(WHOLE, len(group.sizes))
-                self.layouts_of[index] = tuple(
-                    layout
-                    for layout in itertools.product(dims, repeat=len(self.sizes))
-                    if splits_evenly(group.sizes, layout, self.sizes)
-                )
+                self.layouts_of[index] = tuple(_layouts(group.sizes, self.machine.parts))
                 self.node_of[index] = self.add_node((0.0,) * len(self.layouts_of[index]))
 
     def add_op(
@@ -264,3 +260,17 @@ class _Builder:
         """A node whose costs are compute: they do not count in the parallel sum."""
         self.nodes.append(Node(costs=costs, usages=usages, parallel_costs=(0.0,) * len(costs)))
         return len(self.nodes) - 1
+
+
+def _layouts(sizes: Sequence[int], parts: AxisParts) -> Iterator[Layout]:
+    """Every layout that divides an array, in parts of an axis where a dimension asks for them."""
+    dims = range(WHOLE, len(sizes))
+    options: list[list[Layout]] = []
+    for of in parts.parts:
+        apart = any(size % math.prod(of) and size % of[0] == 0 for size in sizes)
+        together = [(dim,) * len(of) for dim in dims]
+        options.append(list(itertools.product(dims, repeat=len(of))) if apart else together)
+    for chosen in itertools.product(*options):
+        layout = tuple(itertools.chain(*chosen))
+        if splits_evenly(sizes, layout, parts.sizes):
+            yield layout

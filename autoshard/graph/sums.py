@@ -1,0 +1,60 @@
+"""Where what ops make is added up: in other ops' sums, or along a batch at once."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autoshard.graph.jaxpr import FlatJaxpr
+from autoshard.graph.liveness import Lives
+from autoshard.graph.program import Op
+
+__all__ = ["as_summed", "sum_targets"]
+
+_LINEAR = {"add", "add_any", "copy", "reshape", "transpose", "convert_element_type"}
+
+
+def as_summed(ops: Sequence[Op], lives: Lives) -> list[Op]:
+    """The ops, told in which sums their results end."""
+    told = []
+    for index, op in enumerate(ops):
+        alone = index not in lives.shared
+        batch = _summed_batch(op, ops[lives.results.get(index, index)]) if alone else None
+        addends = tuple(lives.sums.get(index, ()))
+        told.append(replace(op, summed_batch=batch, addends=addends))
+    return told
+
+
+def _summed_batch(op: Op, last_reader: Op) -> int | None:
+    """The batch factor of a matmul along which what reads its result sums it up."""
+    if op.kind != "contraction" or last_reader.primitive != "reduce_sum" or not op.results:
+        return None
+    result, read = op.results[0], last_reader.operands[0]
+    if result.group != read.group:
+        return None
+    summed = [
+        factor
+        for factor, label in zip(result.factors, read.factors, strict=True)
+        if factor is not None
+        and label in last_reader.reduced
+        and all(factor in each.factors for each in op.operands)
+    ]
+    return summed[0] if len(summed) == 1 else None
+
+
+def sum_targets(flat: FlatJaxpr) -> dict[int, int]:
+    """Where each array's value is added up with others before anything else reads it.
+
+    XLA reduces a sum of partial sums once, not each of them, so long as nothing but additions and
+    moves stand between.
+    """
+    uses = Counter(i for equation in flat.equations for i in equation.operands)
+    uses.update(i for i in flat.outputs if i is not None)
+    target: dict[int, int] = {}
+    for equation in reversed(flat.equations):
+        if equation.primitive not in _LINEAR or not equation.results:
+            continue
+        result = equation.results[0]
+        for operand in equation.operands:
+            if uses[operand] == 1:
+                target[operand] = target.get(result, result)
+    return target
