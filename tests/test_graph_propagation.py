@@ -131,17 +131,17 @@ def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, Apart]:
 
 
 @pytest.mark.parametrize(
-    ("spec", "made", "gathered"),
+    ("spec", "made", "moved"),
     [
         (WHOLE, WHOLE, {}),  # made whole, and sliced for the sum
         (1, 1, {0: ((1,), (WHOLE,))}),  # made by columns, gathered as asked, and sliced again
         (0, 1, {}),  # partial sums, whole only to be sliced: scattered
     ],
 )
-def test_what_is_asked_of_a_result_holds_for_it_alone(spec: int, made: int, gathered: dict) -> None:
+def test_what_is_asked_of_a_result_holds_for_it_alone(spec: int, made: int, moved: dict) -> None:
     _, apart = asked_whole(spec)
     assert apart.around[0][-1] == (made,)
-    assert apart.gathered == gathered
+    assert apart.moved == moved
 
 
 @pytest.mark.parametrize("spec", [WHOLE, 0, 1])

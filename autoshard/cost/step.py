@@ -122,7 +122,7 @@ class StepPricer:
             compute += windowed[once].alone_seconds * moved.count
             hidden = moved.overlapped or self.machine.hides_permutes
             traffic[once] = replace(moved, overlapped=hidden)
-        for index, (have, want) in apart.gathered.items():
+        for index, (have, want) in apart.moved.items():
             op = self.program.ops[index]
             # The result is gathered beside another matmul that reads what this one does.
             hidden = any(self.may_run_beside(op, array) for array in op.operands)

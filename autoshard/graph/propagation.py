@@ -59,13 +59,13 @@ class Apart:
         torn: matmuls whose results met others of their groups that were laid out before, with the
             layouts that their operands alone gave them then.
         around: index of an op -> the layouts around it, where a rule asked for one of them.
-        gathered: index of a matmul whose result is moved at once to where a rule asks for it -> the
-            layouts before and after.
+        moved: index of a matmul whose result is moved at once, to where a rule asks for it or from
+            there -> the layouts before and after.
     """
 
     torn: list[tuple[int, Layout]] = field(default_factory=list)
     around: dict[int, tuple[Layout, ...]] = field(default_factory=dict)
-    gathered: dict[int, tuple[Layout, Layout]] = field(default_factory=dict)
+    moved: dict[int, tuple[Layout, Layout]] = field(default_factory=dict)
 
 
 class Propagator:
@@ -112,16 +112,21 @@ class Propagator:
         """Lay out every group.
 
         Args:
-            fixed: group -> layout, for the groups of arguments, and of outputs that a rule lays out
-                and that no contraction makes.
-            asked: outputs that contractions make, and the layouts that rules ask of them. What is
-                made of those may be split further.
+            fixed: group -> layout, for the groups of arguments and of gradients that a rule hits.
+            asked: outputs, and the layouts that rules ask of them. What is made of those may be
+                split further.
 
         Returns:
             One layout a group; a group that nothing reaches is whole on every device.
         """
         whole = (WHOLE,) * len(self._axis_sizes)
-        known = {output.group: layout for output, layout in asked} | dict(fixed)
+        known: dict[int, Layout] = {}
+        for output, layout in asked:
+            begun = known.get(output.group, whole)
+            known[output.group] = tuple(
+                new if old == WHOLE else old for old, new in zip(begun, layout, strict=True)
+            )
+        known |= fixed
         state = [known.get(group, whole) for group in range(len(self._program.groups))]
         self.apart = Apart()
         if not self._axis_sizes:
@@ -140,18 +145,21 @@ class Propagator:
             if self._groups_of[index][-1] not in known
         ]
         for made_by, layout in {output.made_by: layout for output, layout in asked}.items():
-            if made_by is not None and state[self._groups_of[made_by][-1]] != layout:
-                read = {output.identity for output, _ in asked if output.made_by == made_by}
-                self._set_apart(made_by, layout, read, state)
+            outputs = [output for output, _ in asked if output.made_by == made_by]
+            if made_by is None or self._groups_of[made_by][-1] != outputs[-1].group:
+                continue  # nothing that is priced by itself makes it as it is
+            if state[outputs[-1].group] != layout:
+                self._set_apart(made_by, layout, {output.identity for output in outputs}, state)
         return tuple(state)
 
     def _set_apart(
         self, index: int, want: Layout, read: Collection[int], state: Sequence[Layout]
     ) -> None:
-        """Note the ops that see a result as was asked, where its group is split further.
+        """Note the ops that see a result as was asked, where its group lies otherwise.
 
         The contraction makes it as its operands have it, and what is asked to be whole is gathered.
-        But sums that are whole only to be sliced are scattered.
+        But sums that are whole only to be sliced are scattered. What is asked to be split otherwise
+        than the group is moved there.
 
         Args:
             index: of the contraction.
@@ -172,15 +180,17 @@ class Propagator:
             for array, layout in zip(op.operands, around[: len(op.operands)], strict=True)
         )
         summed = {axis for split in splits for axis, f in enumerate(split) if f in op.reduced}
-        made, gathered = list(want), list(want)
-        for axis, dim in enumerate(want):
-            if dim == WHOLE and own[axis] != WHOLE:
+        made, moved = list(want), list(want)
+        for axis, (dim, shared) in enumerate(zip(want, around[-1], strict=True)):
+            if dim != WHOLE:
+                moved[axis] = shared
+            elif own[axis] != WHOLE:
                 made[axis] = own[axis]
-            elif dim == WHOLE and axis in summed and not readers:
-                made[axis] = gathered[axis] = around[-1][axis]
+            elif axis in summed and not readers:
+                made[axis] = moved[axis] = shared
         self._see(index, len(around) - 1, tuple(made), state)
-        if made != gathered:
-            self.apart.gathered[index] = (tuple(made), tuple(gathered))
+        if made != moved:
+            self.apart.moved[index] = (tuple(made), tuple(moved))
         for reader, position in readers:
             self._see(reader, position, want, state)
 

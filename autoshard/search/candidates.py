@@ -238,7 +238,7 @@ def _parent(family: str) -> str:
 def fixed_layouts(
     program: Program, assignment: Assignment, mesh: Mesh, parts: AxisParts
 ) -> dict[int, Layout]:
-    """The layouts of the groups of arguments, and of outputs that no contraction makes as they are.
+    """The layouts of the groups of arguments, and of gradients that a rule for an output hits.
 
     Data is split on dimension 0 over the data axis, as Keras does; a KV cache is left free, since
     Keras makes it inside the step; what has no family is whole.
@@ -261,7 +261,7 @@ def fixed_layouts(
             spec = assignment.get(argument.family, ())
         fixed[argument.group] = _layout(spec, argument.dims, axes, parts)
     for output, spec in _laid_outputs(program, assignment):
-        if not _is_asked(program, output):
+        if output.backward:
             fixed[output.group] = _layout(spec, output.dims, axes, parts)
     return fixed
 
@@ -269,7 +269,7 @@ def fixed_layouts(
 def asked_layouts(
     program: Program, assignment: Assignment, mesh: Mesh, parts: AxisParts
 ) -> list[tuple[LayerOutput, Layout]]:
-    """The outputs that contractions make and a rule lays out, and how.
+    """The outputs that a rule lays out, and how.
 
     Args:
         program, assignment, mesh, parts: as for `fixed_layouts`.
@@ -277,18 +277,8 @@ def asked_layouts(
     return [
         (output, _layout(spec, output.dims, mesh.parallel_axes, parts))
         for output, spec in _laid_outputs(program, assignment)
-        if _is_asked(program, output)
+        if not output.backward
     ]
-
-
-def _is_asked(program: Program, output: LayerOutput) -> bool:
-    """Whether an output is the result of a contraction, which a rule can ask for in a layout.
-
-    Of what is reshaped since, and of gradients, a rule fixes the whole group.
-    """
-    if output.made_by is None or output.backward:
-        return False
-    return program.ops[output.made_by].results[0].group == output.group
 
 
 def _laid_outputs(program: Program, assignment: Assignment) -> Iterator[tuple[LayerOutput, Spec]]:
