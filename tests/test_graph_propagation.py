@@ -1,5 +1,7 @@
 """Propagation: what XLA's partitioner would do with the layouts of the arguments."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -103,6 +105,22 @@ def test_vectors_that_are_broadcast_spread_after_the_rest(for_tpu: bool, dim: in
     assert propagate(program, {p: (1,), z: (0,)}, (8,))[v] == (dim,)
 
 
+def output_of(program: Program, index: int, **changes: Any) -> LayerOutput:
+    """The result of a contraction as the output of a layer."""
+    (made,) = program.ops[index].results
+    given = {
+        "template": f"layer_{index}/output",
+        "identity": made.identity,
+        "group": made.group,
+        "dims": (0, 1),
+        "shape": (8, 32),
+        "n_bytes": made.n_bytes,
+        "backward": False,
+        "made_by": index,
+    }
+    return LayerOutput(**{**given, **changes})
+
+
 def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, Apart]:
     """`x @ w` asked to be whole and added to `y @ u`, which is split by columns; `w` split so."""
 
@@ -111,22 +129,11 @@ def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, Apart]:
         return first + y @ u, (first @ t if reads else t)
 
     program = program_of(added, (8, 16), (16, 32), (8, 16), (16, 32), (32, 8))
-    (made,) = program.ops[0].results
-    output = LayerOutput(
-        template="first/output",
-        identity=made.identity,
-        group=made.group,
-        dims=(0, 1),
-        shape=(8, 32),
-        n_bytes=made.n_bytes,
-        backward=False,
-        made_by=0,
-    )
     x, w, y, u, t = (argument.group for argument in program.arguments)
     fixed = {x: (WHOLE,), w: (spec,), y: (WHOLE,), u: (1,), t: (WHOLE,)}
     propagator = Propagator(program, (8,))
-    layouts = propagator.propagate(fixed, [(output, (WHOLE,))])
-    assert layouts[made.group] == (1,)
+    output = output_of(program, 0)
+    assert propagator.propagate(fixed, [(output, (WHOLE,))])[output.group] == (1,)
     return program, propagator.apart
 
 
@@ -151,3 +158,28 @@ def test_what_reads_a_result_itself_sees_it_as_was_asked(spec: int) -> None:
     assert apart.around[reader][0] == (WHOLE,)
     # Nobody scatters what is read whole.
     assert apart.around[0][-1] == ((1,) if spec == 1 else (WHOLE,))
+
+
+def test_rules_for_outputs_of_one_group_begin_it_together() -> None:
+    program = program_of(lambda x, w, u: x @ w + x @ u, (8, 16), (16, 32), (16, 32))
+    whole, split = (output_of(program, index) for index in (0, 1))
+    fixed = {argument.group: (WHOLE,) for argument in program.arguments}
+    propagator = Propagator(program, (8,))
+    for asked in ([(whole, (WHOLE,)), (split, (1,))], [(split, (1,)), (whole, (WHOLE,))]):
+        assert propagator.propagate(fixed, asked)[split.group] == (1,)
+        assert propagator.apart.around == {0: ((WHOLE,), (WHOLE,), (WHOLE,))}
+
+
+def test_a_rule_for_what_is_reshaped_does_not_lay_out_the_result_itself() -> None:
+    def folded(x, w, z):
+        return (x.reshape(64, 16) @ w).reshape(8, 8, 32) + z @ w
+
+    program = program_of(folded, (8, 8, 16), (16, 32), (8, 8, 16))
+    x, w, z = (argument.group for argument in program.arguments)
+    matmul = next(i for i, op in enumerate(program.ops) if op.kind == "contraction")
+    (output,) = program.outputs
+    asked = output_of(program, matmul, group=output.group, dims=(0, 1, 2), shape=(8, 8, 32))
+    propagator = Propagator(program, (8,))
+    layouts = propagator.propagate({x: (WHOLE,), w: (1,), z: (WHOLE,)}, [(asked, (WHOLE,))])
+    assert layouts[output.group] == (2,)
+    assert not propagator.apart.around
