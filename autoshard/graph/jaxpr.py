@@ -185,10 +185,15 @@ class _Reader:
 
 
 def _look(equation: Any, known: dict[Any, int | None], stack: str) -> Hashable | None:
-    """What two equations of one layer share that do the same; None where that cannot be told."""
+    """What two equations of one layer share that do the same.
+
+    None where that cannot be told, and for what is made of constants, which each reader makes anew.
+    """
     operands = tuple(
         (str(v.aval), str(v.val)) if hasattr(v, "val") else known.get(v) for v in equation.invars
     )
+    if not any(isinstance(operand, int) for operand in operands):
+        return None
     look = (equation.primitive, operands, tuple(sorted(equation.params.items())), _layer(stack))
     try:
         hash(look)
