@@ -101,12 +101,9 @@ class AxisParts:
         for axis, places, sizes in zip(axes, self.places, self.parts, strict=True):
             dims = [layout[place] for place in places]
             for dim, run in groupby(range(len(dims)), key=dims.__getitem__):
-                own = [sizes[i] for i in run]
-                first = dims.index(dim)
-                name = (
-                    axis if len(own) == len(sizes) else f"{axis}:({prod(sizes[:first])}){prod(own)}"
-                )
-                names.setdefault(dim, []).append(name)
+                own = list(run)
+                part = f"{axis}:({prod(sizes[: own[0]])}){prod(sizes[i] for i in own)}"
+                names.setdefault(dim, []).append(axis if len(own) == len(sizes) else part)
         return {dim: ",".join(found) for dim, found in names.items() if dim != WHOLE}
 
 
