@@ -1,8 +1,11 @@
 """What a step costs under a layout, with bytes worked out by hand."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
+from test_graph_propagation import asked_whole
 from test_graph_rules import program_of
 
 from autoshard.cost.machine import Machine
@@ -165,3 +168,15 @@ def test_step_time_hides_collectives_behind_compute() -> None:
         memory=Memory(),
     )
     assert cost.step_seconds == pytest.approx(3.0 + 2.0 + (4.0 - 3.0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "kinds"),
+    [(WHOLE, []), (1, ["all-gather"]), (0, ["reduce-scatter"])],
+)
+def test_what_a_rule_asks_of_a_result_is_moved_once(spec: int, kinds: list[str]) -> None:
+    # Asked to be whole, and added to what is split by columns.
+    program, layouts, apart = asked_whole(spec)
+    machine = replace(MACHINE, as_partitioned=True)
+    moved = StepPricer(program, machine).price(layouts, apart).traffic
+    assert [traffic.kind for traffic in moved if traffic.n_bytes == 8 * 32 * 4] == kinds

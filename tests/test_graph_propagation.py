@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_graph_rules import program_of
 
-from autoshard.graph.program import WHOLE, LayerOutput, Program
+from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
 from autoshard.graph.propagation import Apart, Propagator, propagate
 from autoshard.graph.splits import splits_evenly
 
@@ -121,7 +121,7 @@ def output_of(program: Program, index: int, **changes: Any) -> LayerOutput:
     return LayerOutput(**{**given, **changes})
 
 
-def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, Apart]:
+def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, tuple[Layout, ...], Apart]:
     """`x @ w` asked to be whole and added to `y @ u`, which is split by columns; `w` split so."""
 
     def added(x, w, y, u, t):
@@ -133,8 +133,9 @@ def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, Apart]:
     fixed = {x: (WHOLE,), w: (spec,), y: (WHOLE,), u: (1,), t: (WHOLE,)}
     propagator = Propagator(program, (8,))
     output = output_of(program, 0)
-    assert propagator.propagate(fixed, [(output, (WHOLE,))])[output.group] == (1,)
-    return program, propagator.apart
+    layouts = propagator.propagate(fixed, [(output, (WHOLE,))])
+    assert layouts[output.group] == (1,)
+    return program, layouts, propagator.apart
 
 
 @pytest.mark.parametrize(
@@ -146,14 +147,14 @@ def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, Apart]:
     ],
 )
 def test_what_is_asked_of_a_result_holds_for_it_alone(spec: int, made: int, moved: dict) -> None:
-    _, apart = asked_whole(spec)
+    _, _, apart = asked_whole(spec)
     assert apart.around[0][-1] == (made,)
     assert apart.moved == moved
 
 
 @pytest.mark.parametrize("spec", [WHOLE, 0, 1])
 def test_what_reads_a_result_itself_sees_it_as_was_asked(spec: int) -> None:
-    program, apart = asked_whole(spec, reads=True)
+    program, _, apart = asked_whole(spec, reads=True)
     (reader,) = (i for i, op in enumerate(program.ops) if op.factor_sizes == (8, 32, 8))
     assert apart.around[reader][0] == (WHOLE,)
     # Nobody scatters what is read whole.
