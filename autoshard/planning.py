@@ -11,7 +11,6 @@ from typing import Any
 from autoshard.errors import LayoutError, ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
-from autoshard.graph.propagation import propagate
 from autoshard.hardware.chips import Chip
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
@@ -24,14 +23,12 @@ from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.pricing import Candidate, axis_parts, make_pricer, published_maps
+from autoshard.pricing import Candidate, make_pricer, published_maps
 from autoshard.search.candidates import (
     all_whole,
-    asked_layouts,
-    fixed_layouts,
     split_by_hand,
 )
-from autoshard.search.descent import Scored
+from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
 from autoshard.setup import Setup
 
@@ -133,7 +130,7 @@ class Planning:
 
         Keras makes a cache inside the step, and XLA lays it out by propagation.
         """
-        return tuple(_cache_specs(self.program, scored, self.setup.mesh))
+        return tuple(_cache_specs(self.result.scorer, scored))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,15 +242,14 @@ def _numbered(model: AbstractModel, rules: LayoutRules) -> tuple[str, ...]:
     return tuple(sorted(words & model.numbered_layers()))
 
 
-def _cache_specs(program: Program, scored: Scored, mesh: Mesh) -> Iterator[Spec]:
+def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:
+    program, parts = scorer.pricer.program, scorer.pricer.machine.parts
     caches = [argument for argument in program.arguments if argument.role == "cache"]
     if not caches:
         return
-    parts = axis_parts(program, mesh)
-    given = (program, dict(scored.assignment), mesh, parts)
-    layouts = propagate(program, fixed_layouts(*given), parts.sizes, asked_layouts(*given))
+    layouts = scorer.lay_out(dict(scored.assignment))
     for cache in caches:
-        axis_of = parts.names(layouts[cache.group], mesh.parallel_axes)
+        axis_of = parts.names(layouts[cache.group], scorer.mesh.parallel_axes)
         yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)
 
 

@@ -23,7 +23,6 @@ from autoshard.setup import Setup
 
 __all__ = [
     "Candidate",
-    "axis_parts",
     "make_pricer",
     "published_maps",
     "refused_outputs",
@@ -67,14 +66,9 @@ def make_pricer(program: Program, setup: Setup) -> StepPricer:
         setup.mesh,
         setup.target,
         _MATMUL_DTYPES.get(policy, policy),
-        axis_parts(program, setup.mesh),
+        AxisParts.of(program, [setup.mesh.sizes[axis] for axis in setup.mesh.parallel_axes]),
     )
     return StepPricer(program, machine)
-
-
-def axis_parts(program: Program, mesh: Mesh) -> AxisParts:
-    """What the axes of a mesh are cut into for a program."""
-    return AxisParts.of(program, [mesh.sizes[axis] for axis in mesh.parallel_axes])
 
 
 def published_maps(

@@ -109,6 +109,8 @@ class AxisParts:
 
 def _bounds(op: Op, uses: Mapping[tuple[int, int], int]) -> Iterator[tuple[int, int]]:
     """Where factors that one dimension holds meet: the places before, of so many in all."""
+    if not any(array.inner for array in op.arrays):
+        return
     used = {
         factor
         for array in op.arrays

@@ -145,7 +145,8 @@ class _Reader:
             known.update(dict.fromkeys(equation.outvars))  # arrays of no elements: no work
             return
         layer, backward = _layer(stack)
-        look = _look(equation, known, stack) if self.merges_equal and name != MARK else None
+        merges = self.merges_equal and name != MARK
+        look = _look(equation, known, layer, backward) if merges else None
         if look in self.results_of:
             known.update(zip(equation.outvars, self.results_of[look], strict=True))
             return
@@ -184,7 +185,9 @@ class _Reader:
         )
 
 
-def _look(equation: Any, known: dict[Any, int | None], stack: str) -> Hashable | None:
+def _look(
+    equation: Any, known: dict[Any, int | None], layer: str, backward: bool
+) -> Hashable | None:
     """What two equations of one layer share that do the same.
 
     None where that cannot be told, and for what is made of constants, which each reader makes anew.
@@ -194,7 +197,8 @@ def _look(equation: Any, known: dict[Any, int | None], stack: str) -> Hashable |
     )
     if not any(isinstance(operand, int) for operand in operands):
         return None
-    look = (equation.primitive, operands, tuple(sorted(equation.params.items())), _layer(stack))
+    params = tuple(sorted(equation.params.items()))
+    look = (equation.primitive, operands, params, layer, backward)
     try:
         hash(look)
     except TypeError:

@@ -17,6 +17,7 @@ from functools import partial
 
 from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
+from autoshard.graph.program import Layout
 from autoshard.graph.propagation import Propagator
 from autoshard.mesh import Mesh, Spec, shard_shape
 from autoshard.search.candidates import (
@@ -120,14 +121,17 @@ class Scorer:
         """Whether more was looked at than a search for the last percent is worth."""
         return len(self.seen) * len(self.pricer.program.ops) > _MOST_LOOKS
 
+    def lay_out(self, assignment: Mapping[str, Spec]) -> tuple[Layout, ...]:
+        """The layout of each group of the program under an assignment, by the pricer's parts."""
+        given = (self.pricer.program, assignment, self.mesh, self.pricer.machine.parts)
+        return self._propagator.propagate(fixed_layouts(*given), asked_layouts(*given))
+
     def score(self, assignment: Mapping[str, Spec]) -> Scored:
         """Propagate an assignment through the program and price what comes out."""
         key = tuple(sorted(item for item in assignment.items() if item[1] != NO_RULE))
         found = self.seen.get(key)
         if found is None:
-            given = (self.pricer.program, assignment, self.mesh, self.pricer.machine.parts)
-            layouts = self._propagator.propagate(fixed_layouts(*given), asked_layouts(*given))
-            cost = self.pricer.price(layouts, self._propagator.apart)
+            cost = self.pricer.price(self.lay_out(assignment), self._propagator.apart)
             limit = math.inf if self.memory_limit is None else self.memory_limit
             excess = max(0.0, cost.memory.peak_bytes - limit)
             found = Scored(
