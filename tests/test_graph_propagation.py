@@ -184,3 +184,15 @@ def test_a_rule_for_what_is_reshaped_does_not_lay_out_the_result_itself() -> Non
     layouts = propagator.propagate({x: (WHOLE,), w: (1,), z: (WHOLE,)}, [(asked, (WHOLE,))])
     assert layouts[output.group] == (2,)
     assert not propagator.apart.around
+
+
+def test_a_result_does_not_spread_past_a_rule_for_it() -> None:
+    # What is made of `x @ w` may be split, but not by the columns of `w`: the rule is between.
+    def scaled(x, w):
+        return jnp.tanh(x @ w) * 2.0
+
+    program = program_of(scaled, (8, 16), (16, 32))
+    x, w = (argument.group for argument in program.arguments)
+    fixed, output = {x: (WHOLE,), w: (1,)}, output_of(program, 0)
+    assert propagate(program, fixed, (8,))[output.group] == (1,)
+    assert propagate(program, fixed, (8,), [(output, (WHOLE,))])[output.group] == (WHOLE,)

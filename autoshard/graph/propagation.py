@@ -137,8 +137,9 @@ class Propagator:
             if layout != whole:
                 for index in self._touching[group]:
                     split[index] = True
+        wanted = self._wanted_arrays(asked)
         for level in range(_LEVELS):
-            self._run_level(level, state, fixed, split)
+            self._run_level(level, state, fixed, wanted, split)
         self.apart.torn = [
             (index, own)
             for index, own in self.apart.torn
@@ -199,10 +200,32 @@ class Propagator:
         seen = self.apart.around.get(index) or self._around[index](state)
         self.apart.around[index] = (*seen[:position], layout, *seen[position + 1 :])
 
+    def _wanted_arrays(
+        self, asked: Sequence[tuple[LayerOutput, Layout]]
+    ) -> dict[int, dict[int, Layout]]:
+        """Index of an op -> its arrays, by position, whose layout is asked, and how."""
+        wanted: dict[int, dict[int, Layout]] = {}
+        for output, layout in asked:
+            for index in self._touching[output.group]:
+                op = self._program.ops[index]
+                for position, array in enumerate(op.operands):
+                    if array.identity == output.identity:
+                        wanted.setdefault(index, {})[position] = layout
+                if index == output.made_by:
+                    wanted.setdefault(index, {})[len(op.operands)] = layout
+        return wanted
+
     def _run_level(
-        self, level: int, state: list[Layout], fixed: Mapping[int, Layout], split: bytearray
+        self,
+        level: int,
+        state: list[Layout],
+        fixed: Mapping[int, Layout],
+        wanted: Mapping[int, Mapping[int, Layout]],
+        split: bytearray,
     ) -> None:
         """Give each op its turn in order, and another where something around it changes afterwards.
+
+        An op whose own array a rule lays out sees it so, and does not spread to what is made of it.
 
         That one it has at once, before the next op's first, and the op that was touched last before
         the others (so MLIR's rewriter goes about it). An op that could do no more at the level
@@ -218,6 +241,9 @@ class Propagator:
             index = at if in_order else again.pop()
             waiting[index] = False
             around = self._around[index](state)
+            own = wanted.get(index, {})
+            if own:
+                around = tuple(own.get(place, layout) for place, layout in enumerate(around))
             if in_order and level == _TEARING and self._meets[index]:
                 self._tear(index, around)
             changes = spreads[index].get(around)
@@ -225,7 +251,7 @@ class Propagator:
                 changes = self._spread(index, level, around)
             for position, layout in changes:
                 group = self._groups_of[index][position]
-                if group in fixed:
+                if group in fixed or position in own:
                     continue
                 state[group] = layout
                 for other in self._touching[group]:
