@@ -25,6 +25,7 @@ from autoshard.graph.program import (
 from autoshard.graph.repeats import read_repetitions
 from autoshard.graph.sums import as_summed, sum_targets
 from autoshard.graph.vectors import broadcast_vectors
+from autoshard.model.outputs import MARK
 
 __all__ = ["StepInput", "build_program"]
 
@@ -108,7 +109,7 @@ def build_program(
     ]
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
-    layer_outputs = _layer_outputs(flat, ops, numbering, templates or {})
+    layer_outputs = _layer_outputs(flat, ops, numbering, templates or {}, for_tpu)
     groups = tuple(
         Group(sizes=grouping.sizes[root], argument=argument_of.get(number))
         for root, number in numbering.numbers.items()
@@ -194,25 +195,42 @@ def _ends(
 
 
 def _layer_outputs(
-    flat: FlatJaxpr, ops: Sequence[Op], numbering: _Numbering, templates: Mapping[str, str]
+    flat: FlatJaxpr,
+    ops: Sequence[Op],
+    numbering: _Numbering,
+    templates: Mapping[str, str],
+    for_tpu: bool,
 ) -> tuple[LayerOutput, ...]:
     made_by = flat.made_by()
     op_of: dict[int | None, int] = {
         array.identity: index for index, op in enumerate(ops) for array in op.results
     }
-    return tuple(
-        LayerOutput(
-            template=templates.get(mark.path, mark.path),
-            identity=mark.identity,
-            group=numbering.number(mark.identity),
-            dims=numbering.grouping.dims[mark.identity],
-            shape=flat.arrays[mark.identity].shape,
-            n_bytes=flat.arrays[mark.identity].n_bytes,
-            backward=mark.backward,
-            made_by=op_of.get(_contraction(mark.identity, made_by, flat)),
+    outputs = []
+    for mark in flat.marks:
+        array, contraction = flat.arrays[mark.identity], _contraction(mark.identity, made_by, flat)
+        # A TPU compiler drops dimensions of size 1 from a contraction, and reshapes its result.
+        is_reshaped = for_tpu and 1 in array.shape
+        outputs.append(
+            LayerOutput(
+                template=templates.get(mark.path, mark.path),
+                identity=mark.identity,
+                group=numbering.number(mark.identity),
+                dims=numbering.grouping.dims[mark.identity],
+                shape=array.shape,
+                n_bytes=array.n_bytes,
+                backward=mark.backward,
+                made_by=op_of.get(contraction),
+                as_made=not is_reshaped and contraction == _unmarked(mark.identity, made_by),
+            )
         )
-        for mark in flat.marks
-    )
+    return tuple(outputs)
+
+
+def _unmarked(identity: int, made_by: Mapping[int, Equation]) -> int:
+    """The array behind the marks of layers' outputs."""
+    while identity in made_by and made_by[identity].primitive == MARK:
+        (identity,) = made_by[identity].operands
+    return identity
 
 
 def _contraction(identity: int, made_by: Mapping[int, Equation], flat: FlatJaxpr) -> int | None:

@@ -217,6 +217,7 @@ class LayerOutput:
         identity: which array of the step it is.
         made_by: index of the contraction that makes it, if one does: then a layout of it can turn
             an all-reduce into a reduce-scatter.
+        as_made: whether it is that contraction's own result, with no bias, move or cast behind it.
     """
 
     template: str
@@ -227,6 +228,7 @@ class LayerOutput:
     n_bytes: int
     backward: bool
     made_by: int | None
+    as_made: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

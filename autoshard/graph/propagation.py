@@ -149,23 +149,29 @@ class Propagator:
             outputs = [output for output, _ in asked if output.made_by == made_by]
             if made_by is None or self._groups_of[made_by][-1] != outputs[-1].group:
                 continue  # nothing that is priced by itself makes it as it is
-            if state[outputs[-1].group] != layout:
-                self._set_apart(made_by, layout, {output.identity for output in outputs}, state)
+            as_made = any(output.as_made for output in outputs)
+            self._set_apart(made_by, layout, {o.identity for o in outputs}, as_made, state)
         return tuple(state)
 
     def _set_apart(
-        self, index: int, want: Layout, read: Collection[int], state: Sequence[Layout]
+        self,
+        index: int,
+        want: Layout,
+        read: Collection[int],
+        as_made: bool,
+        state: Sequence[Layout],
     ) -> None:
-        """Note the ops that see a result as was asked, where its group lies otherwise.
+        """Note the ops that see a result as was asked or made, where its group lies otherwise.
 
-        The contraction makes it as its operands have it, and what is asked to be whole is gathered.
-        But sums that are whole only to be sliced are scattered. What is asked to be split otherwise
+        A contraction makes it as is asked of its own result. Where a bias is added first it makes
+        it as its operands have it, and what is asked to be whole is gathered. But sums that are whole only to be sliced are scattered. What is asked to be split otherwise
         than the group is moved there.
 
         Args:
             index: of the contraction.
             want: the layout that is asked.
             read: identities of the outputs that it makes.
+            as_made: whether one of them is its own result.
             state: the layouts of all groups.
         """
         op, around = self._program.ops[index], self._around[index](state)
@@ -175,7 +181,7 @@ class Propagator:
             for position, operand in enumerate(self._program.ops[reader].operands)
             if operand.identity in read
         ]
-        own = self._alone(index, around)
+        own = want if as_made else self._alone(index, around)
         splits = (
             factors_split(array, layout, op.factor_sizes, self._axis_sizes)
             for array, layout in zip(op.operands, around[: len(op.operands)], strict=True)
@@ -196,9 +202,10 @@ class Propagator:
             self._see(reader, position, want, state)
 
     def _see(self, index: int, position: int, layout: Layout, state: Sequence[Layout]) -> None:
-        """Note the layout in which an op sees one of its arrays."""
+        """Note the layout in which an op sees one of its arrays, if it is not the group's."""
         seen = self.apart.around.get(index) or self._around[index](state)
-        self.apart.around[index] = (*seen[:position], layout, *seen[position + 1 :])
+        if seen[position] != layout:
+            self.apart.around[index] = (*seen[:position], layout, *seen[position + 1 :])
 
     def _wanted_arrays(
         self, asked: Sequence[tuple[LayerOutput, Layout]]
