@@ -172,8 +172,8 @@ def test_step_time_hides_collectives_behind_compute() -> None:
 
 @pytest.mark.parametrize(("spec", "kinds"), [(WHOLE, []), (1, ["all-gather"])])
 def test_what_a_rule_asks_of_a_result_is_moved_once(spec: int, kinds: list[str]) -> None:
-    # Asked to be whole, and added to what is split by columns.
-    program, layouts, apart = asked_whole(spec)
+    # Asked to be whole behind a bias, and added to what is split by columns.
+    program, layouts, apart = asked_whole(spec, as_made=False)
     machine = replace(MACHINE, as_partitioned=True)
     moved = StepPricer(program, machine).price(layouts, apart).traffic
     assert [traffic.kind for traffic in moved if traffic.n_bytes == 8 * 32 * 4] == kinds

@@ -117,11 +117,14 @@ def output_of(program: Program, index: int, **changes: Any) -> LayerOutput:
         "n_bytes": made.n_bytes,
         "backward": False,
         "made_by": index,
+        "as_made": True,
     }
     return LayerOutput(**{**given, **changes})
 
 
-def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, tuple[Layout, ...], Apart]:
+def asked_whole(
+    spec: int, *, reads: bool = False, as_made: bool = True
+) -> tuple[Program, tuple[Layout, ...], Apart]:
     """`x @ w` asked to be whole and added to `y @ u`, which is split by columns; `w` split so."""
 
     def added(x, w, y, u, t):
@@ -132,23 +135,27 @@ def asked_whole(spec: int, *, reads: bool = False) -> tuple[Program, tuple[Layou
     x, w, y, u, t = (argument.group for argument in program.arguments)
     fixed = {x: (WHOLE,), w: (spec,), y: (WHOLE,), u: (1,), t: (WHOLE,)}
     propagator = Propagator(program, (8,))
-    output = output_of(program, 0)
+    output = output_of(program, 0, as_made=as_made)
     layouts = propagator.propagate(fixed, [(output, (WHOLE,))])
     assert layouts[output.group] == (1,)
     return program, layouts, propagator.apart
 
 
 @pytest.mark.parametrize(
-    ("spec", "made", "moved"),
+    ("spec", "as_made", "made", "moved"),
     [
-        (WHOLE, WHOLE, {}),  # made whole, and sliced for the sum
-        (1, 1, {0: ((1,), (WHOLE,))}),  # made by columns, gathered as asked, and sliced again
-        (0, 1, {}),  # partial sums, whole only to be sliced: scattered
+        (WHOLE, True, WHOLE, {}),  # made whole, and sliced for the sum
+        (1, True, WHOLE, {}),  # `w` is gathered
+        (1, False, 1, {0: ((1,), (WHOLE,))}),  # made by columns, gathered as asked, sliced again
+        (0, True, 1, {}),  # partial sums, whole only to be sliced: scattered
     ],
 )
-def test_what_is_asked_of_a_result_holds_for_it_alone(spec: int, made: int, moved: dict) -> None:
-    _, _, apart = asked_whole(spec)
-    assert apart.around[0][-1] == (made,)
+def test_what_is_asked_of_a_result_holds_for_it_alone(
+    spec: int, as_made: bool, made: int, moved: dict
+) -> None:
+    program, layouts, apart = asked_whole(spec, as_made=as_made)
+    around = apart.around.get(0) or [layouts[group] for group in program.ops[0].groups]
+    assert around[-1] == (made,)
     assert apart.moved == moved
 
 
@@ -158,7 +165,7 @@ def test_what_reads_a_result_itself_sees_it_as_was_asked(spec: int) -> None:
     (reader,) = (i for i, op in enumerate(program.ops) if op.factor_sizes == (8, 32, 8))
     assert apart.around[reader][0] == (WHOLE,)
     # Nobody scatters what is read whole.
-    assert apart.around[0][-1] == ((1,) if spec == 1 else (WHOLE,))
+    assert apart.around[0][-1] == (WHOLE,)
 
 
 def test_rules_for_outputs_of_one_group_begin_it_together() -> None:

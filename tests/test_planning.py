@@ -129,6 +129,24 @@ def test_a_rule_for_an_output_turns_all_reduces_into_reduce_scatters() -> None:
     assert large == {"reduce-scatter": 29, "all-reduce": 28, "all-gather": 57}
 
 
+@pytest.mark.parametrize(
+    ("preset", "kind", "template", "as_made"),
+    [
+        ("gemma_2b_en", "prefill", "decoder_block_*/attention/query/output", True),
+        ("gpt2_base_en", "prefill", "transformer_layer_*/self_attention/query/output", False),
+        # One token: the compiler drops the dimension of 1, and puts it back by a reshape.
+        ("gemma_2b_en", "decode", "decoder_block_*/attention/query/output", False),
+    ],
+)
+def test_a_contraction_without_bias_makes_the_output_itself(
+    preset: str, kind: str, template: str, as_made: bool
+) -> None:
+    setup = make_setup("1x8", workload=kind)
+    program = trace_model(preset, setup.workload, setup.target.chip).program
+    asked = {output.as_made for output in program.layer_outputs if output.template == template}
+    assert asked == {as_made}
+
+
 def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
     setup = make_setup("1x8", workload="prefill")
     traced = trace_model("gemma_2b_en", setup.workload, setup.target.chip)

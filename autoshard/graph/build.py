@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from autoshard.graph.caches import cache_count, cache_moves, rebuilt_arguments
+from autoshard.graph.equal import merge_equal
 from autoshard.graph.grouping import Grouping, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.link import Label, Link
@@ -66,12 +67,14 @@ def build_program(
         count_of: how many times the whole model has a layer of the traced copy.
         templates: path of a layer output -> its template.
         for_tpu: whether a TPU compiler partitions the step, which simplifies it first (see
-            `read_jaxpr` and `autoshard.graph.vectors`).
+            `autoshard.graph.equal` and `autoshard.graph.vectors`).
 
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
     """
-    flat = read_jaxpr(closed, merges_equal=for_tpu)
+    flat = read_jaxpr(closed)
+    if for_tpu:
+        flat = merge_equal(flat)
     inputs = [
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)

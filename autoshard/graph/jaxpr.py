@@ -14,7 +14,7 @@ from autoshard.graph.link import Link
 from autoshard.graph.rules import link_of, unknown_link
 from autoshard.model.outputs import MARK
 
-__all__ = ["ArrayType", "Equation", "FlatJaxpr", "Mark", "read_jaxpr"]
+__all__ = ["ArrayType", "Equation", "FlatJaxpr", "Mark", "live_equations", "read_jaxpr"]
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat",
           "checkpoint", "remat2", "custom_vjp_call_jaxpr"}  # fmt: skip
@@ -50,6 +50,7 @@ class Equation:
         window: elements of a convolution's filter along space; 1 for any other equation.
         layer: path of the layer, without the transformations around it.
         backward: whether the transposed (gradient) program holds it.
+        does: its parameters and literals, or None where two of them cannot be compared.
     """
 
     primitive: str
@@ -60,6 +61,7 @@ class Equation:
     window: int = 1
     layer: str
     backward: bool
+    does: Hashable = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +107,7 @@ class FlatJaxpr:
 class _Reader:
     """Walks nested jaxprs, keeping the numbering of arrays; see `read_jaxpr`."""
 
-    def __init__(self, merges_equal: bool) -> None:
-        self.merges_equal = merges_equal
-        # What an equation is -> the results of the first one like it.
-        self.results_of: dict[Hashable, list[int]] = {}
+    def __init__(self) -> None:
         self.arrays: list[ArrayType] = []
         self.equations: list[Equation] = []
         self.unknown: set[str] = set()
@@ -145,11 +144,6 @@ class _Reader:
             known.update(dict.fromkeys(equation.outvars))  # arrays of no elements: no work
             return
         layer, backward = _layer(stack)
-        merges = self.merges_equal and name != MARK
-        look = _look(equation, known, layer, backward) if merges else None
-        if look in self.results_of:
-            known.update(zip(equation.outvars, self.results_of[look], strict=True))
-            return
         # Offsets that are constants make it a slice, for the compiler too.
         if name == "dynamic_slice" and all(hasattr(v, "val") for v in equation.invars[1:]):
             name, shapes = "slice", shapes[:1]
@@ -161,8 +155,6 @@ class _Reader:
         for variable in equation.outvars:
             results.append(self.new(variable))
             known[variable] = results[-1]
-        if look is not None:
-            self.results_of[look] = results
         identities = enumerate(_identity(v, known) for v in equation.invars)
         present = [(i, identity) for i, identity in identities if identity is not None]
         if name == MARK:
@@ -181,29 +173,22 @@ class _Reader:
                 window=window_size(equation),
                 layer=layer,
                 backward=backward,
+                does=_does(equation),
             )
         )
 
 
-def _look(
-    equation: Any, known: dict[Any, int | None], layer: str, backward: bool
-) -> Hashable | None:
-    """What two equations of one layer share that do the same.
-
-    None where that cannot be told, and for what is made of constants, which each reader makes anew.
-    """
-    operands = tuple(
-        (str(v.aval), str(v.val)) if hasattr(v, "val") else known.get(v) for v in equation.invars
+def _does(equation: Any) -> Hashable | None:
+    """What two equations of one primitive and of the same operands share that do the same."""
+    literals = tuple(
+        (str(v.aval), str(v.val)) if hasattr(v, "val") else None for v in equation.invars
     )
-    if not any(isinstance(operand, int) for operand in operands):
-        return None
-    params = tuple(sorted(equation.params.items()))
-    look = (equation.primitive, operands, params, layer, backward)
+    does = (tuple(sorted(equation.params.items())), literals)
     try:
-        hash(look)
+        hash(does)
     except TypeError:
         return None
-    return look
+    return does
 
 
 def _called(equation: Any) -> Any:
@@ -238,26 +223,23 @@ def _layer(stack: str) -> tuple[str, bool]:
     return "/".join(part for part in parts if part and "->" not in part), backward
 
 
-def read_jaxpr(closed: Any, *, merges_equal: bool = False) -> FlatJaxpr:
+def read_jaxpr(closed: Any) -> FlatJaxpr:
     """Flatten a `jax.core.ClosedJaxpr`.
 
     Args:
         closed: the traced step, as `jax.make_jaxpr` returns it.
-        merges_equal: whether equations of one layer that do the same become one, as compilers for
-            TPUs find before they partition: keys and values that one mask is laid over are then
-            laid out alike.
 
     Returns:
         Its equations in order, calls inlined. A primitive without a rule is listed in `unknown`
         and taken to need its operands whole.
     """
-    reader = _Reader(merges_equal)
+    reader = _Reader()
     known: dict[Any, int | None] = {v: reader.new(v) for v in closed.jaxpr.invars}
     inputs = tuple(_identities(known.values()))
     known.update({v: None for v in closed.jaxpr.invars if 0 in v.aval.shape})
     known.update({v: reader.new(v) for v in closed.jaxpr.constvars})
     outputs = tuple(reader.walk(closed.jaxpr, known, ""))
-    equations = _live(reader.equations, outputs)
+    equations = live_equations(reader.equations, outputs)
     made = {result for equation in equations for result in equation.results}
     return FlatJaxpr(
         arrays=tuple(reader.arrays),
@@ -273,7 +255,9 @@ def _identities(values: Iterable[int | None]) -> Iterator[int]:
     return (value for value in values if value is not None)
 
 
-def _live(equations: Sequence[Equation], outputs: Sequence[int | None]) -> tuple[Equation, ...]:
+def live_equations(
+    equations: Sequence[Equation], outputs: Sequence[int | None]
+) -> tuple[Equation, ...]:
     """The equations that an output depends on: the others are no part of the compiled program."""
     needed = set(_identities(outputs))
     live = []

@@ -2,31 +2,22 @@
 
 A simulation of Shardy's propagation (https://openxla.org/shardy/propagation) on groups of arrays:
 the layout of every argument is fixed; through each op, a factor split in one array is split in the
-others. Ops go by priority, each level run until nothing changes:
-
-0. ops that only move data (what grouping left of them);
-1. all ops, but only factors that pass through, and from the large side of a broadcast to the small;
-2. all ops, factors too that are summed, shifted or gathered;
-3. also from the small side of a broadcast to the large.
-
-Vectors that are broadcast for a product with matrices are the small side of that.
-
-Where two factors of an op want one mesh axis, the factor of the larger array wins, then that of
-the earlier one.
+others, as `autoshard.graph.turns` has it, level by level, each until nothing changes. Where a rule
+asks for a layer's output, that one array is laid out so, and its group may lie otherwise.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
 import numpy as np
 
-from autoshard.graph.program import WHOLE, LayerOutput, Layout, Op, Program
-from autoshard.graph.splits import factors_split, layout_of, splits_evenly
+from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
+from autoshard.graph.splits import factors_split
+from autoshard.graph.turns import LEVELS, begins, has_more, may_tear, may_turn, spread, spread_look
 
 __all__ = ["Apart", "Propagator", "picker", "propagate", "torn_axes"]
 
-_LEVELS = 4
 # The level at which matmuls have their first turn.
 _TEARING = 1
 
@@ -84,23 +75,25 @@ class Propagator:
 
     def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
         self.apart = Apart()
-        self._meets = bytearray(map(_may_tear, program.ops))
+        self._meets = bytearray(map(may_tear, program.ops))
         self._program = program
         self._axis_sizes = tuple(axis_sizes)
         self._touching = program.touching()
         self._groups_of = [op.groups for op in program.ops]
         self._around = [picker(groups) for groups in self._groups_of]
-        levels = range(_LEVELS)
-        self._may = [bytearray(_may(op, level) for op in program.ops) for level in levels]
-        self._begins = [bytearray(_begins(op, level) for op in program.ops) for level in levels]
+        levels = range(LEVELS)
+        self._may = [bytearray(may_turn(op, level) for op in program.ops) for level in levels]
+        self._begins = [bytearray(begins(op, level) for op in program.ops) for level in levels]
         self._new = [
-            np.array([_may(op, level) and _is_new(op, level) for op in program.ops], dtype=bool)
+            np.array(
+                [may_turn(op, level) and has_more(op, level) for op in program.ops], dtype=bool
+            )
             for level in levels
         ]
         # By level and op: the layouts around it -> what it changes; one table for each look.
-        looks = [_look(op, program) for op in program.ops]
+        looks = [spread_look(op, program) for op in program.ops]
         self._spreads: list[list[dict[tuple[Layout, ...], _Changes]]] = []
-        for _ in range(_LEVELS):
+        for _ in range(LEVELS):
             tables: dict[object, dict[tuple[Layout, ...], _Changes]] = {look: {} for look in looks}
             self._spreads.append([tables[look] for look in looks])
 
@@ -138,42 +131,43 @@ class Propagator:
                 for index in self._touching[group]:
                     split[index] = True
         wanted = self._wanted_arrays(asked)
-        for level in range(_LEVELS):
+        for level in range(LEVELS):
             self._run_level(level, state, fixed, wanted, split)
         self.apart.torn = [
             (index, own)
             for index, own in self.apart.torn
             if self._groups_of[index][-1] not in known
         ]
-        for made_by, layout in {output.made_by: layout for output, layout in asked}.items():
-            outputs = [output for output, _ in asked if output.made_by == made_by]
-            if made_by is None or self._groups_of[made_by][-1] != outputs[-1].group:
-                continue  # nothing that is priced by itself makes it as it is
-            as_made = any(output.as_made for output in outputs)
-            self._set_apart(made_by, layout, {o.identity for o in outputs}, as_made, state)
+        made: dict[int, list[tuple[LayerOutput, Layout]]] = {}
+        for output, layout in asked:
+            if output.made_by is not None:
+                made.setdefault(output.made_by, []).append((output, layout))
+        for index, outputs in made.items():
+            # Where something that is priced by itself is between, that is laid out as asked.
+            if self._groups_of[index][-1] == outputs[-1][0].group:
+                self._set_apart(index, outputs, state)
         return tuple(state)
 
     def _set_apart(
         self,
         index: int,
-        want: Layout,
-        read: Collection[int],
-        as_made: bool,
+        asked: Sequence[tuple[LayerOutput, Layout]],
         state: Sequence[Layout],
     ) -> None:
         """Note the ops that see a result as was asked or made, where its group lies otherwise.
 
         A contraction makes it as is asked of its own result. Where a bias is added first it makes
-        it as its operands have it, and what is asked to be whole is gathered. But sums that are whole only to be sliced are scattered. What is asked to be split otherwise
-        than the group is moved there.
+        it as its operands have it, and what is asked to be whole is gathered. But sums that are
+        whole only to be sliced are scattered. What is asked to be split otherwise than the group is
+        moved there.
 
         Args:
             index: of the contraction.
-            want: the layout that is asked.
-            read: identities of the outputs that it makes.
-            as_made: whether one of them is its own result.
+            asked: the outputs that it makes, and the layouts that are asked of them.
             state: the layouts of all groups.
         """
+        read, want = {output.identity for output, _ in asked}, asked[-1][1]
+        as_made = any(output.as_made for output, _ in asked)
         op, around = self._program.ops[index], self._around[index](state)
         readers = [
             (reader, position)
@@ -290,7 +284,7 @@ class Propagator:
         """What one op changes: positions among its arrays, and their new layouts."""
         op = self._program.ops[index]
         sizes = [self._program.groups[group].sizes for group in self._groups_of[index]]
-        changes = tuple(_spread(op, level, around, sizes, self._axis_sizes))
+        changes = tuple(spread(op, level, around, sizes, self._axis_sizes))
         self._spreads[level][index][around] = changes
         return changes
 
@@ -299,114 +293,3 @@ def torn_axes(own: Layout, shared: Layout) -> list[int]:
     """The mesh axes that split other dimensions in one layout than in the other."""
     both = enumerate(zip(own, shared, strict=True))
     return [axis for axis, (one, two) in both if one != two and WHOLE not in (one, two)]
-
-
-def _may_tear(op: Op) -> bool:
-    """Whether a matmul's result meets others, and is no smaller than what it is made of.
-
-    Of smaller ones, as where the gradient of the logits becomes that of a stream, programs compiled
-    show no tear.
-    """
-    if not op.n_meetings:
-        return False
-    return op.results[0].n_bytes >= min(operand.n_bytes for operand in op.operands)
-
-
-def _look(op: Op, program: Program) -> tuple[object, ...]:
-    """All that decides how an op spreads layouts."""
-    groups = op.groups
-    return (
-        op.kind,
-        op.vectors,
-        len(op.operands),
-        _late(op),
-        tuple(
-            (array.factors, array.inner, array.n_bytes, program.groups[array.group].sizes)
-            for array in op.arrays
-        ),
-        tuple(groups.index(group) for group in groups),
-    )
-
-
-def _late(op: Op) -> frozenset[int]:
-    """The factors that do not just pass through."""
-    return op.reduced | op.shifted | op.gathered
-
-
-def _may(op: Op, level: int) -> bool:
-    return op.kind != "unknown" and (level > 0 or op.kind in ("elementwise", "reshape"))
-
-
-def _begins(op: Op, level: int) -> bool:
-    """Whether an op has a turn at the start of a level."""
-    return _may(op, level) and (level == 1 or _is_new(op, level))
-
-
-def _is_new(op: Op, level: int) -> bool:
-    """Whether an op may do at a level what it did not at the one before."""
-    moves = op.kind in ("elementwise", "reshape")
-    broadcasts = op.kind == "broadcast" or op.vectors is not None
-    return (moves, not moves, bool(_late(op)), broadcasts)[level]
-
-
-def _spread(
-    op: Op,
-    level: int,
-    around: Sequence[Layout],
-    sizes: Sequence[tuple[int, ...]],
-    axis_sizes: Sequence[int],
-) -> list[tuple[int, Layout]]:
-    """Spread the layouts through one op; return the arrays, by position, that changed."""
-    arrays = op.arrays
-    n_operands = len(op.operands)
-    wanted = _wanted(op, level, around, axis_sizes)
-    small_side = op.kind == "broadcast" and level < _LEVELS - 1
-    changed = []
-    for at in range(n_operands if small_side else len(arrays)):
-        layout = around[at]
-        for factor, axes in wanted:
-            (dim,) = layout_of(arrays[at], (factor,))
-            split = factors_split(arrays[at], layout, op.factor_sizes, axis_sizes)
-            pulled = any(own == factor and axis not in axes for axis, own in enumerate(split))
-            if dim == WHOLE or pulled:
-                continue  # as in `_wanted`: the small side of a broadcast pulls elsewhere
-            for axis in axes:
-                finer = (*layout[:axis], dim, *layout[axis + 1 :])
-                if layout[axis] != WHOLE or not splits_evenly(sizes[at], finer, axis_sizes):
-                    continue
-                if factors_split(arrays[at], finer, op.factor_sizes, axis_sizes)[axis] == factor:
-                    layout = finer
-        if layout != around[at]:
-            changed.append((at, layout))
-    return changed
-
-
-def _wanted(
-    op: Op, level: int, around: Sequence[Layout], axis_sizes: Sequence[int]
-) -> list[tuple[int, list[int]]]:
-    """The factors to split and over which axes, the strongest first."""
-    arrays = op.arrays
-    small_side = op.kind == "broadcast" and level < _LEVELS - 1
-    late = _late(op)
-    masks: dict[int, list[tuple[int, int, int]]] = {}
-    for at in range(len(op.operands) if small_side else 0, len(arrays)):
-        if at == op.vectors and level < _LEVELS - 1:
-            continue
-        split = factors_split(arrays[at], around[at], op.factor_sizes, axis_sizes)
-        for factor in {*split} - {WHOLE}:
-            if level < 2 and factor in late:
-                continue
-            mask = sum(1 << axis for axis, own in enumerate(split) if own == factor)
-            masks.setdefault(factor, []).append((mask, arrays[at].n_bytes, at))
-    wanted = []
-    for factor, found in masks.items():
-        union = 0
-        for mask, _, _ in found:
-            union |= mask
-        # Arrays that split a factor in ways that are not nested pull in two directions: XLA
-        # follows neither.
-        holders = [(-n_bytes, at) for mask, n_bytes, at in found if mask == union]
-        if holders:
-            axes = [axis for axis in range(union.bit_length()) if union >> axis & 1]
-            wanted.append((min(holders), factor, axes))
-    return [(factor, axes) for _, factor, axes in sorted(wanted)]

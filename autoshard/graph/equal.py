@@ -1,0 +1,118 @@
+"""Makes one of what does the same, as a compiler for TPUs does before it partitions a step.
+
+Equal equations of a layer are one, and what broadcasts an array to one shape makes one array. So
+keys and values that one mask is laid over are laid out alike, and so are queries and keys of one
+shape that are turned by one rotary embedding.
+
+What is made of constants alone stays apart: Shardy makes that anew for each reader, so that no
+layout spreads through it (its `constant_or_scalar_splitter.cc`). Elementwise ops, broadcasts,
+slices and reshapes keep constants constant, and nothing else does: a concatenation ends it.
+"""
+
+from collections.abc import Hashable
+from dataclasses import replace
+
+from autoshard.graph.jaxpr import ArrayType, Equation, FlatJaxpr, live_equations
+from autoshard.graph.link import numbered
+from autoshard.graph.rules import LINK_RULES
+from autoshard.model.outputs import MARK
+
+__all__ = ["merge_equal"]
+
+_KEEPS = {"iota", "reshape", "slice", "squeeze", "expand_dims"}
+
+
+def merge_equal(flat: FlatJaxpr) -> FlatJaxpr:
+    """A step in which no two equations of a layer do the same, but for what constants make."""
+    merger = _Merger(flat)
+    for equation in flat.equations:
+        merger.add(equation)
+    outputs = tuple(i if i is None else merger.same.get(i, i) for i in flat.outputs)
+    return replace(
+        flat,
+        arrays=tuple(merger.arrays),
+        equations=live_equations(merger.equations, outputs),
+        outputs=outputs,
+    )
+
+
+class _Merger:
+    """Goes through the equations in order; see `merge_equal`.
+
+    Attributes:
+        arrays, equations: those of the merged step.
+        same: identity of an array that is left out -> the array that takes its place.
+    """
+
+    def __init__(self, flat: FlatJaxpr) -> None:
+        self.arrays: list[ArrayType] = list(flat.arrays)
+        self.equations: list[Equation] = []
+        self.same: dict[int, int] = {}
+        # What an equation does -> the results of the first one that does it.
+        self._results: dict[Hashable, tuple[int, ...]] = {}
+        # Identity of what is made of constants alone -> the number of its value.
+        self._constants: dict[int, Hashable] = {}
+
+    def add(self, equation: Equation) -> None:
+        """Take over an equation, unless its results are there already."""
+        operands = tuple(self.same.get(identity, identity) for identity in equation.operands)
+        equation = replace(equation, operands=operands)
+        look = self._look(equation)
+        if look is None:
+            self.equations.append(equation)
+        elif all(i in self._constants for i in operands) and _keeps_constants(equation):
+            number = self._results.setdefault(look, (len(self._results),))
+            self._constants.update(dict.fromkeys(equation.results, ("constant", *number)))
+            self.equations.append(equation)
+        elif look in self._results:
+            self.same.update(zip(equation.results, self._results[look], strict=True))
+        else:
+            self._results[look] = equation.results
+            self.equations.append(self._widened(equation))
+
+    def _look(self, equation: Equation) -> Hashable | None:
+        """What two equations share that do the same; None where that is not known."""
+        if equation.does is None or equation.primitive == MARK:
+            return None
+        read = tuple(self._constants.get(identity, identity) for identity in equation.operands)
+        return (equation.primitive, equation.does, read, equation.layer, equation.backward)
+
+    def _widened(self, equation: Equation) -> Equation:
+        """An elementwise equation with operands that are as large as its result."""
+        if equation.link.kind != "elementwise" or len(equation.results) > 1:
+            return equation
+        shape = self.arrays[equation.results[0]].shape
+        operands, labels = list(equation.operands), list(equation.link.operands)
+        for position, identity in enumerate(equation.operands):
+            array = self.arrays[identity]
+            if identity in self._constants or array.shape == shape or array.n_elements == 1:
+                continue
+            operands[position] = self._broadcast(identity, shape, equation)
+            labels[position] = numbered(shape)
+        link = replace(equation.link, operands=tuple(labels))
+        return replace(equation, operands=tuple(operands), link=link)
+
+    def _broadcast(self, identity: int, shape: tuple[int, ...], reader: Equation) -> int:
+        """An array broadcast to the shape of what reads it, dimension for dimension."""
+        look = (identity, shape, reader.layer, reader.backward)
+        if look not in self._results:
+            array = self.arrays[identity]
+            dims = {"broadcast_dimensions": range(len(shape))}
+            self._results[look] = (len(self.arrays),)
+            self.arrays.append(replace(array, shape=shape))
+            self.equations.append(
+                Equation(
+                    primitive="broadcast_in_dim",
+                    operands=(identity,),
+                    results=self._results[look],
+                    link=LINK_RULES["broadcast_in_dim"]([array.shape], [shape], dims),
+                    flops=0,
+                    layer=reader.layer,
+                    backward=reader.backward,
+                )
+            )
+        return self._results[look][0]
+
+
+def _keeps_constants(equation: Equation) -> bool:
+    return equation.link.kind in ("elementwise", "broadcast") or equation.primitive in _KEEPS

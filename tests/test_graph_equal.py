@@ -1,0 +1,58 @@
+"""Equal equations: what a compiler for TPUs makes one array."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_graph_rules import program_of
+
+from autoshard.graph.program import Program
+
+
+def turned(angles: Callable[[], jax.Array], *, for_tpu: bool, keys: int = 16) -> Program:
+    """Queries and keys `[8, n]`, each multiplied by the angles `[8, 1]`."""
+
+    def function(x, q, k):
+        return (x @ q) * angles(), (x @ k) * angles()
+
+    return program_of(function, (8, 32), (32, 16), (32, keys), for_tpu=for_tpu)
+
+
+def positions() -> jax.Array:
+    return jnp.arange(4.0)[:, None]
+
+
+def joined() -> jax.Array:
+    return jnp.concatenate([positions(), -positions()])
+
+
+def constant() -> jax.Array:
+    return jnp.cos(jnp.arange(8.0)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("angles", "for_tpu", "keys", "n_groups"),
+    [
+        (joined, True, 16, 1),
+        (joined, False, 16, 2),
+        (joined, True, 24, 2),  # broadcast to another shape
+        (constant, True, 16, 2),  # what is made of constants alone is made for each reader
+    ],
+)
+def test_what_is_multiplied_by_one_array_is_laid_out_alike(
+    angles: Callable[[], jax.Array], for_tpu: bool, keys: int, n_groups: int
+) -> None:
+    program = turned(angles, for_tpu=for_tpu, keys=keys)
+    assert len({output.group for output in program.outputs}) == n_groups
+
+
+def test_an_equal_equation_leaves_the_program() -> None:
+    def twice(x, w):
+        return x @ w, jnp.tanh(x @ w)
+
+    def n_matmuls(for_tpu: bool) -> int:
+        program = program_of(twice, (8, 16), (16, 32), for_tpu=for_tpu)
+        return sum(op.kind == "contraction" for op in program.ops)
+
+    assert (n_matmuls(for_tpu=True), n_matmuls(for_tpu=False)) == (1, 2)
