@@ -104,6 +104,10 @@ class StepPricer:
         compute = float(self._compute.sum())
         compute += sum(one.compute_seconds - self._compute[index] for index, one in shares.items())
         moving = {**self._moving, **shares}
+        n_bytes = self._n_bytes
+        if shares:
+            n_bytes = n_bytes.copy()
+            n_bytes[list(shares)] = [share.n_bytes for share in shares.values()]
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
         windowed: dict[tuple[object, ...], Transfer] = {}
@@ -139,7 +143,7 @@ class StepPricer:
             blocking_seconds=sum(t.seconds * t.count for t in traffic.values() if not t.overlapped),
             overlapped_seconds=sum(t.seconds * t.count for t in traffic.values() if t.overlapped),
             traffic=tuple(traffic.values()),
-            memory=self._peak.peak(layouts, self._n_bytes),
+            memory=self._peak.peak(layouts, n_bytes),
         )
 
     def may_run_beside(self, op: Op, array: Array) -> bool:
