@@ -156,9 +156,9 @@ def _by_idle_devices(
 ) -> Iterator[Transfer]:
     """What lookups in a table split like the data move where another axis splits neither.
 
-    If there are as many devices along it, or a multiple, they take a slice each: of the sums of the
-    rows found, as in a matmul; of the updates, in place of gathering them, after which the table is
-    summed over that axis.
+    If there are as many devices along it, or a multiple or a part of that, they take a slice each:
+    of the sums of the rows found, as in a matmul; of the updates, in place of gathering them all,
+    after which the table is summed over that axis.
     """
     sizes = machine.axis_sizes
     idle = [a for a in range(len(sizes)) if choice[a] == WHOLE and layouts[-1][a] == WHOLE]
@@ -167,18 +167,23 @@ def _by_idle_devices(
     sliced = of_sums if op.kind == "gather" else of_updates
     for transfer in transfers:
         n = machine.links[transfer.axis].size
-        if not idle or (transfer.kind, transfer.operand) != sliced or n_idle % n:
+        n_slices = math.gcd(n_idle, n)
+        if not idle or (transfer.kind, transfer.operand) != sliced or n_slices < min(n_idle, n):
             yield transfer
-        elif op.kind == "gather":
-            yield from _sliced(transfer, n, machine)
-        else:
-            target, part = transfer.target, transfer.n_bytes // n
-            yield _transfer(
-                "collective-permute", machine.all_axes, part, machine, transfer.operand, target
-            )
-            made = layout_of(op.results[0], choice)
-            summed = local_bytes(op.results[0].n_bytes, made, sizes)
-            yield _transfer("all-reduce", idle[0], summed, machine, None, made)
+            continue
+        axis, target, operand = transfer.axis, transfer.target, transfer.operand
+        shard, part = transfer.n_bytes // n, transfer.n_bytes // n_slices
+        permuted = _transfer("collective-permute", machine.all_axes, shard, machine, operand, target)
+        if op.kind == "gather":
+            yield _transfer("all-reduce", axis, part, machine, None, target)
+            yield permuted
+            continue
+        yield permuted
+        if n_slices < n:
+            yield _transfer("all-gather", axis, part, machine, operand, target)
+        made = layout_of(op.results[0], choice)
+        summed = local_bytes(op.results[0].n_bytes, made, sizes)
+        yield _transfer("all-reduce", idle[0], summed, machine, None, made)
 
 
 def _permuted(array: Array, want: Layout, machine: Machine, position: int) -> Transfer:
