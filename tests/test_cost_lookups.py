@@ -101,3 +101,21 @@ def test_a_sum_of_rows_split_on_the_sequence_is_only_permuted() -> None:
 def test_without_split_data_there_is_no_detour() -> None:
     cost = looked_up(3072, (0,), (WHOLE,), (2,))
     assert [kind for kind, *_ in moved(cost)] == ["reduce-scatter"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "target", "n_slices"),
+    [("4x2", "tpu:v5e:2x4", 2), ("2x4", "tpu:v5e:2x4", 2), ("4x3", "cpu:12", 1)],
+)
+def test_idle_devices_take_a_slice_each_of_the_sums_of_a_table_split_like_the_data(
+    mesh: str, target: str, n_slices: int
+) -> None:
+    split = (0, WHOLE)
+    made = moved(looked_up(3072, split, split, split, mesh=mesh, target=target))
+    n_bytes, n = 8 * 512 * 3072 * 4, int(mesh[0])
+    sizes = {kind: size for kind, _, size in made}
+    if n_slices == 1:
+        assert sizes["reduce-scatter"] == n_bytes
+    else:
+        assert sizes["all-reduce"] == n_bytes // n_slices
+        assert sizes["collective-permute"] == n_bytes // n

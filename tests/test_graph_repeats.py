@@ -12,6 +12,7 @@ from test_graph_rules import program_of
 from autoshard.cost.machine import Machine
 from autoshard.cost.strategies import price_op
 from autoshard.graph.program import WHOLE, Array, Op, Repetition
+from autoshard.graph.splits import layout_of
 from autoshard.hardware.efficiency import memory_seconds
 from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh
@@ -109,6 +110,16 @@ def test_what_repeats_is_read_once() -> None:
     )
     n_bytes = BATCH * LENGTH * HEADS * WIDTH * 2
     assert plain - repeated == pytest.approx(memory_seconds(MACHINE.chip, 3 * n_bytes, 0), rel=0.2)
+
+
+def test_the_rows_of_a_single_head_go_to_the_matrix_unit() -> None:
+    # 2.8 us by the TPU compiler's cycles for v5e, 19.7 us were each row multiplied on its own.
+    op = attention(4, 1)[-1]
+    heads = max(op.operands, key=lambda array: array.n_bytes).factors[2]
+    layouts = [layout_of(array, (heads,)) for array in op.arrays]
+    alone = replace(op, operands=tuple(map(unrepeated, op.operands)))
+    at_once, each = (price_op(one, layouts, MACHINE).compute_seconds for one in (op, alone))
+    assert at_once < each / 2
 
 
 def unrepeated(array: Array) -> Array:

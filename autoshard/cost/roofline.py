@@ -1,7 +1,8 @@
 """What one device's share of an op takes, collectives aside.
 
 - Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`.
-- TPUs multiply single rows without the matrix unit (`autoshard.cost.single_rows`).
+- TPUs multiply single rows without the matrix unit (`autoshard.cost.single_rows`), unless several
+  share one matrix that repeats for them.
 - Reductions, lookups and moves take their bytes.
 - What repeats for a matmul a TPU reads once. To write it out takes it so much a tile; it does where
   a device has several parts to be repeated.
@@ -62,7 +63,7 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     dtype = "int8" if in_eight_bits else machine.matmul_dtype
     if op.kind == "contraction":
         local = _local_sizes(op, choice, sizes)
-        if machine.is_tpu and vectors_of(op, local) is not None:
+        if machine.is_tpu and vectors_of(op, local) is not None and not _is_matmul(op, local):
             return max(moving, matrix_seconds(op.flops / 2 / n_parts(choice, sizes), machine))
         shape = _matmul_shape(op, local, n_parts(choice, sizes))
         efficiency = matmul_efficiency(chip, *shape, dtype)
@@ -125,6 +126,19 @@ def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> 
     factor = array.factors[repetition.dim]
     n_local = 1 if factor is None else _local_sizes(op, choice, machine.axis_sizes)[factor]
     return shard // min(repetition.times, n_local)
+
+
+def _is_matmul(op: Op, local: Sequence[int]) -> bool:
+    """Whether single rows that share a matrix, which repeats for each, are multiplied at once.
+
+    So the queries of one key/value head, if a device has no more of these and their product was not
+    made a broadcast before it was partitioned.
+    """
+    if op.vectors is not None:
+        return False
+    repeated = [(array.factors, array.repetition) for array in op.operands if array.repetition]
+    parts = ((factors[repetition.dim], repetition.times) for factors, repetition in repeated)
+    return any(factor is not None and 1 < local[factor] <= times for factor, times in parts)
 
 
 def _matmul_shape(op: Op, local: Sequence[int], n_shares: int) -> tuple[int, int, int]:

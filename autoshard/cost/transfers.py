@@ -173,7 +173,9 @@ def _by_idle_devices(
             continue
         axis, target, operand = transfer.axis, transfer.target, transfer.operand
         shard, part = transfer.n_bytes // n, transfer.n_bytes // n_slices
-        permuted = _transfer("collective-permute", machine.all_axes, shard, machine, operand, target)
+        permuted = _transfer(
+            "collective-permute", machine.all_axes, shard, machine, operand, target
+        )
         if op.kind == "gather":
             yield _transfer("all-reduce", axis, part, machine, None, target)
             yield permuted
