@@ -51,6 +51,9 @@ class PeakMemory:
     Args:
         program: the step.
         machine: what it runs on.
+
+    Attributes:
+        small_bytes: of the largest array that may live on the chip.
     """
 
     def __init__(self, program: Program, machine: Machine) -> None:
@@ -58,6 +61,7 @@ class PeakMemory:
         self._machine = machine
         self._axis_sizes = machine.axis_sizes
         self._vmem = machine.chip.vmem_bytes
+        self.small_bytes = _SMALL_SHARE * self._vmem
         self._writes_chains = machine.chip.kind == "gpu"
         self._lifetimes = lifetimes(program)
         self._gradients = [
@@ -101,7 +105,7 @@ class PeakMemory:
         made, gathered, chained, working, gradient = ops.T
         kept = made * times.copies
         written = chained * times.chain_copies
-        small = _SMALL_SHARE * self._vmem
+        small = self.small_bytes
         on_chip = alive(np.where(made <= small, kept, 0.0), times.own, times.last_read)
         on_chip += alive(np.where(chained <= small, written, 0.0), times.own, times.chains_read)
         temporary = (
@@ -154,11 +158,11 @@ class PeakMemory:
             else:
                 left += shard
             working += made if made != shard else 0
-        kept, own = self._chained_bytes(index, cost)
+        kept, own = self.chained_bytes(index, cost)
         return left, gathered, kept, working + own, gradient
 
-    def _chained_bytes(self, index: int, cost: OpCost) -> tuple[int, int]:
-        """Of what fused ops make for a matmul: what its later readers read too, and what it alone.
+    def chained_bytes(self, index: int, cost: OpCost) -> tuple[int, int]:
+        """What fused ops write for a matmul: what its later readers read too, and what it alone.
 
         The first reader writes for all; what a later one writes again is gone after it.
         """

@@ -3,7 +3,8 @@
 - Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`.
 - TPUs multiply single rows without the matrix unit (`autoshard.cost.single_rows`), unless several
   share one matrix that repeats for them.
-- Reductions, lookups and moves take their bytes.
+- Lookups and moves take their bytes. So do reductions, but TPUs add up no faster than they multiply
+  single rows, and find the maxima of what a matmul makes while it writes.
 - What repeats for a matmul a TPU reads once. To write it out takes it so much a tile; it does where
   a device has several parts to be repeated.
 - Sums of a stream that do not fit the vector memory of a TPU take theirs.
@@ -57,6 +58,8 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         for arrays in (op.results if cuts else op.operands, op.results)
     )
     moving = memory_seconds(chip, read, written)
+    if op.kind == "reduction" and machine.is_tpu:
+        return 0.0 if op.primitive == "reduce_max" else max(moving, _adding(op, choice, machine))
     if not op.flops:
         return moving
     in_eight_bits = all(array.itemsize == 1 for array in op.operands)
@@ -71,6 +74,11 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         efficiency = chip.matmul_efficiency_max
     peak = chip.flops_per_second(dtype)
     return max(moving, op.flops / n_parts(choice, sizes) / (peak * efficiency))
+
+
+def _adding(op: Op, choice: Choice, machine: Machine) -> float:
+    """What it takes a TPU to add up what a device has."""
+    return matrix_seconds(math.prod(op.factor_sizes) / n_parts(choice, machine.axis_sizes), machine)
 
 
 def sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:

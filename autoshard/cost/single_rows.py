@@ -20,7 +20,7 @@ _ITEM_BYTES = 2
 
 
 def matrix_seconds(n_products: float, machine: Machine) -> float:
-    """What it takes a TPU to multiply and sum up so many pairs."""
+    """What it takes a TPU to multiply and sum up so many pairs, or to sum up so many elements."""
     return n_products * _ITEM_BYTES / (_SHARE * machine.chip.hbm_bytes_per_second)
 
 

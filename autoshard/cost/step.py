@@ -17,6 +17,7 @@ from autoshard.graph.propagation import Apart, picker, torn_axes
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import seconds as collective_seconds
 from autoshard.hardware.collectives import wire_bytes
+from autoshard.hardware.efficiency import memory_seconds
 
 __all__ = ["StepPricer"]
 
@@ -191,7 +192,7 @@ class StepPricer:
         op = self.program.ops[index]
         cost = self._op_cost(index, around)
         return _Share(
-            compute_seconds=cost.compute_seconds * op.count,
+            compute_seconds=(cost.compute_seconds + self._chain_seconds(index, cost)) * op.count,
             transfers=tuple((self._once(op, t), t, self._traffic(op, t)) for t in cost.transfers),
             moved=frozenset(
                 (op.operands[t.operand].identity, t.axis)
@@ -200,6 +201,13 @@ class StepPricer:
             ),
             n_bytes=self._peak.op_bytes(index, around, cost),
         )
+
+    def _chain_seconds(self, index: int, cost: OpCost) -> float:
+        """What it takes a TPU to write what fused ops make for a matmul, and to read that again."""
+        n_bytes = sum(self._peak.chained_bytes(index, cost)) if self.machine.is_tpu else 0
+        if n_bytes <= self._peak.small_bytes:
+            return 0.0
+        return memory_seconds(self.machine.chip, n_bytes, n_bytes)
 
     def _op_cost(self, index: int, around: tuple[Layout, ...]) -> OpCost:
         """The price of op `index`, the layouts of its operands and results given; remembered."""
