@@ -52,17 +52,31 @@ def test_small_arrays_live_on_the_chip_and_large_ones_do_not() -> None:
     assert cost_of(large, WHOLE, WHOLE, WHOLE).memory.activations > hidden
 
 
+def test_what_the_forward_half_leaves_to_the_backward_one_is_in_main_memory() -> None:
+    def loss(x: Any, up: Any, down: Any) -> Any:
+        return jnp.sum((jnp.tanh(x @ up) @ down) ** 2)
+
+    weights = 4 * 2 * 256 * 1024
+    shapes = (64, 256), (256, 1024), (1024, 256)
+    forward, step = (program_of(f, *shapes) for f in (loss, jax.grad(loss, argnums=(1, 2))))
+    for program, returned, crossing in ((forward, 4, 0), (step, weights, 4 * 64 * 1024)):
+        assert lifetimes(program).crosses.any() == (crossing > 0)
+        there = 4 * 64 * 256 + weights + returned
+        peak = cost_of(program, WHOLE, WHOLE, WHOLE).memory.peak_bytes
+        assert there + crossing <= peak < there + 2 * crossing + 4 * 64 * 256
+
+
 def test_a_weight_is_gathered_while_the_matmul_before_runs() -> None:
     def two(x: Any, a: Any, b: Any) -> Any:
         return jnp.tanh(x @ a) @ b
 
-    program = program_of(two, (16_384, 4096), (4096, 4096), (4096, 4096))
+    program = program_of(two, (16_384, 4096), (4096, 8192), (8192, 4096))
     times = lifetimes(program)
     assert times.gathered_from.tolist() == [0, 0]
     # data split over the devices, both weights too: each is gathered, and both are there at once
     cost = cost_of(program, 0, 0, 0)
     assert [traffic.kind for traffic in cost.traffic] == ["all-gather"] * 2
-    assert cost.memory.activations >= 2 * 4096 * 4096 * 2  # float32, rounded before they are moved
+    assert cost.memory.activations >= 2 * 4096 * 8192 * 2  # float32, rounded before they are moved
 
 
 def test_what_fused_ops_make_for_a_matmul_is_written_on_a_gpu_and_kept_for_its_gradient() -> None:

@@ -26,6 +26,7 @@ class Lifetimes:
         own: when it runs.
         last_read: until when its result is needed.
         copies: how many like its result there are at once in the whole model.
+        crosses: whether the forward half leaves it to the backward half.
         chains_read: until when what fused ops make for it is needed, where that is written.
         chain_copies: how many like that there are at once in the whole model.
         gathered_from, gathered_to: the times between which a weight is there that it gathers.
@@ -35,6 +36,7 @@ class Lifetimes:
     own: Times
     last_read: Times
     copies: Bytes
+    crosses: npt.NDArray[np.bool_]
     chains_read: Times
     chain_copies: Bytes
     gathered_from: Times
@@ -70,6 +72,7 @@ def lifetimes(program: Program) -> Lifetimes:
         own=np.arange(len(ops)),
         last_read=last_read,
         copies=_copies(ops, program.last_readers),
+        crosses=_crosses(ops, program.last_readers),
         chains_read=chains_read,
         chain_copies=_copies(ops, chains_read),
         gathered_from=gathered_from,
@@ -80,11 +83,14 @@ def lifetimes(program: Program) -> Lifetimes:
 
 def _copies(ops: Sequence[Op], last_read: Iterable[int]) -> Bytes:
     """How many there are at once of what comes with each op and is needed up to another."""
-    counts = [
-        op.count if ops[last].backward and not op.backward else 1
-        for op, last in zip(ops, last_read, strict=True)
-    ]
-    return np.array(counts, dtype=float)
+    counts = np.array([float(op.count) for op in ops])
+    return np.where(_crosses(ops, last_read), counts, 1.0)
+
+
+def _crosses(ops: Sequence[Op], last_read: Iterable[int]) -> npt.NDArray[np.bool_]:
+    """Whether what comes with each op of the forward half is needed up to one of the backward."""
+    pairs = zip(ops, last_read, strict=True)
+    return np.array([ops[last].backward and not op.backward for op, last in pairs], dtype=bool)
 
 
 def _gradient_groups(program: Program) -> dict[int, int]:

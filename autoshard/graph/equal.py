@@ -50,8 +50,9 @@ class _Merger:
         self.same: dict[int, int] = {}
         # What an equation does -> the results of the first one that does it.
         self._results: dict[Hashable, tuple[int, ...]] = {}
-        # Identity of what is made of constants alone -> the number of its value.
-        self._constants: dict[int, Hashable] = {}
+        # Identity of what is made of constants alone -> its value: which equation's, which result.
+        self._constants: dict[int, tuple[int, int]] = {}
+        self._numbers: dict[Hashable, int] = {}
 
     def add(self, equation: Equation) -> None:
         """Take over an equation, unless its results are there already."""
@@ -61,8 +62,9 @@ class _Merger:
         if look is None:
             self.equations.append(equation)
         elif all(i in self._constants for i in operands) and _keeps_constants(equation):
-            number = self._results.setdefault(look, (len(self._results),))
-            self._constants.update(dict.fromkeys(equation.results, ("constant", *number)))
+            number = self._numbers.setdefault(look, len(self._numbers))
+            values = ((result, (number, i)) for i, result in enumerate(equation.results))
+            self._constants.update(values)
             self.equations.append(equation)
         elif look in self._results:
             self.same.update(zip(equation.results, self._results[look], strict=True))
