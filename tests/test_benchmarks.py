@@ -273,7 +273,7 @@ def test_scaling_plans_every_depth_on_one_mesh_and_the_preset_on_every_mesh() ->
     assert rows[4][3:] == ("1.00 s", "0.25 s", "0.50 s", "0.75 s", "100 ms", "yes")
 
 
-@pytest.mark.parametrize(("workload", "median"), [("prefill", 0.03), ("train", 0.06)])
+@pytest.mark.parametrize(("workload", "median"), [("prefill", 0.02), ("train", 0.065)])
 def test_the_predicted_peak_is_that_of_the_tpu_compiler(workload: str, median: float) -> None:
     """The programs are those that are kept, so no compiler is needed."""
     found = [abs(error) for _, _, error in memory.errors([workload], ["llama3_8b_en"])]
