@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from test_cost_step import cost_of
+from test_cost_step import MACHINE, cost_of
 from test_graph_rules import program_of
 
 from autoshard.cost.lifetimes import alive, lifetimes
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import WHOLE
+from autoshard.hardware.efficiency import memory_seconds
 
 KIB = 1024
 
@@ -109,7 +110,10 @@ def test_what_fused_ops_make_is_written_on_a_tpu_where_sums_go_round_in_a_ring()
     assert ("reduce-scatter", True) in {(one.kind, one.overlapped) for one in ring.traffic}
     assert "reduce-scatter" not in {one.kind for one in whole.traffic}
     # of [65,536, 8,192] in bfloat16 a device has an eighth
-    assert ring.memory.activations - whole.memory.activations > 65_536 * 1024 * 2 / 2
+    n_bytes = 65_536 * 1024 * 2
+    assert ring.memory.activations - whole.memory.activations > n_bytes / 2
+    written = memory_seconds(MACHINE.chip, n_bytes, n_bytes)
+    assert ring.compute_seconds - whole.compute_seconds > written * 0.99
 
 
 def test_a_chain_takes_the_place_of_what_one_equation_reads() -> None:
