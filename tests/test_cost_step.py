@@ -9,6 +9,7 @@ from test_graph_propagation import asked_whole
 from test_graph_rules import program_of
 
 from autoshard.cost.machine import Machine
+from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.step import StepPricer
 from autoshard.cost.values import Memory, StepCost
 from autoshard.graph.build import StepInput, build_program
@@ -177,3 +178,34 @@ def test_what_a_rule_asks_of_a_result_is_moved_once(spec: int, kinds: list[str])
     machine = replace(MACHINE, as_partitioned=True)
     moved = StepPricer(program, machine).price(layouts, apart).traffic
     assert [traffic.kind for traffic in moved if traffic.n_bytes == 8 * 32 * 4] == kinds
+
+
+def test_maxima_of_what_is_summed_across_devices_are_found_afterwards() -> None:
+    # Logits [512, 4096] of the vocabulary, a device's eighth of the contracted dimension each.
+    shapes = (512, 256), (256, 4096)
+    largest = program_of(lambda x, w: jnp.max(x @ w, axis=-1), *shapes, dtype="bfloat16")
+    added = program_of(lambda x, w: x @ w, *shapes, dtype="bfloat16")
+    summed, alone = (cost_of(program, 1, 0) for program in (largest, added))
+    found = matrix_seconds(2 * 512 * 4096, MACHINE)
+    assert summed.compute_seconds - alone.compute_seconds == pytest.approx(found)
+    assert cost_of(largest, WHOLE, 1).compute_seconds < found
+
+
+@pytest.mark.parametrize("splits_hidden", [True, False])
+def test_the_last_weight_is_gathered_once_and_early_only_beside_no_other_axis(
+    splits_hidden: bool,
+) -> None:
+    def loss(x, up, down, last):
+        return ((x @ up @ down @ last) ** 2).sum()
+
+    shapes = (512, 256), (256, 1024), (1024, 256), (256, 2048)
+    program = program_of(jax.grad(loss, argnums=(1, 2, 3)), *shapes, dtype="bfloat16")
+    machine = Machine.of(parse_mesh("4x2"), parse_target("tpu:v5e:2x4"))
+    x, up, down, last = (argument.group for argument in program.arguments)
+    fixed = {x: (0, WHOLE), up: (WHOLE, WHOLE), down: (WHOLE, WHOLE), last: (0, WHOLE)}
+    if splits_hidden:
+        fixed |= {up: (WHOLE, 1), down: (WHOLE, 0)}
+    traffic = StepPricer(program, machine).price(propagate(program, fixed, (4, 2))).traffic
+    n_bytes = 256 * 2048 * 2
+    gathers = [one for one in traffic if (one.kind, one.n_bytes) == ("all-gather", n_bytes)]
+    assert [(one.axis, one.overlapped) for one in gathers] == [("batch", not splits_hidden)]
