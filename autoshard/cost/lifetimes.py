@@ -68,23 +68,23 @@ def lifetimes(program: Program) -> Lifetimes:
     for index, chained in program.chained_operands.items():
         chains_read[index] = max(chain.readers[-1] for chain in chained.values())
     gathered_from, gathered_to = _gathered(ops)
+    crosses = _crosses(ops, program.last_readers)
     return Lifetimes(
         own=np.arange(len(ops)),
         last_read=last_read,
-        copies=_copies(ops, program.last_readers),
-        crosses=_crosses(ops, program.last_readers),
+        copies=_copies(ops, crosses),
+        crosses=crosses,
         chains_read=chains_read,
-        chain_copies=_copies(ops, chains_read),
+        chain_copies=_copies(ops, _crosses(ops, chains_read)),
         gathered_from=gathered_from,
         gathered_to=gathered_to,
         gradients=gradients,
     )
 
 
-def _copies(ops: Sequence[Op], last_read: Iterable[int]) -> Bytes:
-    """How many there are at once of what comes with each op and is needed up to another."""
-    counts = np.array([float(op.count) for op in ops])
-    return np.where(_crosses(ops, last_read), counts, 1.0)
+def _copies(ops: Sequence[Op], crosses: npt.NDArray[np.bool_]) -> Bytes:
+    """How many there are at once of what comes with each op: one a block where it crosses."""
+    return np.where(crosses, [float(op.count) for op in ops], 1.0)
 
 
 def _crosses(ops: Sequence[Op], last_read: Iterable[int]) -> npt.NDArray[np.bool_]:

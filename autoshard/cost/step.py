@@ -78,8 +78,8 @@ class StepPricer:
         self._around = [picker(op.groups) for op in program.ops]
         self._touching = program.touching()
         self._readers = _matmuls_by_operand(program.ops)
-        self._maxima = _with_maxima(program.ops)
-        self._kept = _last_weights(program.ops)
+        self._maxima = _with_maxima(program.ops) if machine.is_tpu else set()
+        self._kept = _last_weights(program.ops) if machine.is_tpu else set()
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
@@ -157,7 +157,7 @@ class StepPricer:
         Beside collectives of another axis that block the TPU compiler started 8 of 51 such gathers
         early, and 7 of 10 where there were none.
         """
-        if not self.machine.is_tpu:
+        if not self._kept:
             return
         for once, moved in traffic.items():
             if moved.overlapped and moved.kind == "all-gather" and once[0] in self._kept:
@@ -238,7 +238,7 @@ class StepPricer:
         Two-byte elements by the cycles of the compiler for v5e: each counts as two that are added.
         """
         is_summed = any(transfer.operand is None for transfer in cost.transfers)
-        if not (self.machine.is_tpu and is_summed and index in self._maxima):
+        if not (is_summed and index in self._maxima):
             return 0.0
         result = self.program.ops[index].results[0]
         n_bytes = local_bytes(result.n_bytes, around[-1], self.machine.axis_sizes)
