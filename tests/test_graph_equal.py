@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_graph_rules import program_of
 
+from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 
 
@@ -56,3 +57,24 @@ def test_an_equal_equation_leaves_the_program() -> None:
         return sum(op.kind == "contraction" for op in program.ops)
 
     assert (n_matmuls(for_tpu=True), n_matmuls(for_tpu=False)) == (1, 2)
+
+
+def test_blocks_have_in_common_what_reads_none_of_their_weights() -> None:
+    def blocks(ids, *weights):
+        x = 0.0
+        for index, weight in enumerate(weights):
+            with jax.named_scope(f"block_{index}"):
+                x = weight * (x + jnp.concatenate([ids, -ids])[:, None])
+        return x
+
+    closed = jax.make_jaxpr(blocks)(*(jnp.zeros(shape) for shape in ((4,), (8, 16), (8, 16))))
+    inputs = [
+        StepInput(role="data", family=None),
+        *(StepInput(role="weight", family=name) for name in ("first", "second")),
+    ]
+
+    def counts(for_tpu: bool) -> list[int]:
+        program = build_program(closed, inputs, [None], lambda layer: 9, for_tpu=for_tpu)
+        return [op.count for op in program.ops if op.primitive == "concatenate"]
+
+    assert (counts(for_tpu=True), counts(for_tpu=False)) == ([1], [9, 9])

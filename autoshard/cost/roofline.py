@@ -1,14 +1,16 @@
 """What one device's share of an op takes, collectives aside.
 
-- Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`.
-- TPUs multiply single rows without the matrix unit (`autoshard.cost.single_rows`), unless several
-  share one matrix that repeats for them.
+- Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`. A
+  TPU fetches weights ahead, as far as these are small, behind what runs before.
+- TPUs multiply single rows without the matrix unit (`autoshard.cost.single_rows`). Few heads on a
+  device fill their registers in part.
 - Lookups and moves take their bytes. So do reductions, but TPUs add up no faster than they multiply
   single rows, and find the maxima of what a matmul makes while it writes.
 - What repeats for a matmul a TPU reads once. To write it out takes it so much a tile; it does where
   a device has several parts to be repeated.
 - Sums of a stream that do not fit the vector memory of a TPU take theirs.
 - What the compiler fuses into these takes nothing of its own; so do products that sum nothing up.
+- No kernel of a TPU takes less than a microsecond.
 """
 
 import math
@@ -23,57 +25,103 @@ from autoshard.graph.splits import layout_of
 from autoshard.graph.vectors import vectors_of
 from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
 
-__all__ = ["compute_seconds", "sum_seconds"]
+__all__ = ["compute_seconds", "fetch_seconds", "sum_seconds"]
 
 # A sum stays in the vector memory if it takes no more than this share with what is added up: seen
 # where 4 x 16 MiB did on a v5e, and 3 x 24 MiB did not.
 _SUM_ON_CHIP = 0.5
 
 # A tile of a TPU's vector memory, and what it takes to write one whose rows repeat others: by the
-# cycles of the compilers for v3, v5e and v6e 12 to 16 ns, and half where a row fills no tile, for
-# then the rows lie across.
+# cycles of the compilers for v3, v5e and v6e 12 to 16 ns.
 _ROWS, _LANES = 8, 128
 _TILE_SECONDS = 15e-9
-_NARROW_TILE_SECONDS = 7.5e-9
+
+# No kernel of a TPU takes less: 1.2 to 1.3 us in five programs for v5e that decode. There a norm
+# made three of its reduction (the sum, what is made of it, the scale in float32), and a rotary
+# embedding two each of its slices and of what joins them.
+_KERNEL_SECONDS = 1.25e-6
+_KERNELS = {"reduction": 3, "slice": 2}
+
+# Weights up to this share of a TPU's vector memory are fetched ahead: in programs for v5e, of 128
+# MiB, shards of 15 MB were, of 19 and 21 MB in part, and more than 25 MB mostly not.
+_FETCHED_SHARE = 0.11
 
 
 def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
-    """Roofline of one device's share of an op.
+    """Roofline of one device's share of an op, weights that are fetched ahead aside.
 
     Args:
         op: the op.
         choice: the factor split over each axis, or `WHOLE`.
         machine: the chips.
     """
+    seconds = _busy_seconds(op, choice, machine)
+    if not seconds or op.moves_cache or not machine.is_tpu:
+        return seconds
+    return max(seconds, _KERNELS.get(op.kind, 1) * _KERNEL_SECONDS)
+
+
+def fetch_seconds(op: Op, choice: Choice, machine: Machine) -> float:
+    """What it takes to fetch the weights of an op ahead, behind what runs before.
+
+    Args:
+        op: the op.
+        choice: the factor split over each axis, or `WHOLE`.
+        machine: the chips.
+    """
+    if op.kind != "contraction":
+        return 0.0
+    held = (_bytes_in_memory(op, array, choice, machine) for array in op.operands if array.is_held)
+    fetched = sum(_bytes_fetched(n_bytes, machine) for n_bytes in held)
+    return fetched / machine.chip.hbm_bytes_per_second
+
+
+def _bytes_fetched(n_bytes: int, machine: Machine) -> int:
+    """What a TPU fetches ahead of a weight: all of a small one, nothing of one twice as large."""
+    if not machine.is_tpu:
+        return 0
+    small = int(_FETCHED_SHARE * machine.chip.vmem_bytes)
+    return min(n_bytes, max(0, 2 * small - n_bytes))
+
+
+def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
+    """The time of a kernel, however short."""
     if op.kind == "reshape" and machine.is_tpu:
         return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
     if op.is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
-    sizes, chip = machine.axis_sizes, machine.chip
     # A lookup reads the rows it returns, not the table; so does a slice.
     cuts = op.kind == "gather" or op.primitive in ("slice", "dynamic_slice")
     read, written = (
-        sum(_bytes_in_memory(op, array, choice, machine) for array in arrays)
+        sum(_bytes_waited_for(op, array, choice, machine) for array in arrays)
         for arrays in (op.results if cuts else op.operands, op.results)
     )
-    moving = memory_seconds(chip, read, written)
+    moving = memory_seconds(machine.chip, read, written)
+    if op.moves_cache and machine.is_tpu:
+        moving *= _thinness(op, op.results[0], choice, machine)
     if op.kind == "reduction" and machine.is_tpu:
         return 0.0 if op.primitive == "reduce_max" else max(moving, _adding(op, choice, machine))
-    if not op.flops:
-        return moving
+    return max(moving, _multiplying(op, choice, machine)) if op.flops else moving
+
+
+def _multiplying(op: Op, choice: Choice, machine: Machine) -> float:
+    """What it takes a device to multiply what it has."""
+    sizes, chip = machine.axis_sizes, machine.chip
+    flops, local = op.flops / n_parts(choice, sizes), _local_sizes(op, choice, sizes)
+    if machine.is_tpu and op.kind == "contraction":
+        vectors = vectors_of(op, local)
+        if vectors is not None:
+            matrix = op.operands[0 if vectors else -1]
+            return _thinness(op, matrix, choice, machine) * matrix_seconds(flops / 2, machine)
     in_eight_bits = all(array.itemsize == 1 for array in op.operands)
     dtype = "int8" if in_eight_bits else machine.matmul_dtype
     if op.kind == "contraction":
-        local = _local_sizes(op, choice, sizes)
-        if machine.is_tpu and vectors_of(op, local) is not None and not _is_matmul(op, local):
-            return max(moving, matrix_seconds(op.flops / 2 / n_parts(choice, sizes), machine))
         shape = _matmul_shape(op, local, n_parts(choice, sizes))
         efficiency = matmul_efficiency(chip, *shape, dtype)
     else:  # a loop, whose matmuls may have any shape
         efficiency = chip.matmul_efficiency_max
-    peak = chip.flops_per_second(dtype)
-    return max(moving, op.flops / n_parts(choice, sizes) / (peak * efficiency))
+    return flops / (chip.flops_per_second(dtype) * efficiency)
 
 
 def _adding(op: Op, choice: Choice, machine: Machine) -> float:
@@ -118,7 +166,7 @@ def _repeating_seconds(op: Op, result: Array, choice: Choice, machine: Machine) 
     tiles = shard / (result.itemsize * _ROWS * _LANES)
     if repetition.for_rows and sizes[width] >= _LANES and _ROWS % repetition.times == 0:
         tiles *= _ROWS / repetition.times if repetition.times < _ROWS else 0
-    return tiles * (_TILE_SECONDS if sizes[width] >= _LANES else _NARROW_TILE_SECONDS)
+    return tiles * _TILE_SECONDS
 
 
 def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> int:
@@ -136,17 +184,25 @@ def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> 
     return shard // min(repetition.times, n_local)
 
 
-def _is_matmul(op: Op, local: Sequence[int]) -> bool:
-    """Whether single rows that share a matrix, which repeats for each, are multiplied at once.
+def _bytes_waited_for(op: Op, array: Array, choice: Choice, machine: Machine) -> int:
+    """The same, without what is fetched ahead."""
+    n_bytes = _bytes_in_memory(op, array, choice, machine)
+    is_weight = op.kind == "contraction" and array.is_held
+    return n_bytes - _bytes_fetched(n_bytes, machine) if is_weight else n_bytes
 
-    So the queries of one key/value head, if a device has no more of these and their product was not
-    made a broadcast before it was partitioned.
+
+def _thinness(op: Op, array: Array, choice: Choice, machine: Machine) -> float:
+    """Time over that of full tiles, where a device has few of the heads that a cache is of.
+
+    If what is in each fills the lanes, rows of a tile are heads, and fewer than eight leave a
+    TPU's registers empty in part. Half of the time goes by registers, half by bytes: two heads took
+    2.4 times as long in programs for v5e, four 1.6 times.
     """
-    if op.vectors is not None:
-        return False
-    repeated = [(array.factors, array.repetition) for array in op.operands if array.repetition]
-    parts = ((factors[repetition.dim], repetition.times) for factors, repetition in repeated)
-    return any(factor is not None and 1 < local[factor] <= times for factor, times in parts)
+    local = _local_sizes(op, choice, machine.axis_sizes)
+    rows, width = [1, 1, *(local[f] for f in array.factors if f is not None)][-2:]
+    if array.repetition or width < _LANES or not 1 < rows < _ROWS:
+        return 1.0
+    return (1 + _ROWS / (1 << (rows - 1).bit_length())) / 2
 
 
 def _matmul_shape(op: Op, local: Sequence[int], n_shares: int) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ that is dealt out again.
 from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.transfers import Transfer, all_to_all, local_bytes
+from autoshard.cost.transfers import Transfer, collective, local_bytes
 from autoshard.graph.program import WHOLE, Layout, Op
 from autoshard.graph.vectors import vectors_of
 
@@ -42,4 +42,4 @@ def matrix_transfer(
     if layout[machine.axis_of(transfer.axis)] == WHOLE:
         return transfer
     n_bytes = local_bytes(op.operands[matrix].n_bytes, layout, machine.axis_sizes)
-    return all_to_all(transfer.axis, n_bytes, matrix, layout, machine)
+    return collective("all-to-all", transfer.axis, n_bytes, machine, matrix, layout)

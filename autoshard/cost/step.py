@@ -29,12 +29,14 @@ class _Share:
 
     Attributes:
         compute_seconds: of all its runs.
+        fetch_seconds: of its weights, in all its runs.
         transfers: each with what makes it the same as another's, and as the step counts it.
         moved: the operands that it moves, and over which axis.
         n_bytes: what it adds to memory, see `PeakMemory.op_bytes`.
     """
 
     compute_seconds: float
+    fetch_seconds: float
     transfers: tuple[tuple[tuple[object, ...], Transfer, Traffic], ...]
     moved: frozenset[tuple[int, int]]
     n_bytes: OpBytes
@@ -91,6 +93,7 @@ class StepPricer:
         # The layouts priced last, and what each op adds under them.
         self._last: Sequence[Layout | None] = (None,) * len(program.groups)
         self._compute = np.zeros(len(program.ops))
+        self._fetching = np.zeros(len(program.ops))
         self._n_bytes = np.zeros((len(program.ops), 5))
         self._moving: dict[int, _Share] = {}
 
@@ -112,6 +115,8 @@ class StepPricer:
         if shares:
             n_bytes = n_bytes.copy()
             n_bytes[list(shares)] = [share.n_bytes for share in shares.values()]
+        # What is fetched meanwhile, as far as that takes no longer.
+        compute = max(compute, float(self._fetching.sum()))
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         traffic: dict[tuple[object, ...], Traffic] = {}
         windowed: dict[tuple[object, ...], Transfer] = {}
@@ -192,6 +197,7 @@ class StepPricer:
         for index in {index for group in changed for index in self._touching[group]}:
             share = self._share(index, self._around[index](layouts))
             self._compute[index] = share.compute_seconds
+            self._fetching[index] = share.fetch_seconds
             self._n_bytes[index] = share.n_bytes
             if share.transfers:
                 self._moving[index] = share
@@ -216,6 +222,7 @@ class StepPricer:
                 + self._chain_seconds(index, cost)
                 + self._maximum_seconds(index, around, cost)
             ),
+            fetch_seconds=op.count * cost.fetch_seconds,
             transfers=tuple((self._once(op, t), t, self._traffic(op, t)) for t in cost.transfers),
             moved=frozenset(
                 (op.operands[t.operand].identity, t.axis)

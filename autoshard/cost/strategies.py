@@ -24,9 +24,11 @@ from autoshard.cost.collective_matmul import (
     uses_all_devices,
     windowed,
 )
+from autoshard.cost.joins import joined
+from autoshard.cost.lookups import by_idle_devices
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, Partition, partition_matmul
-from autoshard.cost.roofline import compute_seconds, sum_seconds
+from autoshard.cost.roofline import compute_seconds, fetch_seconds, sum_seconds
 from autoshard.cost.single_rows import matrix_transfer
 from autoshard.cost.transfers import Transfer, folded_sums, op_transfers, transfer_by_part
 from autoshard.graph.program import WHOLE, Layout, Op
@@ -47,11 +49,13 @@ class OpCost:
     Attributes:
         choice: the factor split over each axis, or `WHOLE`.
         compute_seconds: of one run.
+        fetch_seconds: of its weights, behind what runs before.
         transfers: its collectives.
     """
 
     choice: Choice
     compute_seconds: float
+    fetch_seconds: float
     transfers: tuple[Transfer, ...]
 
     @property
@@ -63,7 +67,7 @@ class OpCost:
     @property
     def total_seconds(self) -> float:
         """Everything one after the other, each once: what the choice is made by."""
-        return self.compute_seconds + sum(
+        return max(self.compute_seconds, self.fetch_seconds) + sum(
             transfer.seconds + transfer.memory_seconds for transfer in self.transfers
         )
 
@@ -180,7 +184,12 @@ def _factor(op: Op, position: int, layouts: Sequence[Layout], axis: int) -> int:
 def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Machine) -> OpCost:
     """Price one choice with what is permuted for it."""
     choice = partition.choice
-    transfers = folded_sums(op_transfers(op, partition, layouts, machine), machine)
+    transfers = op_transfers(op, partition, layouts, machine)
+    if op.kind in ("gather", "scatter"):
+        transfers = list(by_idle_devices(op, transfers, choice, layouts, machine))
+    transfers = folded_sums(transfers, machine)
+    if op.kind == "reshape":
+        transfers = joined(op, layouts, transfers, machine)
     if machine.is_tpu and op.kind == "contraction":
         transfers = [matrix_transfer(op, layouts, one, machine) for one in transfers]
     seconds = compute_seconds(op, choice, machine)
@@ -196,6 +205,7 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     return OpCost(
         choice=choice,
         compute_seconds=seconds + sum_seconds(op, layouts, machine),
+        fetch_seconds=fetch_seconds(op, choice, machine),
         transfers=tuple(transfers),
     )
 

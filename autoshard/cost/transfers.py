@@ -21,9 +21,9 @@ from autoshard.hardware.collectives import seconds as collective_seconds
 __all__ = [
     "FLOAT32",
     "Transfer",
-    "all_to_all",
     "array_transfers",
     "as_all_reduce",
+    "collective",
     "folded_sums",
     "local_bytes",
     "moved_bytes",
@@ -111,8 +111,6 @@ def op_transfers(
             transfers.append(_permuted(array, layout, machine, position))
         moved = array_transfers(op, array, position, partition.choice, layout, machine)
         transfers += [_within(one, partition, machine) for one in moved]
-    if op.kind in ("gather", "scatter"):
-        transfers = list(_by_idle_devices(op, transfers, partition.choice, layouts, machine))
     return [*transfers, *_shifts(op, partition.choice, machine)]
 
 
@@ -123,14 +121,9 @@ def _within(transfer: Transfer, partition: Partition, machine: Machine) -> Trans
 
 def as_all_reduce(transfer: Transfer, machine: Machine) -> Transfer:
     """A reduce-scatter done as an all-reduce, of which each device keeps its slice."""
-    return _transfer(
+    return collective(
         "all-reduce", transfer.axis, transfer.n_bytes, machine, transfer.operand, transfer.target
     )
-
-
-def all_to_all(axis: int, n_bytes: int, operand: int, target: Layout, machine: Machine) -> Transfer:
-    """An operand that is dealt out again along another dimension."""
-    return _transfer("all-to-all", axis, n_bytes, machine, operand, target)
 
 
 def folded_sums(transfers: Sequence[Transfer], machine: Machine) -> list[Transfer]:
@@ -147,51 +140,10 @@ def folded_sums(transfers: Sequence[Transfer], machine: Machine) -> list[Transfe
     return [*(one for one in transfers if one not in sums), folded]
 
 
-def _by_idle_devices(
-    op: Op,
-    transfers: Sequence[Transfer],
-    choice: Choice,
-    layouts: Sequence[Layout],
-    machine: Machine,
-) -> Iterator[Transfer]:
-    """What lookups in a table split like the data move where another axis splits neither.
-
-    If there are as many devices along it, or a multiple or a part of that, they take a slice each:
-    of the sums of the rows found, as in a matmul; of the updates, in place of gathering them all,
-    after which the table is summed over that axis.
-    """
-    sizes = machine.axis_sizes
-    idle = [a for a in range(len(sizes)) if choice[a] == WHOLE and layouts[-1][a] == WHOLE]
-    n_idle = math.prod(sizes[axis] for axis in idle)
-    of_sums, of_updates = ("reduce-scatter", None), ("all-gather", len(op.operands) - 1)
-    sliced = of_sums if op.kind == "gather" else of_updates
-    for transfer in transfers:
-        n = machine.links[transfer.axis].size
-        n_slices = math.gcd(n_idle, n)
-        if not idle or (transfer.kind, transfer.operand) != sliced or n_slices < min(n_idle, n):
-            yield transfer
-            continue
-        axis, target, operand = transfer.axis, transfer.target, transfer.operand
-        shard, part = transfer.n_bytes // n, transfer.n_bytes // n_slices
-        permuted = _transfer(
-            "collective-permute", machine.all_axes, shard, machine, operand, target
-        )
-        if op.kind == "gather":
-            yield _transfer("all-reduce", axis, part, machine, None, target)
-            yield permuted
-            continue
-        yield permuted
-        if n_slices < n:
-            yield _transfer("all-gather", axis, part, machine, operand, target)
-        made = layout_of(op.results[0], choice)
-        summed = local_bytes(op.results[0].n_bytes, made, sizes)
-        yield _transfer("all-reduce", idle[0], summed, machine, None, made)
-
-
 def _permuted(array: Array, want: Layout, machine: Machine, position: int) -> Transfer:
     """An operand whose shards are cut to those of `want`, and sent to where they lie then."""
     n_bytes = local_bytes(array.n_bytes, want, machine.axis_sizes)
-    return _transfer("collective-permute", machine.all_axes, n_bytes, machine, position, want)
+    return collective("collective-permute", machine.all_axes, n_bytes, machine, position, want)
 
 
 def _sliced(transfer: Transfer, n_slices: int, machine: Machine) -> Iterator[Transfer]:
@@ -200,8 +152,8 @@ def _sliced(transfer: Transfer, n_slices: int, machine: Machine) -> Iterator[Tra
         yield transfer
         return
     n_bytes, target = transfer.n_bytes // n_slices, transfer.target
-    yield _transfer("all-reduce", transfer.axis, n_bytes, machine, None, target)
-    yield _transfer("collective-permute", machine.all_axes, n_bytes, machine, None, target)
+    yield collective("all-reduce", transfer.axis, n_bytes, machine, None, target)
+    yield collective("collective-permute", machine.all_axes, n_bytes, machine, None, target)
 
 
 def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
@@ -228,7 +180,7 @@ def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
         if n_runs:
             n_bytes = sum(times * part for times, part in passes) // n_runs
             target = layout_of(op.results[0], choice)
-            part = _transfer("collective-permute", axis, n_bytes, machine, None, target)
+            part = collective("collective-permute", axis, n_bytes, machine, None, target)
             yield replace(part, n_runs=n_runs)
 
 
@@ -309,7 +261,7 @@ def moved_bytes(op: Op, array: Array, machine: Machine) -> int:
 
 
 @lru_cache(maxsize=1 << 16)
-def _transfer(
+def collective(
     kind: str,
     axis: int,
     n_bytes: int,
@@ -318,7 +270,13 @@ def _transfer(
     target: Layout,
     waited_for: bool = False,
 ) -> Transfer:
-    """A collective, one object for all that are equal: a search makes each a dozen times."""
+    """A collective, one object for all that are equal: a search makes each a dozen times.
+
+    Args:
+        kind, axis, n_bytes, operand, target: see `Transfer`.
+        machine: the chips and links.
+        waited_for: whether nothing runs beside it, whatever the chip can do.
+    """
     return Transfer(
         kind=kind,
         axis=axis,
@@ -355,10 +313,10 @@ def _moves(
             n_bytes = local_bytes(all_bytes, want, sizes)
             on_tpu = machine.chip.kind == "tpu"
             early = array.is_held or (on_tpu and op.backward and sizes[axis] > 2)
-            yield _transfer("all-gather", axis, n_bytes, machine, position, want, not early)
+            yield collective("all-gather", axis, n_bytes, machine, position, want, not early)
         else:
             n_bytes = local_bytes(all_bytes, have, sizes)
-            yield _transfer("all-to-all", axis, n_bytes, machine, position, want)
+            yield collective("all-to-all", axis, n_bytes, machine, position, want)
 
 
 def _reductions(
@@ -370,9 +328,9 @@ def _reductions(
     for axis in partial:
         n_bytes = local_bytes(array.n_bytes, now, sizes)
         if layout[axis] == WHOLE:
-            yield _transfer("all-reduce", axis, n_bytes, machine, None, layout)
+            yield collective("all-reduce", axis, n_bytes, machine, None, layout)
         else:
-            yield _transfer("reduce-scatter", axis, n_bytes, machine, None, layout)
+            yield collective("reduce-scatter", axis, n_bytes, machine, None, layout)
             now = tuple(layout[a] if a == axis else dim for a, dim in enumerate(now))
 
 
@@ -393,6 +351,6 @@ def _detours(
                 continue
             if array.factors[dim] not in data:
                 n_bytes = local_bytes(array.n_bytes, made, machine.axis_sizes)
-                yield _transfer("all-to-all", other, n_bytes, machine, None, layout)
+                yield collective("all-to-all", other, n_bytes, machine, None, layout)
             n_bytes = local_bytes(array.n_bytes, layout, machine.axis_sizes)
-            yield _transfer("collective-permute", other, n_bytes, machine, None, layout)
+            yield collective("collective-permute", other, n_bytes, machine, None, layout)

@@ -1,32 +1,29 @@
 """Turns a traced step into the `Program` that the planner lays out."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from autoshard.graph.caches import cache_count, cache_moves, rebuilt_arguments
-from autoshard.graph.equal import merge_equal
-from autoshard.graph.grouping import Grouping, group_arrays
+from autoshard.graph.caches import CacheMoves, cache_count, cache_moves, rebuilt_arguments
+from autoshard.graph.equal import common_equations, merge_equal
+from autoshard.graph.grouping import Grouping, Numbering, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
+from autoshard.graph.layer_outputs import layer_outputs
 from autoshard.graph.link import Label, Link
-from autoshard.graph.liveness import read_lives
+from autoshard.graph.liveness import Lives, read_lives
 from autoshard.graph.meetings import count_meetings
 from autoshard.graph.program import (
     Argument,
     Array,
     Group,
-    LayerOutput,
     Op,
     Program,
-    Repetition,
     StepOutput,
 )
 from autoshard.graph.repeats import read_repetitions
 from autoshard.graph.sums import as_summed, sum_targets
 from autoshard.graph.vectors import broadcast_vectors
-from autoshard.model.outputs import MARK
 
 __all__ = ["StepInput", "build_program"]
 
@@ -73,8 +70,11 @@ def build_program(
         The program, with the arrays grouped and only the ops that can move or compute something.
     """
     flat = read_jaxpr(closed)
+    common = frozenset[int]()
     if for_tpu:
-        flat = merge_equal(flat)
+        own = [i for i, info in zip(flat.inputs, inputs, strict=True) if info.role != "data"]
+        flat = merge_equal(flat, own)
+        common = common_equations(flat, own)
     inputs = [
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)
@@ -85,34 +85,21 @@ def build_program(
         if info.role != "state" or info.family
     }
     grouping, left = group_arrays(flat, owners)
-    numbering = _Numbering(grouping, held=_held(flat), repetitions=read_repetitions(flat))
+    numbering = Numbering(grouping, held=_held(flat), repetitions=read_repetitions(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
-    sums = sum_targets(flat)
     caches = {index: info.count for index, info in enumerate(inputs) if info.role == "cache"}
     moves = cache_moves(flat, caches, replaces)
-    ops: list[Op] = []
-    op_of: dict[int, int] = {}
-    for position, open_operands in left.items():
-        equation = flat.equations[position]
-        count = moves.counts.get(position) or count_of(equation.layer)
-        op = _op(equation, open_operands, flat, numbering, count, sums)
-        if op is not None:
-            op_of[position] = len(ops)
-            ops.append(replace(op, is_fused=True) if position in moves.fused else op)
-    lives = read_lives(flat, op_of)
-    ops = as_summed(ops, lives)
-    if for_tpu:
-        ops = [replace(op, vectors=broadcast_vectors(op)) for op in ops]
-    meetings = count_meetings(flat, grouping.group_of)
-    ops = [
-        replace(op, n_meetings=meetings[op.results[0].identity])
-        if op.results and op.results[0].identity in meetings
-        else op
-        for op in ops
-    ]
+    counts = {
+        position: moves.counts.get(position)
+        or (1 if position in common else count_of(flat.equations[position].layer))
+        for position in left
+    }
+    made = _ops(flat, left, numbering, counts)
+    lives = read_lives(flat, {position: index for index, position in enumerate(made)})
+    ops = _told(made, flat, grouping, moves, lives, for_tpu)
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
-    layer_outputs = _layer_outputs(flat, ops, numbering, templates or {}, for_tpu)
+    laid = layer_outputs(flat, ops, numbering, templates or {}, for_tpu)
     groups = tuple(
         Group(sizes=grouping.sizes[root], argument=argument_of.get(number))
         for root, number in numbering.numbers.items()
@@ -125,7 +112,7 @@ def build_program(
         arguments=arguments,
         outputs=outputs,
         unknown=flat.unknown,
-        layer_outputs=layer_outputs,
+        layer_outputs=laid,
     )
 
 
@@ -134,27 +121,48 @@ def _owner(index: int, info: StepInput) -> str:
     return info.family if info.family is not None else f"argument {index}"
 
 
-@dataclass(slots=True)
-class _Numbering:
-    """Gives the groups in use numbers from 0."""
+def _ops(
+    flat: FlatJaxpr,
+    left: Mapping[int, tuple[int, ...]],
+    numbering: Numbering,
+    counts: Mapping[int, int],
+) -> dict[int, Op]:
+    """The ops in the order of execution, by the position of their equations.
 
-    grouping: Grouping
-    held: frozenset[int]
-    repetitions: Mapping[int, Repetition]
-    numbers: dict[int, int] = field(default_factory=dict)
+    Args:
+        flat: the step.
+        left: position of an equation that grouping leaves -> the operands that it has yet to lay.
+        numbering: of the groups.
+        counts: position -> how many times the whole model runs the equation.
+    """
+    sums = sum_targets(flat)
+    ops = {
+        position: _op(flat.equations[position], operands, flat, numbering, counts[position], sums)
+        for position, operands in left.items()
+    }
+    return {position: op for position, op in ops.items() if op is not None}
 
-    def number(self, identity: int) -> int:
-        root = self.grouping.group_of[identity]
-        return self.numbers.setdefault(root, len(self.numbers))
 
-    def repetition(self, identity: int) -> Repetition | None:
-        """How an array repeats another, by the dimensions of its group."""
-        found = self.repetitions.get(identity)
-        if found is None:
-            return None
-        dims = self.grouping.dims[identity]
-        dim, width = dims[found.dim], dims[found.width]
-        return None if dim is None or width is None else replace(found, dim=dim, width=width)
+def _told(
+    made: Mapping[int, Op],
+    flat: FlatJaxpr,
+    grouping: Grouping,
+    moves: CacheMoves,
+    lives: Lives,
+    for_tpu: bool,
+) -> list[Op]:
+    """The ops, told what is around them: caches, sums, arrays laid out by others."""
+    meetings = count_meetings(flat, grouping.group_of)
+    return [
+        replace(
+            op,
+            moves_cache=position in moves.all,
+            is_fused=position in moves.fused,
+            vectors=broadcast_vectors(op) if for_tpu else None,
+            n_meetings=meetings.get(op.results[0].identity, 0) if op.results else 0,
+        )
+        for position, op in zip(made, as_summed(list(made.values()), lives), strict=True)
+    ]
 
 
 def _held(flat: FlatJaxpr) -> frozenset[int]:
@@ -170,7 +178,7 @@ def _ends(
     flat: FlatJaxpr,
     inputs: Sequence[StepInput],
     replaces: Sequence[int | None],
-    numbering: _Numbering,
+    numbering: Numbering,
 ) -> tuple[tuple[StepOutput, ...], tuple[Argument, ...]]:
     outputs = tuple(
         StepOutput(group=numbering.number(identity), n_bytes=flat.arrays[identity].n_bytes)
@@ -197,64 +205,11 @@ def _ends(
     return outputs, arguments
 
 
-def _layer_outputs(
-    flat: FlatJaxpr,
-    ops: Sequence[Op],
-    numbering: _Numbering,
-    templates: Mapping[str, str],
-    for_tpu: bool,
-) -> tuple[LayerOutput, ...]:
-    made_by = flat.made_by()
-    op_of: dict[int | None, int] = {
-        array.identity: index for index, op in enumerate(ops) for array in op.results
-    }
-    outputs = []
-    for mark in flat.marks:
-        array, contraction = flat.arrays[mark.identity], _contraction(mark.identity, made_by, flat)
-        # A TPU compiler drops dimensions of size 1 from a contraction, and reshapes its result.
-        is_reshaped = for_tpu and 1 in array.shape
-        outputs.append(
-            LayerOutput(
-                template=templates.get(mark.path, mark.path),
-                identity=mark.identity,
-                group=numbering.number(mark.identity),
-                dims=numbering.grouping.dims[mark.identity],
-                shape=array.shape,
-                n_bytes=array.n_bytes,
-                backward=mark.backward,
-                made_by=op_of.get(contraction),
-                as_made=not is_reshaped and contraction == _unmarked(mark.identity, made_by),
-            )
-        )
-    return tuple(outputs)
-
-
-def _unmarked(identity: int, made_by: Mapping[int, Equation]) -> int:
-    """The array behind the marks of layers' outputs."""
-    while identity in made_by and made_by[identity].primitive == MARK:
-        (identity,) = made_by[identity].operands
-    return identity
-
-
-def _contraction(identity: int, made_by: Mapping[int, Equation], flat: FlatJaxpr) -> int | None:
-    """The result of a contraction that an array is, moves, casts and a bias behind it aside."""
-    equation = made_by.get(identity)
-    while equation is not None and equation.link.kind in ("elementwise", "reshape"):
-        size = math.prod(flat.arrays[identity].shape)
-        wide = [i for i in equation.operands if math.prod(flat.arrays[i].shape) == size]
-        wide = [i for i in wide if i in made_by and made_by[i].link.kind != "broadcast"]
-        if len(wide) != 1:
-            return None
-        (identity,) = wide
-        equation = made_by[identity]
-    return identity if equation is not None and equation.link.kind == "contraction" else None
-
-
 def _replacements(
     flat: FlatJaxpr,
     inputs: Sequence[StepInput],
     replaces: Sequence[int | None],
-    numbering: _Numbering,
+    numbering: Numbering,
 ) -> list[Op]:
     """A result that takes an argument's memory takes its layout: a copy, where they differ."""
     ops = []
@@ -286,7 +241,7 @@ class _Factors:
 
     link: Link
     flat: FlatJaxpr
-    numbering: _Numbering
+    numbering: Numbering
     numbers: dict[Label, int] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
 
@@ -334,7 +289,7 @@ def _op(
     equation: Equation,
     open_operands: tuple[int, ...],
     flat: FlatJaxpr,
-    numbering: _Numbering,
+    numbering: Numbering,
     count: int,
     sums: Mapping[int, int],
 ) -> Op | None:

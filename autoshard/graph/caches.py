@@ -25,11 +25,13 @@ class CacheMoves:
 
     Attributes:
         counts: how many times the whole model runs those that stand outside of any layer.
+        all: every one of them.
         fused: those that are done as another reads or writes the same: cuts of which others cut
             more, updates, and parts that are joined again.
     """
 
     counts: dict[int, int]
+    all: frozenset[int]
     fused: frozenset[int]
 
 
@@ -80,6 +82,7 @@ def cache_moves(
     readers = _readers(flat) if followed else {}
     return CacheMoves(
         counts={p: round(grows) for p, grows in followed.items() if not flat.equations[p].layer},
+        all=frozenset(followed),
         fused=frozenset(p for p in followed if _is_fused(p, flat, readers)),
     )
 

@@ -9,7 +9,7 @@ layout spreads through it (its `constant_or_scalar_splitter.cc`). Elementwise op
 slices and reshapes keep constants constant, and nothing else does: a concatenation ends it.
 """
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import replace
 
 from autoshard.graph.jaxpr import ArrayType, Equation, FlatJaxpr, live_equations
@@ -17,16 +17,22 @@ from autoshard.graph.link import numbered
 from autoshard.graph.rules import LINK_RULES
 from autoshard.model.outputs import MARK
 
-__all__ = ["merge_equal"]
+__all__ = ["common_equations", "merge_equal"]
 
 _KEEPS = {"iota", "reshape", "slice", "squeeze", "expand_dims"}
 
 
-def merge_equal(flat: FlatJaxpr) -> FlatJaxpr:
-    """A step in which no two equations of a layer do the same, but for what constants make."""
+def merge_equal(flat: FlatJaxpr, own: Collection[int] = ()) -> FlatJaxpr:
+    """A step in which no two equations of a layer do the same, but for what constants make.
+
+    Args:
+        flat: the step.
+        own: see `common_equations`; of those no two do the same in all the step.
+    """
     merger = _Merger(flat)
-    for equation in flat.equations:
-        merger.add(equation)
+    common = common_equations(flat, own) if own else frozenset()
+    for position, equation in enumerate(flat.equations):
+        merger.add(equation, anywhere=position in common)
     outputs = tuple(i if i is None else merger.same.get(i, i) for i in flat.outputs)
     return replace(
         flat,
@@ -34,6 +40,27 @@ def merge_equal(flat: FlatJaxpr) -> FlatJaxpr:
         equations=live_equations(merger.equations, outputs),
         outputs=outputs,
     )
+
+
+def common_equations(flat: FlatJaxpr, own: Collection[int]) -> frozenset[int]:
+    """The equations, by position, that blocks have in common, for they read nothing of their own.
+
+    So the angles of a rotary embedding, which positions alone decide: compilers make them once.
+    What constants make stays apart in each block.
+
+    Args:
+        flat: the step.
+        own: identities of its weights, and of other arguments that layers have of their own.
+    """
+    varies, constants, common = set(own), set[int](), set[int]()
+    for position, equation in enumerate(flat.equations):
+        if equation.does is None or not varies.isdisjoint(equation.operands):
+            varies.update(equation.results)
+        elif constants.issuperset(equation.operands) and _keeps_constants(equation):
+            constants.update(equation.results)
+        else:
+            common.add(position)
+    return frozenset(common)
 
 
 class _Merger:
@@ -54,14 +81,15 @@ class _Merger:
         self._constants: dict[int, tuple[int, int]] = {}
         self._numbers: dict[Hashable, int] = {}
 
-    def add(self, equation: Equation) -> None:
-        """Take over an equation, unless its results are there already."""
+    def add(self, equation: Equation, *, anywhere: bool) -> None:
+        """Take over an equation, unless its results are there already, if need be anywhere."""
         operands = tuple(self.same.get(identity, identity) for identity in equation.operands)
         equation = replace(equation, operands=operands)
-        look = self._look(equation)
+        is_constant = all(i in self._constants for i in operands) and _keeps_constants(equation)
+        look = self._look(equation, "" if anywhere or is_constant else equation.layer)
         if look is None:
             self.equations.append(equation)
-        elif all(i in self._constants for i in operands) and _keeps_constants(equation):
+        elif is_constant:
             number = self._numbers.setdefault(look, len(self._numbers))
             values = ((result, (number, i)) for i, result in enumerate(equation.results))
             self._constants.update(values)
@@ -72,12 +100,12 @@ class _Merger:
             self._results[look] = equation.results
             self.equations.append(self._widened(equation))
 
-    def _look(self, equation: Equation) -> Hashable | None:
+    def _look(self, equation: Equation, layer: str) -> Hashable | None:
         """What two equations share that do the same; None where that is not known."""
         if equation.does is None or equation.primitive == MARK:
             return None
         read = tuple(self._constants.get(identity, identity) for identity in equation.operands)
-        return (equation.primitive, equation.does, read, equation.layer, equation.backward)
+        return (equation.primitive, equation.does, read, layer, equation.backward)
 
     def _widened(self, equation: Equation) -> Equation:
         """An elementwise equation with operands that are as large as its result."""

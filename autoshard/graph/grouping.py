@@ -8,11 +8,13 @@ their own are never joined.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from autoshard.graph.jaxpr import ArrayType, Equation, FlatJaxpr
 from autoshard.graph.link import Label
+from autoshard.graph.program import Repetition
 
-__all__ = ["Grouping", "group_arrays"]
+__all__ = ["Grouping", "Numbering", "group_arrays"]
 
 _JOINING = ("elementwise", "reshape", "broadcast")
 
@@ -66,6 +68,37 @@ class Grouping:
             if dim is not None:
                 placed[dim] = label
         return tuple(placed)
+
+
+@dataclass(slots=True)
+class Numbering:
+    """Gives the groups in use numbers from 0.
+
+    Attributes:
+        grouping: the groups.
+        held: identities of the arrays that are there before any op.
+        repetitions: identity of an array -> how it repeats another.
+        numbers: index of a group in `grouping` -> its number.
+    """
+
+    grouping: Grouping
+    held: frozenset[int]
+    repetitions: Mapping[int, Repetition]
+    numbers: dict[int, int] = field(default_factory=dict)
+
+    def number(self, identity: int) -> int:
+        """The number of an array's group, the next one where it has none yet."""
+        root = self.grouping.group_of[identity]
+        return self.numbers.setdefault(root, len(self.numbers))
+
+    def repetition(self, identity: int) -> Repetition | None:
+        """How an array repeats another, by the dimensions of its group."""
+        found = self.repetitions.get(identity)
+        if found is None:
+            return None
+        dims = self.grouping.dims[identity]
+        dim, width = dims[found.dim], dims[found.width]
+        return None if dim is None or width is None else replace(found, dim=dim, width=width)
 
 
 def group_arrays(

@@ -99,8 +99,8 @@ class Op:
             as that of the experts is; None for any other op.
         addends: for each written sum, as a residual stream's, of which its result is the part that
             is made last: the number of arrays that the sum reads.
-        is_fused: whether it moves part of a cache while another op moves the same, see
-            `autoshard.graph.caches`.
+        moves_cache: whether it moves part of a cache.
+        is_fused: whether it does so while another op moves the same, see `autoshard.graph.caches`.
         vectors: position of the operand that a compiler broadcasts to the shape of the other before
             it partitions, see `autoshard.graph.vectors`.
         n_meetings: how often elementwise ops bring a matmul's result together with arrays of its
@@ -123,6 +123,7 @@ class Op:
     window: int = 1
     summed_batch: int | None = None
     addends: tuple[int, ...] = ()
+    moves_cache: bool = False
     is_fused: bool = False
     vectors: int | None = None
     n_meetings: int = 0

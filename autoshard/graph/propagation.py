@@ -233,6 +233,8 @@ class Propagator:
         before has its turn in order only if something around it changed meanwhile.
         """
         may, begins, spreads = self._may[level], self._begins[level], self._spreads[level]
+        around_of, groups_of, touching = self._around, self._groups_of, self._touching
+        meets = self._meets if level == _TEARING else bytes(len(spreads))
         ready = bytearray((self._new[level] & np.frombuffer(split, dtype=bool)).tobytes())
         waiting = bytearray(len(ready))
         again: list[int] = []
@@ -241,21 +243,21 @@ class Propagator:
             in_order = not again
             index = at if in_order else again.pop()
             waiting[index] = False
-            around = self._around[index](state)
-            own = wanted.get(index, {})
+            around = around_of[index](state)
+            own = wanted.get(index)
             if own:
                 around = tuple(own.get(place, layout) for place, layout in enumerate(around))
-            if in_order and level == _TEARING and self._meets[index]:
+            if in_order and meets[index]:
                 self._tear(index, around)
             changes = spreads[index].get(around)
             if changes is None:
                 changes = self._spread(index, level, around)
             for position, layout in changes:
-                group = self._groups_of[index][position]
-                if group in fixed or position in own:
+                group = groups_of[index][position]
+                if group in fixed or (own and position in own):
                     continue
                 state[group] = layout
-                for other in self._touching[group]:
+                for other in touching[group]:
                     split[other] = True
                     if other > at and begins[other]:
                         ready[other] = True

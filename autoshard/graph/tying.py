@@ -41,6 +41,7 @@ def _look(op: Op) -> tuple[object, ...]:
         op.flops,
         op.window,
         op.backward,
+        op.moves_cache,
         op.is_fused,
         op.vectors,
     )

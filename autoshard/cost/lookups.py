@@ -1,0 +1,60 @@
+"""What lookups move: XLA's partitioner has the devices help that they would leave idle."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from autoshard.cost.machine import Machine
+from autoshard.cost.partitioner import Choice
+from autoshard.cost.transfers import Transfer, collective, local_bytes
+from autoshard.graph.program import WHOLE, Layout, Op
+from autoshard.graph.splits import layout_of
+
+__all__ = ["by_idle_devices"]
+
+
+def by_idle_devices(
+    op: Op,
+    transfers: Sequence[Transfer],
+    choice: Choice,
+    layouts: Sequence[Layout],
+    machine: Machine,
+) -> Iterator[Transfer]:
+    """What lookups in a table split like the data move where another axis splits neither.
+
+    If there are as many devices along it, or a multiple or a part of that, they take a slice each:
+    of the sums of the rows found, as in a matmul; of the updates, in place of gathering them all,
+    after which the table is summed over that axis.
+
+    Args:
+        op: a lookup, or the gradient of one.
+        transfers: its collectives.
+        choice: the factor that it splits over each axis, or `WHOLE`.
+        layouts: of each operand, then each result.
+        machine: the chips and links.
+    """
+    sizes = machine.axis_sizes
+    idle = [a for a in range(len(sizes)) if choice[a] == WHOLE and layouts[-1][a] == WHOLE]
+    n_idle = math.prod(sizes[axis] for axis in idle)
+    of_sums, of_updates = ("reduce-scatter", None), ("all-gather", len(op.operands) - 1)
+    sliced = of_sums if op.kind == "gather" else of_updates
+    for transfer in transfers:
+        n = machine.links[transfer.axis].size
+        n_slices = math.gcd(n_idle, n)
+        if not idle or (transfer.kind, transfer.operand) != sliced or n_slices < min(n_idle, n):
+            yield transfer
+            continue
+        axis, target, operand = transfer.axis, transfer.target, transfer.operand
+        shard, part = transfer.n_bytes // n, transfer.n_bytes // n_slices
+        permuted = collective(
+            "collective-permute", machine.all_axes, shard, machine, operand, target
+        )
+        if op.kind == "gather":
+            yield collective("all-reduce", axis, part, machine, None, target)
+            yield permuted
+            continue
+        yield permuted
+        if n_slices < n:
+            yield collective("all-gather", axis, part, machine, operand, target)
+        made = layout_of(op.results[0], choice)
+        summed = local_bytes(op.results[0].n_bytes, made, sizes)
+        yield collective("all-reduce", idle[0], summed, machine, None, made)
