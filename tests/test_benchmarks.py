@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import catalogue  # noqa: E402
 import fidelity  # noqa: E402
+import kept  # noqa: E402
 import layouts  # noqa: E402
 import maps  # noqa: E402
-import memory  # noqa: E402
 import rivals  # noqa: E402
 import scaling  # noqa: E402
 from scores import Pair, byte_error, quantile, score, spearman  # noqa: E402
@@ -273,9 +273,18 @@ def test_scaling_plans_every_depth_on_one_mesh_and_the_preset_on_every_mesh() ->
     assert rows[4][3:] == ("1.00 s", "0.25 s", "0.50 s", "0.75 s", "100 ms", "yes")
 
 
-@pytest.mark.parametrize(("workload", "median"), [("prefill", 0.02), ("train", 0.065)])
-def test_the_predicted_peak_is_that_of_the_tpu_compiler(workload: str, median: float) -> None:
+# The medians allowed of the errors of memory and of the step.
+@pytest.mark.parametrize(
+    ("workload", "memory", "seconds"),
+    [("prefill", 0.02, 0.08), ("decode", 0.05, 0.2), ("train", 0.07, 0.05)],
+)
+def test_the_predicted_peak_and_step_are_those_of_the_tpu_compiler(
+    workload: str, memory: float, seconds: float
+) -> None:
     """The programs are those that are kept, so no compiler is needed."""
-    found = [abs(error) for _, _, error in memory.errors([workload], ["llama3_8b_en"])]
-    assert len(found) >= 10
-    assert statistics.median(found) < median
+    programs = list(kept.programs([workload], ["llama3_8b_en"]))
+    errors = [abs(one.memory_error) for one in programs if one.memory_error is not None]
+    assert len(errors) >= 10
+    assert statistics.median(errors) < memory
+    assert statistics.median(abs(one.step_error) for one in programs) < seconds
+    assert float(kept.ranks(programs)) > 0.85
