@@ -139,6 +139,7 @@ class _Merger:
                     flops=0,
                     layer=reader.layer,
                     backward=reader.backward,
+                    does=shape,
                 )
             )
         return self._results[look][0]
