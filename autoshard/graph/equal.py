@@ -2,13 +2,15 @@
 
 Equal equations of a layer are one, and what broadcasts an array to one shape makes one array. So
 keys and values that one mask is laid over are laid out alike, and so are queries and keys of one
-shape that are turned by one rotary embedding.
+shape that are turned by one rotary embedding. What blocks of one stack have in common is one too;
+an encoder and a decoder whose angles are the same were laid out each on its own.
 
 What is made of constants alone stays apart: Shardy makes that anew for each reader, so that no
 layout spreads through it (its `constant_or_scalar_splitter.cc`). Elementwise ops, broadcasts,
 slices and reshapes keep constants constant, and nothing else does: a concatenation ends it.
 """
 
+import re
 from collections.abc import Collection, Hashable
 from dataclasses import replace
 
@@ -19,6 +21,9 @@ from autoshard.model.outputs import MARK
 
 __all__ = ["common_equations", "merge_equal"]
 
+# What tells the layers of a block from those of another.
+_NUMBER = re.compile(r"_?\d+")
+
 _KEEPS = {"iota", "reshape", "slice", "squeeze", "expand_dims"}
 
 
@@ -27,12 +32,12 @@ def merge_equal(flat: FlatJaxpr, own: Collection[int] = ()) -> FlatJaxpr:
 
     Args:
         flat: the step.
-        own: see `common_equations`; of those no two do the same in all the step.
+        own: see `common_equations`; of those no two blocks of a stack do the same.
     """
     merger = _Merger(flat)
     common = common_equations(flat, own) if own else frozenset()
     for position, equation in enumerate(flat.equations):
-        merger.add(equation, anywhere=position in common)
+        merger.add(equation, in_common=position in common)
     outputs = tuple(i if i is None else merger.same.get(i, i) for i in flat.outputs)
     return replace(
         flat,
@@ -81,12 +86,15 @@ class _Merger:
         self._constants: dict[int, tuple[int, int]] = {}
         self._numbers: dict[Hashable, int] = {}
 
-    def add(self, equation: Equation, *, anywhere: bool) -> None:
-        """Take over an equation, unless its results are there already, if need be anywhere."""
+    def add(self, equation: Equation, *, in_common: bool) -> None:
+        """Take over an equation, unless its results are there already, or another block's are."""
         operands = tuple(self.same.get(identity, identity) for identity in equation.operands)
         equation = replace(equation, operands=operands)
         is_constant = all(i in self._constants for i in operands) and _keeps_constants(equation)
-        look = self._look(equation, "" if anywhere or is_constant else equation.layer)
+        is_shared = is_constant or in_common
+        look = self._look(
+            equation, _NUMBER.sub("", equation.layer) if is_shared else equation.layer
+        )
         if look is None:
             self.equations.append(equation)
         elif is_constant:
