@@ -59,11 +59,21 @@ def test_an_equal_equation_leaves_the_program() -> None:
     assert (n_matmuls(for_tpu=True), n_matmuls(for_tpu=False)) == (1, 2)
 
 
-def test_blocks_have_in_common_what_reads_none_of_their_weights() -> None:
+@pytest.mark.parametrize(
+    ("layers", "for_tpu", "counts"),
+    [
+        (("block_0", "block_1"), True, [1]),
+        (("block_0", "block_1"), False, [9, 9]),
+        (("encoder_0", "decoder_0"), True, [1, 1]),
+    ],
+)
+def test_blocks_of_a_stack_have_in_common_what_reads_none_of_their_weights(
+    layers: tuple[str, ...], for_tpu: bool, counts: list[int]
+) -> None:
     def blocks(ids, *weights):
         x = 0.0
-        for index, weight in enumerate(weights):
-            with jax.named_scope(f"block_{index}"):
+        for layer, weight in zip(layers, weights, strict=True):
+            with jax.named_scope(layer):
                 x = weight * (x + jnp.concatenate([ids, -ids])[:, None])
         return x
 
@@ -72,9 +82,5 @@ def test_blocks_have_in_common_what_reads_none_of_their_weights() -> None:
         StepInput(role="data", family=None),
         *(StepInput(role="weight", family=name) for name in ("first", "second")),
     ]
-
-    def counts(for_tpu: bool) -> list[int]:
-        program = build_program(closed, inputs, [None], lambda layer: 9, for_tpu=for_tpu)
-        return [op.count for op in program.ops if op.primitive == "concatenate"]
-
-    assert (counts(for_tpu=True), counts(for_tpu=False)) == ([1], [9, 9])
+    program = build_program(closed, inputs, [None], lambda layer: 9, for_tpu=for_tpu)
+    assert [op.count for op in program.ops if op.primitive == "concatenate"] == counts
