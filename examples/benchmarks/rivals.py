@@ -22,7 +22,7 @@ cannot hold `too big`.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -100,6 +100,8 @@ RIVALS = ("announcement", "kerashub", "largest dimension", HAND, NO_RULE)
 RESULTS = Path(__file__).parent / "results" / "rivals.jsonl"
 UNSEEN_RESULTS = RESULTS.with_name("unseen.jsonl")
 UNSEEN_MESHES = ("1x8", "2x4")
+# With all blocks, where a mesh of data alone leaves maps little to choose.
+DECODE_MESHES = ("1x8", "2x4", "4x2")
 KEY = ("model", "mesh", "workload", "layout", "rules", "target", "versions")
 
 
@@ -118,7 +120,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=(*MODELS, *UNSEEN), metavar="NAME")
     parser.add_argument("--meshes", nargs="+", choices=MESHES, metavar="MESH")
-    parser.add_argument("--workload", nargs="+", default=WORKLOADS, choices=WORKLOADS)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS)
     parser.add_argument(
         "--unseen", action="store_true", help="the models that no rule was made for"
     )
@@ -134,8 +136,15 @@ def _arguments() -> argparse.Namespace:
     arguments.models = arguments.models or models
     if not set(arguments.models) <= set(models):  # their verdicts are kept in another file
         parser.error(f"with{'' if arguments.unseen else 'out'} --unseen: {', '.join(models)}")
-    arguments.meshes = arguments.meshes or (UNSEEN_MESHES if arguments.unseen else MESHES)
+    arguments.workload = arguments.workload or (WORKLOADS[:1] if arguments.unseen else WORKLOADS)
     return arguments
+
+
+def _meshes(arguments: argparse.Namespace, workload: str) -> Sequence[str]:
+    """The meshes asked for, by default those of a workload."""
+    default = DECODE_MESHES if workload == "decode" else MESHES
+    meshes: Sequence[str] = arguments.meshes or (UNSEEN_MESHES if arguments.unseen else default)
+    return meshes
 
 
 def _questions(arguments: argparse.Namespace) -> Iterator[Question]:
@@ -147,7 +156,7 @@ def _questions(arguments: argparse.Namespace) -> Iterator[Question]:
             model = build(name)
             if workload == "decode" and not model.generates:
                 continue
-            for mesh in arguments.meshes:
+            for mesh in _meshes(arguments, workload):
                 for layout, rules in _layouts(model, mesh, workload, arguments.only):
                     yield Question(
                         model=name,
@@ -195,8 +204,8 @@ def entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
         for row in results.rows.values()
         if (row["target"], row["versions"]) == (verdict_target(), versions)
         and row["model"] in arguments.models
-        and row["mesh"] in arguments.meshes
         and row["workload"]["kind"] in arguments.workload
+        and row["mesh"] in _meshes(arguments, row["workload"]["kind"])
     ]
     # The sort is stable: of two plans for one place the later verdict stays the later.
     rows.sort(
