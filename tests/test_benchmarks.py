@@ -276,7 +276,7 @@ def test_scaling_plans_every_depth_on_one_mesh_and_the_preset_on_every_mesh() ->
 # The medians allowed of the errors of memory and of the step.
 @pytest.mark.parametrize(
     ("workload", "memory", "seconds"),
-    [("prefill", 0.02, 0.08), ("decode", 0.05, 0.2), ("train", 0.07, 0.05)],
+    [("prefill", 0.02, 0.08), ("decode", 0.05, 0.2), ("train", 0.066, 0.05)],
 )
 def test_the_predicted_peak_and_step_are_those_of_the_tpu_compiler(
     workload: str, memory: float, seconds: float

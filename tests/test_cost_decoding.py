@@ -1,6 +1,5 @@
 """A step of one token: weights fetched ahead, short kernels, few heads, halves joined."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -61,15 +60,15 @@ def test_what_runs_longer_hides_the_weights() -> None:
     assert compute(program) == pytest.approx(alone)
 
 
-@pytest.mark.parametrize(("axis_size", "n_kernels"), [(8, 3), (4096, 3)])
-def test_no_kernel_is_shorter_than_a_microsecond(axis_size: int, n_kernels: int) -> None:
+@pytest.mark.parametrize("axis_size", [8, 4096])
+def test_no_kernel_is_shorter_than_a_microsecond(axis_size: int) -> None:
     (op,) = (
         op
         for op in program_of(lambda x: jnp.sum(x, axis=-1), (8, axis_size)).ops
         if op.kind == "reduction"
     )
     seconds = price_op(op, ((WHOLE,),) * 2, MACHINE).compute_seconds
-    assert seconds == pytest.approx(n_kernels * KERNEL)
+    assert seconds == pytest.approx(3 * KERNEL)
     gpu = Machine.of(parse_mesh("1x8"), parse_target("gpu:h100-sxm:8"))
     assert price_op(op, ((WHOLE,),) * 2, gpu).compute_seconds < KERNEL
 
@@ -109,5 +108,5 @@ def test_halves_are_permuted_where_an_axis_splits_both() -> None:
     shard = 8 * 256 * 4 // 8
     assert (moved.kind, moved.n_bytes, moved.n_runs) == ("collective-permute", shard, 5)
     # Two places split the two halves alone, and each has its own.
-    two = Machine.of(parse_mesh("1x2"), replace(parse_target("tpu:v5e:1x2")))
+    two = Machine.of(parse_mesh("1x2"), parse_target("tpu:v5e:1x2"))
     assert not price_op(op, (whole, split), two).transfers

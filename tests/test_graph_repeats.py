@@ -81,7 +81,6 @@ def test_what_is_joined_or_repeated_as_a_whole_repeats_no_heads() -> None:
         (8, 1, 128, 0.0),
         (16, 1, 128, 30.1),
         (4, 1, 64, 3.76),
-        (7, 1, 16, 1.79),
         (2, 512, 128, 3.8),
         (4, 512, 128, 7.5),
         (8, 512, 128, 15.0),
@@ -91,7 +90,13 @@ def test_writing_takes_what_the_compiler_says(
     times: int, rows: int, width: int, nanoseconds: float
 ) -> None:
     seconds = writing(times, rows, WHOLE_HEADS, width)
-    assert seconds / (BATCH * LENGTH * HEADS) * 1e9 == pytest.approx(nanoseconds, rel=0.09)
+    assert seconds / (BATCH * LENGTH * HEADS) * 1e9 == pytest.approx(nanoseconds, rel=0.08)
+
+
+def test_narrow_heads_take_a_tile_like_wide_ones() -> None:
+    # By the same compiler for Qwen 2.5, an eighth of whose heads' width is 16.
+    seconds = writing(7, 1, WHOLE_HEADS, 16)
+    assert seconds / (BATCH * LENGTH * HEADS) * 1e9 == pytest.approx(1.79, rel=0.09)
 
 
 def test_a_device_with_a_single_head_writes_nothing() -> None:

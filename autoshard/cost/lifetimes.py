@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from autoshard.graph.program import Op, Program
 
-__all__ = ["Bytes", "Lifetimes", "alive", "lifetimes"]
+__all__ = ["Bytes", "Lifetimes", "alive", "lifetimes", "weights_read"]
 
 Bytes = npt.NDArray[np.float64]
 Times = npt.NDArray[np.intp]
@@ -108,16 +108,16 @@ def _gradient_groups(program: Program) -> dict[int, int]:
 def _gathered(ops: Sequence[Op]) -> tuple[Times, Times]:
     """From and until when a weight is there that an op gathers."""
     start, end = np.arange(len(ops)), np.arange(len(ops))
-    matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and _weights(op)]
+    matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and weights_read(op)]
     start[matmuls[1:]] = matmuls[:-1]
     forward = [i for i in matmuls if not ops[i].backward]
     for index in matmuls[len(forward) :]:
-        if not _weights(ops[index]).isdisjoint(_weights(ops[forward[-1]])):
+        if not weights_read(ops[index]).isdisjoint(weights_read(ops[forward[-1]])):
             end[forward[-1]] = index
     return start, end
 
 
-def _weights(op: Op) -> set[int]:
+def weights_read(op: Op) -> set[int]:
     """The arrays that it reads and that were there before the step."""
     return {array.identity for array in op.operands if array.is_held}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
+from autoshard.cost.lifetimes import weights_read
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.single_rows import matrix_seconds
@@ -338,4 +339,4 @@ def _last_weights(ops: Sequence[Op]) -> set[int]:
     if not any(op.backward for op in ops):
         return set()
     forward = [op for op in ops if op.kind == "contraction" and not op.backward]
-    return {array.identity for op in forward[-1:] for array in op.operands if array.is_held}
+    return weights_read(forward[-1]) if forward else set()

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from autoshard.graph.caches import CacheMoves, cache_count, cache_moves, rebuilt_arguments
-from autoshard.graph.equal import common_equations, merge_equal
+from autoshard.graph.equal import merge_equal
 from autoshard.graph.grouping import Grouping, Numbering, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
 from autoshard.graph.layer_outputs import layer_outputs
@@ -73,8 +73,7 @@ def build_program(
     common = frozenset[int]()
     if for_tpu:
         own = [i for i, info in zip(flat.inputs, inputs, strict=True) if info.role != "data"]
-        flat = merge_equal(flat, own)
-        common = common_equations(flat, own)
+        flat, common = merge_equal(flat, own)
     inputs = [
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)
@@ -91,8 +90,9 @@ def build_program(
     moves = cache_moves(flat, caches, replaces)
     counts = {
         position: moves.counts.get(position)
-        or (1 if position in common else count_of(flat.equations[position].layer))
-        for position in left
+        or (1 if common.issuperset(equation.results) else count_of(equation.layer))
+        for position, equation in enumerate(flat.equations)
+        if position in left
     }
     made = _ops(flat, left, numbering, counts)
     lives = read_lives(flat, {position: index for index, position in enumerate(made)})

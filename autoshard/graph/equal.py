@@ -19,7 +19,7 @@ from autoshard.graph.link import numbered
 from autoshard.graph.rules import LINK_RULES
 from autoshard.model.outputs import MARK
 
-__all__ = ["common_equations", "merge_equal"]
+__all__ = ["merge_equal"]
 
 # What tells the layers of a block from those of another.
 _NUMBER = re.compile(r"_?\d+")
@@ -27,45 +27,29 @@ _NUMBER = re.compile(r"_?\d+")
 _KEEPS = {"iota", "reshape", "slice", "squeeze", "expand_dims"}
 
 
-def merge_equal(flat: FlatJaxpr, own: Collection[int] = ()) -> FlatJaxpr:
+def merge_equal(flat: FlatJaxpr, own: Collection[int]) -> tuple[FlatJaxpr, frozenset[int]]:
     """A step in which no two equations of a layer do the same, but for what constants make.
 
     Args:
         flat: the step.
-        own: see `common_equations`; of those no two blocks of a stack do the same.
+        own: identities of its weights, and of other arguments that layers have of their own.
+
+    Returns:
+        The step; and the arrays, by identity, that blocks of a stack have in common, for nothing of
+        their own is in them. So the angles of a rotary embedding, which positions alone decide:
+        they are made once. What constants make stays apart in each block.
     """
-    merger = _Merger(flat)
-    common = common_equations(flat, own) if own else frozenset()
-    for position, equation in enumerate(flat.equations):
-        merger.add(equation, in_common=position in common)
+    merger = _Merger(flat, own)
+    for equation in flat.equations:
+        merger.add(equation)
     outputs = tuple(i if i is None else merger.same.get(i, i) for i in flat.outputs)
-    return replace(
+    merged = replace(
         flat,
         arrays=tuple(merger.arrays),
         equations=live_equations(merger.equations, outputs),
         outputs=outputs,
     )
-
-
-def common_equations(flat: FlatJaxpr, own: Collection[int]) -> frozenset[int]:
-    """The equations, by position, that blocks have in common, for they read nothing of their own.
-
-    So the angles of a rotary embedding, which positions alone decide: compilers make them once.
-    What constants make stays apart in each block.
-
-    Args:
-        flat: the step.
-        own: identities of its weights, and of other arguments that layers have of their own.
-    """
-    varies, constants, common = set(own), set[int](), set[int]()
-    for position, equation in enumerate(flat.equations):
-        if equation.does is None or not varies.isdisjoint(equation.operands):
-            varies.update(equation.results)
-        elif constants.issuperset(equation.operands) and _keeps_constants(equation):
-            constants.update(equation.results)
-        else:
-            common.add(position)
-    return frozenset(common)
+    return merged, frozenset(merger.common)
 
 
 class _Merger:
@@ -74,27 +58,33 @@ class _Merger:
     Attributes:
         arrays, equations: those of the merged step.
         same: identity of an array that is left out -> the array that takes its place.
+        common: the arrays that blocks have in common.
     """
 
-    def __init__(self, flat: FlatJaxpr) -> None:
+    def __init__(self, flat: FlatJaxpr, own: Collection[int]) -> None:
         self.arrays: list[ArrayType] = list(flat.arrays)
         self.equations: list[Equation] = []
         self.same: dict[int, int] = {}
+        self.common: set[int] = set()
+        # What is made of anything that is a layer's own, or in a way that is not known.
+        self._varies = set(own)
         # What an equation does -> the results of the first one that does it.
         self._results: dict[Hashable, tuple[int, ...]] = {}
         # Identity of what is made of constants alone -> its value: which equation's, which result.
         self._constants: dict[int, tuple[int, int]] = {}
         self._numbers: dict[Hashable, int] = {}
 
-    def add(self, equation: Equation, *, in_common: bool) -> None:
+    def add(self, equation: Equation) -> None:
         """Take over an equation, unless its results are there already, or another block's are."""
         operands = tuple(self.same.get(identity, identity) for identity in equation.operands)
         equation = replace(equation, operands=operands)
         is_constant = all(i in self._constants for i in operands) and _keeps_constants(equation)
-        is_shared = is_constant or in_common
-        look = self._look(
-            equation, _NUMBER.sub("", equation.layer) if is_shared else equation.layer
-        )
+        if equation.does is None or not self._varies.isdisjoint(operands):
+            self._varies.update(equation.results)
+        elif not is_constant:
+            self.common.update(equation.results)
+        layer, is_own = equation.layer, not self._varies.isdisjoint(equation.results)
+        look = self._look(equation, layer if is_own else _NUMBER.sub("", layer))
         if look is None:
             self.equations.append(equation)
         elif is_constant:
@@ -147,7 +137,6 @@ class _Merger:
                     flops=0,
                     layer=reader.layer,
                     backward=reader.backward,
-                    does=shape,
                 )
             )
         return self._results[look][0]
