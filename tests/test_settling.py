@@ -186,18 +186,33 @@ def test_the_split_by_hand_can_win(planned, compiled_by, in_order) -> None:
         return program(10**7) if request.rules == hand.rules else in_order(request)
 
     compiled_by(compiled, compiled)
-    outcome = make_plan("gemma_2b_en", "2x4", workload="prefill", target=TARGET, verify="target")
+    options = {"workload": "prefill", "target": TARGET, "verify": "target"}
+    outcome = make_plan("gemma_2b_en", "2x4", top=3, **options)
     made = outcome.plan
     assert made.rules == hand.rules
-    # The runners-up: what was compiled first, then the other candidates.
     alternatives = [alternative.rules for alternative in made.alternatives]
-    others = [one.rules for one in outcome.planning.candidates if one.rules != hand.rules]
-    assert alternatives == others
-    assert [one.compiled is not None for one in made.alternatives][:4] == [True, True, True, False]
+    assert alternatives == [one.rules for one in outcome.planning.candidates]
+    assert all(one.compiled is not None for one in made.alternatives)
     assert Plan.from_json(made.to_json()) == made
     text = plan_text(outcome)
     assert "-> split by hand" in text
     assert "\ncandidate 1\n" in text
+
+
+def test_runners_up_are_those_compiled_and_then_the_others(planned, compiled_by) -> None:
+    first, second, *others = (candidate.rules for candidate in planned.candidates)
+
+    def compiled(request: CompileRequest) -> CompiledStep:
+        return program(10**7 if request.rules == second else 10**8)
+
+    compiled_by(compiled, compiled)
+    made = make_plan("gemma_2b_en", "2x4", workload="prefill", target=TARGET, verify="target").plan
+    assert made.rules == second
+    told = [one.rules for one in made.alternatives if one.compiled is not None]
+    assert {first, others[0]} <= set(told)
+    untold = [one.rules for one in made.alternatives if one.compiled is None]
+    assert untold == [rules for rules in others if rules not in told] != []
+    assert [one.rules for one in made.alternatives] == told + untold
 
 
 def test_what_would_fit_is_said_where_the_compiler_refuses_too(compiled_by) -> None:
