@@ -15,11 +15,10 @@ import math
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
 from autoshard.graph.program import Argument, Layout, Program
-from autoshard.hardware.efficiency import memory_seconds
+from autoshard.hardware.efficiency import TILE_LANES, memory_seconds
+from autoshard.mesh import round_up
 
 __all__ = ["ArgumentPricer"]
-
-_LANES = 128
 
 
 class ArgumentPricer:
@@ -76,7 +75,7 @@ class ArgumentPricer:
             if dim == argument.dims[-1] is not None
         )
         columns = argument.shape[-1] // parts
-        padded = math.ceil(columns / _LANES) * _LANES
+        padded = round_up(columns, TILE_LANES)
         if padded == columns:
             return 0.0
         n_bytes = local_bytes(argument.n_bytes, layout, sizes) * padded / columns

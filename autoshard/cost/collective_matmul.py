@@ -15,7 +15,7 @@ from autoshard.cost.transfers import FLOAT32, Transfer, as_all_reduce, local_byt
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
 from autoshard.hardware.chips import Chip
-from autoshard.hardware.efficiency import memory_seconds
+from autoshard.hardware.efficiency import TILE_LANES, memory_seconds
 from autoshard.mesh import round_up
 
 __all__ = [
@@ -43,8 +43,6 @@ _RING_BYTES = 2
 _WINDOWED_BYTES = 256 * 2**20
 PIECES_IN_PLACE = 4
 """So many pieces the TPU compiler multiplies without a loop, and writes where they belong."""
-# Width of a TPU's tile.
-_LANES = 128
 
 
 def is_decomposed(
@@ -122,7 +120,7 @@ def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
         return False
     shard = op.factor_sizes[factor] // machine.links[transfer.axis].size
     is_last, is_heads = dim == len(factors) - 1, len(factors) == 4 and dim == 2
-    is_odd = result.itemsize < FLOAT32 and shard % (2 * _LANES) == _LANES
+    is_odd = result.itemsize < FLOAT32 and shard % (2 * TILE_LANES) == TILE_LANES
     return (is_heads and shard > 1) or (is_last and is_odd)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from autoshard.graph.program import Op, Program
 
-__all__ = ["Bytes", "Lifetimes", "alive", "lifetimes", "weights_read"]
+__all__ = ["Bytes", "Lifetimes", "alive", "last_forward_matmul", "lifetimes", "weights_read"]
 
 Bytes = npt.NDArray[np.float64]
 Times = npt.NDArray[np.intp]
@@ -110,11 +110,23 @@ def _gathered(ops: Sequence[Op]) -> tuple[Times, Times]:
     start, end = np.arange(len(ops)), np.arange(len(ops))
     matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and weights_read(op)]
     start[matmuls[1:]] = matmuls[:-1]
-    forward = [i for i in matmuls if not ops[i].backward]
-    for index in matmuls[len(forward) :]:
-        if not weights_read(ops[index]).isdisjoint(weights_read(ops[forward[-1]])):
-            end[forward[-1]] = index
+    last = last_forward_matmul(ops)
+    if last is not None:
+        kept = weights_read(ops[last])
+        backward = (i for i in matmuls if ops[i].backward)
+        end[last] = max((i for i in backward if kept & weights_read(ops[i])), default=last)
     return start, end
+
+
+def last_forward_matmul(ops: Sequence[Op]) -> int | None:
+    """The matmul with a weight that ends the forward half of a step; None without a backward one.
+
+    Its weight, once gathered, is kept: its gradient comes next.
+    """
+    if not any(op.backward for op in ops):
+        return None
+    forward = [i for i, op in enumerate(ops) if op.kind == "contraction" and not op.backward]
+    return max((i for i in forward if weights_read(ops[i])), default=None)
 
 
 def weights_read(op: Op) -> set[int]:

@@ -19,11 +19,11 @@ def by_idle_devices(
     layouts: Sequence[Layout],
     machine: Machine,
 ) -> Iterator[Transfer]:
-    """What lookups in a table split like the data move where another axis splits neither.
+    """What a lookup moves whose table and data one axis splits, and another axis neither.
 
-    If there are as many devices along it, or a multiple or a part of that, they take a slice each:
-    of the sums of the rows found, as in a matmul; of the updates, in place of gathering them all,
-    after which the table is summed over that axis.
+    The devices along that other axis help if their number divides that of the first, or is a
+    multiple of it. Each takes a slice: of the sums of the rows found, as in a matmul; of the
+    updates, in place of gathering them all, after which the table is summed over the other axis.
 
     Args:
         op: a lookup, or the gradient of one.
@@ -57,4 +57,6 @@ def by_idle_devices(
             yield collective("all-gather", axis, part, machine, operand, target)
         made = layout_of(op.results[0], choice)
         summed = local_bytes(op.results[0].n_bytes, made, sizes)
-        yield collective("all-reduce", idle[0], summed, machine, None, made)
+        for at, other in enumerate(idle):
+            if math.prod(sizes[before] for before in idle[:at]) < n_slices:
+                yield collective("all-reduce", other, summed, machine, None, made)

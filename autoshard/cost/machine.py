@@ -94,8 +94,8 @@ class Machine:
         return (layouts, self) if by_axis is None else (by_axis, self.uncut)
 
     @property
-    def is_tpu(self) -> bool:
-        """Whether the TPU compiler has the last word on the collectives."""
+    def compiles_for_tpu(self) -> bool:
+        """Whether the TPU compiler has the last word, on compute as on collectives."""
         return self.chip.kind == "tpu" and not self.as_partitioned
 
     @property
@@ -111,12 +111,12 @@ class Machine:
     @property
     def hides_gathers(self) -> bool:
         """Whether the chip's compiler runs gathers behind compute."""
-        return self.is_tpu and "all-gather" in self.chip.overlapped_collectives
+        return self.compiles_for_tpu and "all-gather" in self.chip.overlapped_collectives
 
     @property
     def decomposes_sums(self) -> bool:
         """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
-        return self.is_tpu and self.hides_permutes
+        return self.compiles_for_tpu and self.hides_permutes
 
 
 def _part_links(parts: AxisParts, mesh: Mesh, target: Target) -> list[AxisLink]:

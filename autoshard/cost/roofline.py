@@ -23,7 +23,12 @@ from autoshard.cost.transfers import local_bytes, moved_bytes, n_parts
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
 from autoshard.graph.vectors import vectors_of
-from autoshard.hardware.efficiency import matmul_efficiency, memory_seconds
+from autoshard.hardware.efficiency import (
+    TILE_LANES,
+    TILE_ROWS,
+    matmul_efficiency,
+    memory_seconds,
+)
 
 __all__ = ["compute_seconds", "fetch_seconds", "sum_seconds"]
 
@@ -31,9 +36,8 @@ __all__ = ["compute_seconds", "fetch_seconds", "sum_seconds"]
 # where 4 x 16 MiB did on a v5e, and 3 x 24 MiB did not.
 _SUM_ON_CHIP = 0.5
 
-# A tile of a TPU's vector memory, and what it takes to write one whose rows repeat others: by the
-# cycles of the compilers for v3, v5e and v6e 12 to 16 ns.
-_ROWS, _LANES = 8, 128
+# What it takes a TPU to write a tile whose rows repeat others: by the cycles of the compilers for
+# v3, v5e and v6e 12 to 16 ns.
 _TILE_SECONDS = 15e-9
 
 # No kernel of a TPU takes less: 1.2 to 1.3 us in five programs for v5e that decode. There a norm
@@ -56,7 +60,7 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         machine: the chips.
     """
     seconds = _busy_seconds(op, choice, machine)
-    if not seconds or op.moves_cache or not machine.is_tpu:
+    if not seconds or op.moves_cache or not machine.compiles_for_tpu:
         return seconds
     return max(seconds, _KERNELS.get(op.kind, 1) * _KERNEL_SECONDS)
 
@@ -78,7 +82,7 @@ def fetch_seconds(op: Op, choice: Choice, machine: Machine) -> float:
 
 def _bytes_fetched(n_bytes: int, machine: Machine) -> int:
     """What a TPU fetches ahead of a weight: all of a small one, nothing of one twice as large."""
-    if not machine.is_tpu:
+    if not machine.compiles_for_tpu:
         return 0
     small = int(_FETCHED_SHARE * machine.chip.vmem_bytes)
     return min(n_bytes, max(0, 2 * small - n_bytes))
@@ -86,7 +90,7 @@ def _bytes_fetched(n_bytes: int, machine: Machine) -> int:
 
 def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     """The time of a kernel, however short."""
-    if op.kind == "reshape" and machine.is_tpu:
+    if op.kind == "reshape" and machine.compiles_for_tpu:
         return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
     if op.is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
@@ -98,9 +102,9 @@ def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         for arrays in (op.results if cuts else op.operands, op.results)
     )
     moving = memory_seconds(machine.chip, read, written)
-    if op.moves_cache and machine.is_tpu:
+    if op.moves_cache and machine.compiles_for_tpu:
         moving *= _thinness(op, op.results[0], choice, machine)
-    if op.kind == "reduction" and machine.is_tpu:
+    if op.kind == "reduction" and machine.compiles_for_tpu:
         return 0.0 if op.primitive == "reduce_max" else max(moving, _adding(op, choice, machine))
     return max(moving, _multiplying(op, choice, machine)) if op.flops else moving
 
@@ -109,7 +113,7 @@ def _multiplying(op: Op, choice: Choice, machine: Machine) -> float:
     """What it takes a device to multiply what it has."""
     sizes, chip = machine.axis_sizes, machine.chip
     flops, local = op.flops / n_parts(choice, sizes), _local_sizes(op, choice, sizes)
-    if machine.is_tpu and op.kind == "contraction":
+    if machine.compiles_for_tpu and op.kind == "contraction":
         vectors = vectors_of(op, local)
         if vectors is not None:
             matrix = op.operands[0 if vectors else -1]
@@ -139,7 +143,7 @@ def sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
         layouts: of each operand, then each result.
         machine: the chips.
     """
-    if not (machine.is_tpu and op.addends and op.results):
+    if not (machine.compiles_for_tpu and op.addends and op.results):
         return 0.0
     chip = machine.chip
     shard = local_bytes(op.results[0].n_bytes, layouts[len(op.operands)], machine.axis_sizes)
@@ -163,9 +167,9 @@ def _repeating_seconds(op: Op, result: Array, choice: Choice, machine: Machine) 
     if parts is None or width is None or sizes[parts] == 1:
         return 0.0
     shard = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
-    tiles = shard / (result.itemsize * _ROWS * _LANES)
-    if repetition.for_rows and sizes[width] >= _LANES and _ROWS % repetition.times == 0:
-        tiles *= _ROWS / repetition.times if repetition.times < _ROWS else 0
+    tiles = shard / (result.itemsize * TILE_ROWS * TILE_LANES)
+    if repetition.for_rows and sizes[width] >= TILE_LANES and TILE_ROWS % repetition.times == 0:
+        tiles *= TILE_ROWS / repetition.times if repetition.times < TILE_ROWS else 0
     return tiles * _TILE_SECONDS
 
 
@@ -177,7 +181,7 @@ def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> 
     n_bytes = array.n_bytes if array.is_held else moved_bytes(op, array, machine)
     shard = local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
     repetition = array.repetition
-    if repetition is None or op.kind != "contraction" or not machine.is_tpu:
+    if repetition is None or op.kind != "contraction" or not machine.compiles_for_tpu:
         return shard
     factor = array.factors[repetition.dim]
     n_local = 1 if factor is None else _local_sizes(op, choice, machine.axis_sizes)[factor]
@@ -200,9 +204,9 @@ def _thinness(op: Op, array: Array, choice: Choice, machine: Machine) -> float:
     """
     local = _local_sizes(op, choice, machine.axis_sizes)
     rows, width = [1, 1, *(local[f] for f in array.factors if f is not None)][-2:]
-    if array.repetition or width < _LANES or not 1 < rows < _ROWS:
+    if array.repetition or width < TILE_LANES or not 1 < rows < TILE_ROWS:
         return 1.0
-    return (1 + _ROWS / (1 << (rows - 1).bit_length())) / 2
+    return (1 + TILE_ROWS / (1 << (rows - 1).bit_length())) / 2
 
 
 def _matmul_shape(op: Op, local: Sequence[int], n_shares: int) -> tuple[int, int, int]:

@@ -1,27 +1,35 @@
 """The cost of a whole step under one layout of every group."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
-from autoshard.cost.lifetimes import weights_read
+from autoshard.cost.lifetimes import last_forward_matmul, weights_read
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.strategies import OpCost, price_op
-from autoshard.cost.transfers import Transfer, local_bytes, result_moves
+from autoshard.cost.transfers import (
+    Transfer,
+    collective,
+    local_bytes,
+    result_moves,
+    transfer_by_part,
+)
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import Array, Layout, Op, Program
 from autoshard.graph.propagation import Apart, picker, torn_axes
 from autoshard.graph.tying import price_look
-from autoshard.hardware.collectives import seconds as collective_seconds
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.efficiency import memory_seconds
 
 __all__ = ["StepPricer"]
+
+# What makes two collectives the same one -> the collective as the step counts it.
+_Traffics = dict[tuple[object, ...], Traffic]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +49,6 @@ class _Share:
     transfers: tuple[tuple[tuple[object, ...], Transfer, Traffic], ...]
     moved: frozenset[tuple[int, int]]
     n_bytes: OpBytes
-
-
-def _read_by_one(
-    windowed: Collection[tuple[object, ...]], shares: Iterable[_Share]
-) -> list[tuple[object, ...]]:
-    """The gathers for windowed matmuls whose array no other op needs in the same layout."""
-    if not windowed:
-        return []
-    readers = Counter(once[:-1] for share in shares for once, *_ in share.transfers)
-    return [once for once in windowed if readers[once[:-1]] == 1]
 
 
 def _matmuls_by_operand(ops: Sequence[Op]) -> dict[int, list[int]]:
@@ -81,8 +79,8 @@ class StepPricer:
         self._around = [picker(op.groups) for op in program.ops]
         self._touching = program.touching()
         self._readers = _matmuls_by_operand(program.ops)
-        self._maxima = _with_maxima(program.ops) if machine.is_tpu else set()
-        self._kept = _last_weights(program.ops) if machine.is_tpu else set()
+        self._maxima = _with_maxima(program.ops) if machine.compiles_for_tpu else set()
+        self._kept = _kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
@@ -109,42 +107,16 @@ class StepPricer:
         apart = apart or Apart()
         around = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn} | apart.around
         shares = {index: self._share(index, seen) for index, seen in around.items()}
-        compute = float(self._compute.sum())
-        compute += sum(one.compute_seconds - self._compute[index] for index, one in shares.items())
-        moving = {**self._moving, **shares}
         n_bytes = self._n_bytes
         if shares:
             n_bytes = n_bytes.copy()
             n_bytes[list(shares)] = [share.n_bytes for share in shares.values()]
-        # What is fetched meanwhile, as far as that takes no longer.
-        compute = max(compute, float(self._fetching.sum()))
+        traffic: _Traffics = {}
+        compute = self._ops_seconds(shares)
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
-        traffic: dict[tuple[object, ...], Traffic] = {}
-        windowed: dict[tuple[object, ...], Transfer] = {}
-        for index in sorted(moving):
-            for once, transfer, moved in moving[index].transfers:
-                # An array is gathered once however many ops read it, and a sum of partial sums is
-                # all-reduced once.
-                if once not in traffic:
-                    hidden = self._runs_beside(self.program.ops[index], transfer, moving)
-                    traffic[once] = replace(moved, overlapped=True) if hidden else moved
-                    compute += transfer.memory_seconds * moved.count
-                if transfer.pieces > 1:
-                    windowed[once] = transfer
-        for once in _read_by_one(windowed, moving.values()):
-            moved = traffic[once]
-            compute += windowed[once].alone_seconds * moved.count
-            hidden = moved.overlapped or self.machine.hides_permutes
-            traffic[once] = replace(moved, overlapped=hidden)
+        compute += self._move(traffic, {**self._moving, **shares})
         self._wait_for_last_weight(traffic)
-        for index, (have, want) in apart.moved.items():
-            op = self.program.ops[index]
-            # The result is gathered beside another matmul that reads what this one does.
-            hidden = any(self.may_run_beside(op, array) for array in op.operands)
-            for place, transfer in enumerate(result_moves(op, have, want, self.machine)):
-                moved = self._traffic(op, transfer)
-                traffic["asked", index, place] = replace(moved, overlapped=hidden)
-                compute += transfer.memory_seconds * op.count
+        compute += self._move_as_asked(traffic, apart.moved)
         for index, own in apart.torn:
             shared = layouts[self.program.ops[index].results[0].group]
             for place, moved in enumerate(self._tearing(index, own, shared)):
@@ -157,19 +129,65 @@ class StepPricer:
             memory=self._peak.peak(layouts, n_bytes),
         )
 
-    def _wait_for_last_weight(self, traffic: dict[tuple[object, ...], Traffic]) -> None:
-        """Let block the gather of the weight that the end of the forward half keeps.
+    def _ops_seconds(self, apart: Mapping[int, _Share]) -> float:
+        """Of all ops, or of fetching their weights meanwhile, the longer; some lie apart."""
+        ops, fetching = float(self._compute.sum()), float(self._fetching.sum())
+        ops += sum(share.compute_seconds - self._compute[i] for i, share in apart.items())
+        fetching += sum(share.fetch_seconds - self._fetching[i] for i, share in apart.items())
+        return float(max(ops, fetching))
+
+    def _move(self, traffic: _Traffics, moving: Mapping[int, _Share]) -> float:
+        """Add the collectives of some ops; returns what they cost compute, in seconds."""
+        seconds = 0.0
+        windowed: dict[tuple[object, ...], Transfer] = {}
+        for index in sorted(moving):
+            for once, transfer, moved in moving[index].transfers:
+                # An array is gathered once however many ops read it, and a sum of partial sums is
+                # all-reduced once.
+                if once not in traffic:
+                    hidden = self._runs_beside(self.program.ops[index], transfer, moving)
+                    traffic[once] = replace(moved, overlapped=True) if hidden else moved
+                    seconds += transfer.memory_seconds * moved.count
+                if transfer.pieces > 1:
+                    windowed[once] = transfer
+        if windowed:
+            readers = Counter(o[:-1] for share in moving.values() for o, *_ in share.transfers)
+        for once, transfer in windowed.items():
+            # Piece by piece only what no other op needs in the same layout.
+            if readers[once[:-1]] == 1:
+                moved = traffic[once]
+                seconds += transfer.alone_seconds * moved.count
+                hidden = moved.overlapped or self.machine.hides_permutes
+                traffic[once] = replace(moved, overlapped=hidden)
+        return seconds
+
+    def _move_as_asked(
+        self, traffic: _Traffics, asked: Mapping[int, tuple[Layout, Layout]]
+    ) -> float:
+        """Add what moves results to and from where rules ask for them; returns seconds as well."""
+        seconds = 0.0
+        for index, (have, want) in asked.items():
+            op = self.program.ops[index]
+            # The result is gathered beside another matmul that reads what this one does.
+            hidden = any(self.may_run_beside(op, array) for array in op.operands)
+            for place, transfer in enumerate(result_moves(op, have, want, self.machine)):
+                moved = self._traffic(op, transfer)
+                traffic["asked", index, place] = replace(moved, overlapped=hidden)
+                seconds += transfer.memory_seconds * op.count
+        return seconds
+
+    def _wait_for_last_weight(self, traffic: _Traffics) -> None:
+        """Let the gather of the weight block that the end of the forward half keeps.
 
         Beside collectives of another axis that block the TPU compiler started 8 of 51 such gathers
         early, and 7 of 10 where there were none.
         """
         if not self._kept:
             return
+        blocking = {t.axis for t in traffic.values() if not (t.overlapped or t.backward)}
         for once, moved in traffic.items():
             if moved.overlapped and moved.kind == "all-gather" and once[0] in self._kept:
-                others = (t for t in traffic.values() if not (t.overlapped or t.backward))
-                if any(other.axis != moved.axis for other in others):
-                    traffic[once] = replace(moved, overlapped=False)
+                traffic[once] = replace(moved, overlapped=blocking <= {moved.axis})
 
     def may_run_beside(self, op: Op, array: Array) -> bool:
         """Whether an array may be gathered for op beside another matmul that reads it."""
@@ -235,7 +253,7 @@ class StepPricer:
 
     def _chain_seconds(self, index: int, cost: OpCost) -> float:
         """What it takes a TPU to write what fused ops make for a matmul, and to read that again."""
-        n_bytes = sum(self._peak.chained_bytes(index, cost)) if self.machine.is_tpu else 0
+        n_bytes = sum(self._peak.chained_bytes(index, cost)) if self.machine.compiles_for_tpu else 0
         if n_bytes <= self._peak.small_bytes:
             return 0.0
         return memory_seconds(self.machine.chip, n_bytes, n_bytes)
@@ -285,18 +303,10 @@ class StepPricer:
         (own, shared), machine = self.machine.simplest((own, shared))
         n_bytes = local_bytes(op.results[0].n_bytes, shared, machine.axis_sizes)
         for axis in torn_axes(own, shared):
-            link = machine.links[axis]
-            yield Traffic(
-                kind="all-to-all",
-                axis=link.axis,
-                n_bytes=n_bytes,
-                wire_bytes=wire_bytes("all-to-all", n_bytes, link.size),
-                seconds=collective_seconds("all-to-all", n_bytes, link),
-                overlapped=False,
-                count=op.count * op.n_meetings,
-                layer=op.layer,
-                backward=op.backward,
-            )
+            dealt = collective("all-to-all", axis, n_bytes, machine, None, shared, True)
+            if machine is not self.machine:
+                dealt = transfer_by_part(dealt, self.machine)
+            yield self._traffic(op, replace(dealt, n_runs=op.n_meetings))
 
     def _once(self, op: Op, transfer: Transfer) -> tuple[object, ...]:
         """What makes two transfers the same one; last, in which groups of devices.
@@ -310,7 +320,7 @@ class StepPricer:
             into = op.sum_into if merged else op.results[0].identity
             return ("result", into, transfer.kind, transfer.axis, transfer.target, None)
         identity = op.operands[transfer.operand].identity
-        shared = self.machine.is_tpu and (not op.backward or identity in self._kept)
+        shared = self.machine.compiles_for_tpu and (not op.backward or identity in self._kept)
         return (identity, transfer.axis, transfer.target, None if shared else transfer.within)
 
     def _argument_seconds(self, index: int, layout: Layout) -> float:
@@ -334,9 +344,7 @@ def _with_maxima(ops: Sequence[Op]) -> set[int]:
     return found
 
 
-def _last_weights(ops: Sequence[Op]) -> set[int]:
-    """The weights of the last matmul of the forward half, kept gathered for its gradient."""
-    if not any(op.backward for op in ops):
-        return set()
-    forward = [op for op in ops if op.kind == "contraction" and not op.backward]
-    return weights_read(forward[-1]) if forward else set()
+def _kept_weights(ops: Sequence[Op]) -> set[int]:
+    """What stays gathered from the end of the forward half to the gradient that comes next."""
+    last = last_forward_matmul(ops)
+    return set() if last is None else weights_read(ops[last])

@@ -157,7 +157,7 @@ def _forced(op: Op, layouts: Sequence[Layout]) -> dict[int, int]:
     where the updates are split along what they are summed over, unless the table is split over that
     axis too: then the updates are gathered, and each device adds up its own rows.
     """
-    if op.kind not in ("gather", "scatter"):
+    if op.kind not in ("gather", "scatter") or not op.results:
         return {}
     n = len(op.operands)
     table, mine = (0, n - 1) if op.kind == "gather" else (n, n - 1)
@@ -184,24 +184,25 @@ def _factor(op: Op, position: int, layouts: Sequence[Layout], axis: int) -> int:
 def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Machine) -> OpCost:
     """Price one choice with what is permuted for it."""
     choice = partition.choice
+    permuted = [partition.permuted.get(at, layout) for at, layout in enumerate(layouts)]
     transfers = op_transfers(op, partition, layouts, machine)
     if op.kind in ("gather", "scatter"):
         transfers = list(by_idle_devices(op, transfers, choice, layouts, machine))
     transfers = folded_sums(transfers, machine)
     if op.kind == "reshape":
         transfers = joined(op, layouts, transfers, machine)
-    if machine.is_tpu and op.kind == "contraction":
+    if machine.compiles_for_tpu and op.kind == "contraction":
         transfers = [matrix_transfer(op, layouts, one, machine) for one in transfers]
     seconds = compute_seconds(op, choice, machine)
-    if machine.is_tpu and _sums_batch(op, choice, transfers, machine):
+    if machine.compiles_for_tpu and _sums_batch(op, choice, transfers, machine):
         seconds *= _SUMMED_BATCH
     if machine.decomposes_sums and op.kind == "contraction":
         uses_all = uses_all_devices(choice, machine.axis_sizes)
         may_ring = uses_all and all(transfer.kind != "all-gather" for transfer in transfers)
         transfers = [summed(op, one, seconds, may_ring, machine) for one in transfers]
         if op.is_convolution and uses_all:
-            seconds *= max((thinned(op, layouts, one, machine) for one in transfers), default=1.0)
-    transfers = [windowed(op, choice, layouts, one, seconds, machine) for one in transfers]
+            seconds *= max((thinned(op, permuted, one, machine) for one in transfers), default=1.0)
+    transfers = [windowed(op, choice, permuted, one, seconds, machine) for one in transfers]
     return OpCost(
         choice=choice,
         compute_seconds=seconds + sum_seconds(op, layouts, machine),

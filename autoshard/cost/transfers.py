@@ -256,7 +256,7 @@ def moved_bytes(op: Op, array: Array, machine: Machine) -> int:
     What a matmul reads in float32 TPU compilers round to bfloat16 first: at JAX's default precision
     it multiplies no more than that.
     """
-    rounded = machine.is_tpu and op.kind == "contraction" and array.itemsize == FLOAT32
+    rounded = machine.compiles_for_tpu and op.kind == "contraction" and array.itemsize == FLOAT32
     return array.n_bytes // 2 if rounded else array.n_bytes
 
 
@@ -343,7 +343,7 @@ def _detours(
     other way round, and permutes them into place. Where the sum is split along a dimension of the
     table it sums the rows of all data first, and each device gets its own data by an all-to-all.
     """
-    data = set(op.operands[-1].factors)
+    data = {factor for one in op.operands[1:] for factor in one.factors}
     for axis in partial:
         dim = layout[axis]
         for other, split in enumerate(made):

@@ -167,7 +167,7 @@ def _told(
 
 def _held(flat: FlatJaxpr) -> frozenset[int]:
     """The arguments, and casts of them, as mixed precision reads weights: there before any op."""
-    held = {identity for identity in flat.inputs if identity is not None}
+    held = set(flat.inputs)
     for equation in flat.equations:
         if equation.primitive == "convert_element_type" and held.issuperset(equation.operands):
             held.update(equation.results)
@@ -230,7 +230,7 @@ def _replacements(
             layer="",
             backward=False,
         )
-        count = int(inputs[replaced].count)
+        count = round(inputs[replaced].count)
         ops.append(_op(equation, (0,), flat, numbering, count, {}))
     return [op for op in ops if op is not None]
 
@@ -250,7 +250,7 @@ class _Factors:
         for label, size in zip(labels, kind.shape, strict=True):
             if label is not None and size != 1:
                 self.number(label, size)
-        placed = self.numbering.grouping.factors(identity, labels)
+        placed = self.numbering.grouping.placed(identity, labels)
         inner = tuple(
             (self.number(label, 1), dim)
             for dim, major in enumerate(placed)

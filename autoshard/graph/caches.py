@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.link import PASSING
 
 __all__ = ["CacheMoves", "cache_count", "cache_moves", "rebuilt_arguments"]
 
 _CUTTING = ("dynamic_slice", "slice", "split", "unstack")
 _UPDATING = ("dynamic_update_slice",)
-_JOINING = ("concatenate", "stack")
-_PASSING = ("elementwise", "reshape")
+_ASSEMBLING = ("concatenate", "stack")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def cache_moves(
     ahead = [(e, e.operands[:1], e.results) for e in flat.equations]
     back = [(e, e.results, e.operands) for e in flat.equations]
     followed = _followed(enumerate(ahead), come_in, (*_CUTTING, *_UPDATING))
-    followed |= _followed(reversed(list(enumerate(back))), go_out, _JOINING)
+    followed |= _followed(reversed(list(enumerate(back))), go_out, _ASSEMBLING)
     readers = _readers(flat) if followed else {}
     return CacheMoves(
         counts={p: round(grows) for p, grows in followed.items() if not flat.equations[p].layer},
@@ -102,7 +102,7 @@ def _followed(
     followed = {}
     for position, (equation, before, behind) in steps:
         grows = next((known[identity] for identity in before if identity in known), None)
-        moves = equation.primitive in primitives or equation.link.kind in _PASSING
+        moves = equation.primitive in primitives or equation.link.kind in PASSING
         if grows is not None and moves:
             followed[position] = grows
             known.update(dict.fromkeys(behind, grows))
@@ -114,7 +114,7 @@ def _is_fused(position: int, flat: FlatJaxpr, readers: Mapping[int, Sequence[int
     primitive = flat.equations[position].primitive
     return primitive in _UPDATING or any(
         primitive in alike and _only_read_by(alike, position, flat, readers)
-        for alike in (_CUTTING, _JOINING)
+        for alike in (_CUTTING, _ASSEMBLING)
     )
 
 
@@ -125,7 +125,7 @@ def _only_read_by(
     read = [p for identity in flat.equations[position].results for p in readers.get(identity, ())]
     return bool(read) and all(
         flat.equations[p].primitive in primitives
-        or (flat.equations[p].link.kind in _PASSING and _only_read_by(primitives, p, flat, readers))
+        or (flat.equations[p].link.kind in PASSING and _only_read_by(primitives, p, flat, readers))
         for p in read
     )
 
@@ -158,6 +158,6 @@ def rebuilt_arguments(flat: FlatJaxpr, replaces: Sequence[int | None]) -> frozen
 
 def _is_joined(identity: int, made_by: Mapping[int, Equation]) -> bool:
     equation = made_by.get(identity)
-    while equation and equation.link.kind in _PASSING and len(equation.operands) == 1:
+    while equation and equation.link.kind in PASSING and len(equation.operands) == 1:
         equation = made_by.get(equation.operands[0])
-    return equation is not None and equation.primitive in _JOINING
+    return equation is not None and equation.primitive in _ASSEMBLING

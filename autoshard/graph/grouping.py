@@ -3,20 +3,20 @@
 The partitioner first spreads layouts through elementwise ops, casts, transpositions and reshapes
 that move no data, and only then through anything else
 (https://openxla.org/shardy/propagation, "op priorities"). So two arrays joined by such an op,
-dimension for dimension, end with one layout, and we decide it once. Two arguments with specs of
-their own are never joined.
+dimension for dimension, end with one layout, and we decide it once. An argument with a spec of its
+own is joined with others of that spec alone.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from autoshard.graph.jaxpr import ArrayType, Equation, FlatJaxpr
-from autoshard.graph.link import Label
+from autoshard.graph.link import PASSING, Label
 from autoshard.graph.program import Repetition
 
 __all__ = ["Grouping", "Numbering", "group_arrays"]
 
-_JOINING = ("elementwise", "reshape", "broadcast")
+_JOINING = (*PASSING, "broadcast")
 
 
 class Grouping:
@@ -61,7 +61,7 @@ class Grouping:
         self._members[gb] = []
         return True
 
-    def factors(self, identity: int, labels: tuple[Label | None, ...]) -> tuple[Label | None, ...]:
+    def placed(self, identity: int, labels: tuple[Label | None, ...]) -> tuple[Label | None, ...]:
         """Reorder the labels of an array's dimensions to the order of its group's dimensions."""
         placed: list[Label | None] = [None] * len(self.sizes[self.group_of[identity]])
         for dim, label in zip(self.dims[identity], labels, strict=True):

@@ -1,10 +1,10 @@
 """Where a LayoutMap could lay out an activation, and which contraction makes it."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 from autoshard.graph.grouping import Numbering
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.link import PASSING
 from autoshard.graph.program import LayerOutput, Op
 from autoshard.model.outputs import MARK
 
@@ -62,9 +62,9 @@ def _unmarked(identity: int, made_by: Mapping[int, Equation]) -> int:
 def _contraction(identity: int, made_by: Mapping[int, Equation], flat: FlatJaxpr) -> int | None:
     """The result of a contraction that an array is, moves, casts and a bias behind it aside."""
     equation = made_by.get(identity)
-    while equation is not None and equation.link.kind in ("elementwise", "reshape"):
-        size = math.prod(flat.arrays[identity].shape)
-        wide = [i for i in equation.operands if math.prod(flat.arrays[i].shape) == size]
+    while equation is not None and equation.link.kind in PASSING:
+        size = flat.arrays[identity].n_elements
+        wide = [i for i in equation.operands if flat.arrays[i].n_elements == size]
         wide = [i for i in wide if i in made_by and made_by[i].link.kind != "broadcast"]
         if len(wide) != 1:
             return None

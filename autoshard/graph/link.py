@@ -4,11 +4,26 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Label", "Labels", "Link", "LinkRule", "Shape", "drop_ones", "numbered"]
+__all__ = [
+    "ADDING",
+    "PASSING",
+    "Label",
+    "Labels",
+    "Link",
+    "LinkRule",
+    "Shape",
+    "drop_ones",
+    "numbered",
+]
 
 Shape = tuple[int, ...]
 Label = Hashable
 Labels = tuple[Label | None, ...]
+
+PASSING = ("elementwise", "reshape")
+"""Kinds of link whose result holds its operand element for element."""
+ADDING = ("add", "add_any", "sub")
+"""Primitives that add arrays of one shape up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.link import ADDING, PASSING
 from autoshard.graph.program import Chain
 
 __all__ = ["FUSED", "Lives", "read_lives"]
 
-FUSED = frozenset({"broadcast", "elementwise", "reshape", "slice"})
+FUSED = frozenset({"broadcast", *PASSING, "slice"})
 """Kinds of link whose results the compiler does not write to memory."""
 
 _COMPUTING = ("broadcast", "elementwise")
-_ADDING = ("add", "add_any", "sub")
-_PASSING = ("elementwise", "reshape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ class _Reader:
 
     def _addends(self, equation: Equation) -> list[frozenset[int]]:
         """What each term of a sum is made of, of the sum's size; nothing where terms share that."""
-        if equation.primitive not in _ADDING:
+        if equation.primitive not in ADDING:
             return []
         size = self._size[equation.results[0]]
         terms = [
@@ -167,7 +166,7 @@ def _uses(flat: FlatJaxpr) -> Counter[int]:
     """How often each array is read. What one equation reads and passes on is read as its result."""
     uses = Counter(i for equation in flat.equations for i in equation.operands)
     for equation in reversed(flat.equations):
-        passes = equation.link.kind in _PASSING and len(equation.operands) == 1
+        passes = equation.link.kind in PASSING and len(equation.operands) == 1
         if passes and uses[equation.operands[0]] == 1:
             uses[equation.operands[0]] = uses[equation.results[0]]
     return uses

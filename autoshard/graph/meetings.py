@@ -11,12 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.link import ADDING, PASSING
 
 __all__ = ["count_meetings"]
 
-_JOINING = ("elementwise", "reshape")
-# A sum of both, as a residual stream, lies as the group does.
-_ADDING = ("add", "add_any", "sub")
 # What these make lies as whoever reads it wants.
 _FREE = ("broadcast", "source")
 
@@ -30,19 +28,20 @@ def count_meetings(flat: FlatJaxpr, group_of: Sequence[int]) -> dict[int, int]:
     """
     meetings: Counter[int] = Counter()
     # Array -> the contraction that lays it out, None for another op.
-    laid_by: dict[int, int | None] = dict.fromkeys(i for i in flat.inputs if i is not None)
+    laid_by: dict[int, int | None] = dict.fromkeys(flat.inputs)
     for equation in flat.equations:
         kind = equation.link.kind
         if kind in _FREE or not equation.results:
             continue
-        if kind not in _JOINING:
+        if kind not in PASSING:
             made = equation.results[0] if kind == "contraction" else None
             laid_by.update(dict.fromkeys(equation.results, made))
             continue
         sources = [laid_by[i] for i in _members(equation, flat, group_of) if i in laid_by]
         if sources:
             met = len(set(sources)) > 1
-            sum_of_both = met and equation.primitive in _ADDING
+            # A sum of both, as a residual stream, lies as the group does.
+            sum_of_both = met and equation.primitive in ADDING
             laid_by[equation.results[0]] = None if sum_of_both else sources[0]
             if met:
                 meetings.update(source for source in set(sources) if source is not None)

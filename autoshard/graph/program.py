@@ -173,7 +173,7 @@ class Argument:
         dims: for each dimension of the array, the group's dimension, or None for size 1.
         shape: shape of the array.
         n_bytes: bytes of the whole array.
-        count: how many like it the whole model has; of a cache the part that it is of the whole.
+        count: how many like it the whole model has; of a cache how many times as large it is there.
         donated: whether a result takes its place in memory.
         is_rebuilt: whether that result is joined from parts, which are all there before it.
         trainable: whether the step computes a gradient for it.

@@ -197,7 +197,10 @@ class Propagator:
 
     def _see(self, index: int, position: int, layout: Layout, state: Sequence[Layout]) -> None:
         """Note the layout in which an op sees one of its arrays, if it is not the group's."""
-        seen = self.apart.around.get(index) or self._around[index](state)
+        seen = self.apart.around.get(index)
+        if seen is None:
+            seen = self._around[index](state)
+            seen = (*seen[:-1], dict(self.apart.torn).get(index, seen[-1]))
         if seen[position] != layout:
             self.apart.around[index] = (*seen[:position], layout, *seen[position + 1 :])
 

@@ -15,6 +15,7 @@ the earlier one.
 
 from collections.abc import Sequence
 
+from autoshard.graph.link import PASSING
 from autoshard.graph.program import WHOLE, Layout, Op, Program
 from autoshard.graph.splits import factors_split, layout_of, splits_evenly
 
@@ -57,7 +58,7 @@ def _late(op: Op) -> frozenset[int]:
 
 def may_turn(op: Op, level: int) -> bool:
     """Whether an op may spread anything at a level."""
-    return op.kind != "unknown" and (level > 0 or op.kind in ("elementwise", "reshape"))
+    return op.kind != "unknown" and (level > 0 or op.kind in PASSING)
 
 
 def begins(op: Op, level: int) -> bool:
@@ -67,7 +68,7 @@ def begins(op: Op, level: int) -> bool:
 
 def has_more(op: Op, level: int) -> bool:
     """Whether an op may do at a level what it did not at the one before."""
-    moves = op.kind in ("elementwise", "reshape")
+    moves = op.kind in PASSING
     broadcasts = op.kind == "broadcast" or op.vectors is not None
     return (moves, not moves, bool(_late(op)), broadcasts)[level]
 

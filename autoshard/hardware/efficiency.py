@@ -18,9 +18,10 @@ of GPUs are the best matmuls measured and XLA's launch time.
 from autoshard.hardware.chips import Chip
 from autoshard.mesh import round_up
 
-__all__ = ["matmul_efficiency", "memory_seconds"]
+__all__ = ["TILE_LANES", "TILE_ROWS", "matmul_efficiency", "memory_seconds"]
 
-_ROWS = 8
+TILE_ROWS, TILE_LANES = 8, 128
+"""A tile of a TPU's vector memory."""
 
 
 def matmul_efficiency(chip: Chip, m: int, k: int, n: int, dtype: str = "bfloat16") -> float:
@@ -39,7 +40,7 @@ def matmul_efficiency(chip: Chip, m: int, k: int, n: int, dtype: str = "bfloat16
     [0.06, 0.8, 0.98]
     """
     peak, tile = chip.flops_per_second(dtype), chip.mxu_size
-    padded = round_up(min(m, n), _ROWS) * round_up(k, tile) * round_up(max(m, n), tile)
+    padded = round_up(min(m, n), TILE_ROWS) * round_up(k, tile) * round_up(max(m, n), tile)
     ideal = 2 * m * k * n / peak
     taken = 2 * padded / (peak * chip.matmul_efficiency_max) + chip.matmul_overhead_seconds
     return ideal / taken

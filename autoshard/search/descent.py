@@ -1,11 +1,15 @@
 """Search over assignments of specs to families, each scored as the program that propagation gives.
 
-Exhaustive where the assignments are few; otherwise descent from several starts (the relaxed
-problem's answer first), moving the families of one sibling group or one family at a time until no
-move is better, once weights before the outputs of layers and once after them; from the best, two
-sibling groups at a time too; then again from the best with two sibling groups shaken; the last two
-only as far as the size of the program lets that end in some twenty seconds. The outputs of layers
-move alone, but one start lays out two groups of them.
+Exhaustive where the assignments are few; otherwise descent, which takes any better move until there
+is none:
+
+1. from several starts, the relaxed problem's answer first, by moves of one sibling group or of one
+   family; once weights move before the outputs of layers and once after them;
+2. from the best of these, by moves of two sibling groups at once too;
+3. from the best with two sibling groups shaken, several times.
+
+Large programs end pairs and shakes early: all together take some twenty seconds at most. The
+outputs of layers move alone, but one start lays out two groups of them.
 """
 
 import itertools
@@ -208,8 +212,10 @@ def _shake(families: Sequence[Choices], source: random.Random) -> dict[str, Spec
     """Two sibling groups of weights with specs drawn for them, the same throughout a group."""
     groups = sibling_groups(choices for choices in families if not choices.is_output)
     drawn = source.sample(sorted(groups), min(2, len(groups)))
-    specs = {name: source.choice(groups[name][0].specs) for name in drawn}
-    return {choices.name: specs[name] for name in drawn for choices in groups[name]}
+    shaken: dict[str, Spec] = {}
+    for name in drawn:
+        shaken |= _lay(groups[name], source.choice(groups[name][0].specs), {})
+    return shaken
 
 
 def sibling_groups(families: Iterable[Choices]) -> dict[str, list[Choices]]:
@@ -319,7 +325,7 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
 
 
 def _lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Lay out the outputs of one group that `spec` is legal for, whatever the assignment now."""
+    """Lay out the members of one group that `spec` is legal for, whatever the assignment now."""
     return {choices.name: spec for choices in members if spec in choices.specs}
 
 

@@ -41,7 +41,7 @@ class SearchResult:
     Attributes:
         ranked: layouts from best to worst, distinct in cost.
         bound_seconds: no layout has a faster step, by the cost model; None where not even the
-            weights and slots of any fit.
+            weights and slots of any fit, or where the bound does not hold.
         n_scored: how many assignments were propagated and priced.
         scorer: what priced them, and remembers.
         choices: what was to be decided for each family and layer output.
@@ -124,7 +124,7 @@ def search(
     names = {choices.name for choices in families}
     free = output_choices(program, mesh, unbound_outputs or {})
     origins = [dict(best.assignment), _only(best, names), smallest]
-    beyond = descend(scorer, [*families, *free], origins, n_shakes=0) if free else best
+    beyond = descend(scorer, [*families, *free], origins, n_shakes=0) if free else None
     # Whole weights, which any map can tell, are among what is chosen from.
     scorer.score(all_whole(everything))
     first = min(_worthy(scorer, everything, tied), key=lambda scored: scored.rank)
@@ -139,7 +139,9 @@ def search(
         choices=everything,
         front=_front(worthy),
         unbound=beyond
-        if beyond.rank < ranked[0].rank and _holds(beyond, _output_groups([*bound, *free]))
+        if beyond is not None
+        and beyond.rank < ranked[0].rank
+        and _holds(beyond, _output_groups([*bound, *free]))
         else None,
         plain=next((scored for scored in ranked if not scored.n_outputs), None),
         tied=tied,
@@ -149,14 +151,18 @@ def search(
 def _moved_together(
     families: Sequence[Choices], tied: Sequence[Collection[str]]
 ) -> tuple[Choices, ...]:
-    """The families, those that need one spec as siblings."""
-    group_of = {name: f"tied {place}" for place, group in enumerate(tied) for name in group}
-    return tuple(
-        replace(choices, siblings=f"{group_of[choices.name]} {len(choices.shape)}")
-        if choices.name in group_of
-        else choices
-        for choices in families
-    )
+    """The families, those that need one spec as siblings: whole, or as is legal for all of them."""
+    named = {choices.name: choices for choices in families}
+    for place, group in enumerate(tied):
+        members = [named[name] for name in group if name in named]
+        for choices in members:
+            common = (s for s in choices.specs if any(s) and all(s in m.specs for m in members))
+            named[choices.name] = replace(
+                choices,
+                specs=((None,) * len(choices.shape), *common),
+                siblings=f"tied {place} {len(choices.shape)}",
+            )
+    return tuple(named.values())
 
 
 def _walk(scorer: Scorer, families: Sequence[Choices], best: Scored) -> None:

@@ -197,11 +197,10 @@ class _Search:
         if not state.feasible:
             return math.inf, math.inf
         choices = graph.choices(chosen)
-        sums = sums_of(self.problem, choices)
-        if max(sums) < self.cost:
-            self.choices, self.cost = choices, max(sums)
+        present = {u: int(np.flatnonzero(whole.kept[u] == choices[u])[0]) for u in whole.alive}
+        self.offer(State(whole, present))
         self.raise_bound(bound)
-        return sums
+        return sums_of(self.problem, choices)
 
     def _first_state(self, graph: ChoiceGraph) -> State:
         state = State(graph, {u: int(graph.costs[u].sum(axis=0).argmin()) for u in graph.alive})
