@@ -114,7 +114,7 @@ def price_op(op: Op, layouts: Sequence[Layout], machine: Machine) -> OpCost:
         product = _as_product(op, layouts, machine)
         if product is not None:
             return _cost(op, Partition(choice=product), layouts, machine)
-    if op.kind == "contraction" and len(op.arrays) == 3:
+    if op.kind == "contraction" and len(op.arrays) == 3 and not op.gathered:
         partition = partition_matmul(op, layouts, machine.axis_sizes)
         if partition is not None:
             return _cost(op, partition, layouts, machine)

@@ -45,7 +45,9 @@ def equation_flops(equation: Any) -> int:
 
 
 def window_size(equation: Any) -> int:
-    """Elements of a convolution's filter along space, of one feature; 1 for any other equation.
+    """Elements of a filter beside those of features that are summed; 1 for no convolution.
+
+    Those are along space, and in groups the features of one.
 
     Args:
         equation: a `jax.core.JaxprEqn`.
@@ -53,7 +55,8 @@ def window_size(equation: Any) -> int:
     if equation.primitive.name != "conv_general_dilated":
         return 1
     filters: tuple[int, ...] = equation.invars[1].aval.shape
-    return math.prod(filters[dim] for dim in equation.params["dimension_numbers"].rhs_spec[2:])
+    first = 1 if equation.params["feature_group_count"] > 1 else 2
+    return math.prod(filters[dim] for dim in equation.params["dimension_numbers"].rhs_spec[first:])
 
 
 def _size(equation: Any) -> int:

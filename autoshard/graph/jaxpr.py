@@ -47,7 +47,7 @@ class Equation:
         operands, results: identities of the arrays; literals are left out.
         link: its factors; `link.operands` matches `operands`.
         flops: floating point operations, multiply-add counting two; 0 for what is not a matmul.
-        window: elements of a convolution's filter along space; 1 for any other equation.
+        window: elements of a convolution's filter, see `autoshard.graph.flops`; 1 for a matmul.
         layer: path of the layer, without the transformations around it.
         backward: whether the transposed (gradient) program holds it.
         does: its parameters and literals, or None where two of them cannot be compared.

@@ -89,7 +89,7 @@ class Op:
         reduced, shifted, gathered: the factors that do not just pass through (see
             `autoshard.graph.link.Link`).
         flops: multiply-adds count two; 0 for ops that only move data.
-        window: elements of a convolution's filter along space; 1 for a matmul.
+        window: elements of a convolution's filter, see `autoshard.graph.flops`; 1 for a matmul.
         layer: path of the layer that made it, for example `decoder_block_1/attention/query`.
         backward: whether it belongs to the gradient.
         count: how many times the whole model runs it, for this one of the folded copy.

@@ -110,22 +110,34 @@ def _dot_general(operands: Sequence[Shape], results: Sequence[Shape], params: An
 
 
 def _conv(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    """Batch and output features pass through, input features are reduced, space stays whole."""
-    numbers = params["dimension_numbers"]
+    """Batch and output features pass through, input features are reduced, space stays whole.
+
+    Of groups of one channel the channels pass through; those of larger groups XLA needs whole. (Its
+    partitioner for CPUs gathers the batch too then, that for TPUs does not.)
+    """
+    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
     lhs: list[Label | None] = [None] * len(operands[0])
     rhs: list[Label | None] = [None] * len(operands[1])
     out: list[Label | None] = [None] * len(results[0])
-    lhs[numbers.lhs_spec[0]] = out[numbers.out_spec[0]] = "batch"
-    reduced: frozenset[Label] = frozenset()
-    if params["feature_group_count"] == params["batch_group_count"] == 1:
-        lhs[numbers.lhs_spec[1]] = rhs[numbers.rhs_spec[1]] = "input"
-        rhs[numbers.rhs_spec[0]] = out[numbers.out_spec[1]] = "output"
-        reduced = frozenset(["input"] if operands[0][numbers.lhs_spec[1]] > 1 else [])
+    rhs[rhs_spec[0]] = out[out_spec[1]] = "output"
+    n_groups, n_batch_groups = params["feature_group_count"], params["batch_group_count"]
+    if n_batch_groups == 1:
+        lhs[lhs_spec[0]] = out[out_spec[0]] = "batch"
+    if n_groups == 1:
+        lhs[lhs_spec[1]] = rhs[rhs_spec[1]] = "input"
+    # The gradient of a kernel in groups has them along its batch.
+    grouped, n = (lhs_spec[1], n_groups) if n_groups > 1 else (lhs_spec[0], n_batch_groups)
+    passes = n == operands[0][grouped] == results[0][out_spec[1]]
+    if n > 1 and passes:
+        lhs[grouped] = "output"
+    drop = [drop_ones(labels, shape) for labels, shape in zip((lhs, rhs), operands, strict=True)]
+    result = drop_ones(out, results[0])
     return Link(
         kind="contraction",
-        operands=(drop_ones(lhs, operands[0]), drop_ones(rhs, operands[1])),
-        results=(drop_ones(out, results[0]),),
-        reduced=reduced,
+        operands=tuple(drop),
+        results=(result,),
+        reduced=frozenset(["input"]).intersection(*drop),
+        gathered=frozenset(["output"] if n > 1 and not passes else []).intersection(result),
     )
 
 
