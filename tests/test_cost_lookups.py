@@ -1,5 +1,6 @@
 """What looking rows up in a split table costs: turning it round, and bringing the rows home."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
+from autoshard.cost.strategies import price_op
 from autoshard.cost.values import StepCost
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import WHOLE, Layout
@@ -119,3 +121,37 @@ def test_idle_devices_take_a_slice_each_of_the_sums_of_a_table_split_like_the_da
     else:
         assert sizes["all-reduce"] == n_bytes // n_slices
         assert sizes["collective-permute"] == n_bytes // n
+
+
+def test_a_row_of_one_number_is_looked_up() -> None:
+    def step(rows: jax.Array, where: jax.Array) -> jax.Array:
+        return jnp.take(rows, where, axis=0)
+
+    shapes = jax.ShapeDtypeStruct((ROWS, 1), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    inputs = [StepInput(role="weight", family="table"), StepInput(role="data", family=None)]
+    program = build_program(jax.make_jaxpr(step)(*shapes), inputs, [None])
+    machine = Machine.of(parse_mesh("1x8"), parse_target("tpu:v5e:2x4"))
+    layouts = propagate(program, {program.arguments[0].group: (0,)}, machine.axis_sizes)
+    assert StepPricer(program, machine).price(layouts).traffic == ()
+
+
+@pytest.mark.parametrize("mesh", ["4x4", "4x2x2"])
+def test_updates_in_slices_are_summed_over_every_axis_that_slices_them(mesh: str) -> None:
+    def step(table: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
+        return table.at[where].add(new)
+
+    shapes = (
+        jax.ShapeDtypeStruct((ROWS, 256), jnp.float32),
+        jax.ShapeDtypeStruct((512,), jnp.int32),
+        jax.ShapeDtypeStruct((512, 256), jnp.float32),
+    )
+    inputs = [StepInput(role="data", family=None) for _ in shapes]
+    program = build_program(jax.make_jaxpr(step)(*shapes), inputs, [None])
+    axes = ("a", "b", "c")[: mesh.count("x") + 1]
+    machine = Machine.of(parse_mesh(mesh, axes), parse_target("tpu:v5e:4x4"))
+    (op,) = (op for op in program.ops if op.kind == "scatter")
+    split = (0, *[WHOLE] * (len(axes) - 1))
+    made = price_op(op, [split] * len(op.arrays), machine).transfers
+    summed = [machine.links[one.axis] for one in made if one.kind == "all-reduce"]
+    assert [link.axis for link in summed] == list(axes[1:])
+    assert math.prod(link.size for link in summed) == 4

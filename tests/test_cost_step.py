@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from test_graph_propagation import asked_whole
+from test_graph_propagation import asked_whole, output_of
 from test_graph_rules import program_of
 
 from autoshard.cost.machine import Machine
@@ -14,7 +14,7 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.values import Memory, StepCost
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import WHOLE, Program
-from autoshard.graph.propagation import propagate
+from autoshard.graph.propagation import Propagator, propagate
 from autoshard.hardware.efficiency import memory_seconds
 from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh
@@ -209,3 +209,20 @@ def test_the_last_weight_is_gathered_once_and_early_only_beside_no_other_axis(
     n_bytes = 256 * 2048 * 2
     gathers = [one for one in traffic if (one.kind, one.n_bytes) == ("all-gather", n_bytes)]
     assert [(one.axis, one.overlapped) for one in gathers] == [("batch", not splits_hidden)]
+
+
+def test_what_is_torn_and_reads_what_a_rule_asks_for_pays_once() -> None:
+    def gated(x, w, y, u, a, b, t):
+        first = x @ w
+        return first + y @ u, (a @ b) * (first @ t)
+
+    program = program_of(gated, (8, 16), (16, 32), (8, 16), (16, 32), (8, 16), (16, 32), (32, 32))
+    x, w, y, u, a, b, t = (argument.group for argument in program.arguments)
+    fixed = {**dict.fromkeys((x, w, y, b), (WHOLE,)), u: (1,), a: (0,), t: (1,)}
+    propagator = Propagator(program, (8,))
+    layouts = propagator.propagate(fixed, [(output_of(program, 0), (WHOLE,))])
+    apart = propagator.apart
+    ((torn, own),) = apart.torn
+    assert own == apart.around[torn][-1] == (1,)
+    moved = StepPricer(program, MACHINE).price(layouts, apart).traffic
+    assert [(one.kind, one.n_bytes) for one in moved] == [("all-to-all", 8 * 32 * 4 // 8)]

@@ -225,6 +225,38 @@ def test_a_convolution_whose_kernel_goes_round_takes_slices_of_its_channels(
     assert split == pytest.approx([slowdown * whole] * 2)
 
 
+@pytest.mark.parametrize("n_groups", [2, 4])
+def test_a_convolution_in_groups_takes_its_share_of_the_plain_one(n_groups: int) -> None:
+    def grouped(x: Any, kernel: Any) -> Any:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=n_groups,
+        )
+
+    kernel = (3, 3, 512 // n_groups, 512)
+    op = program_of(grouped, (64, 32, 32, 512), kernel).ops[0]
+    plain = program_of(convolve, (64, 32, 32, 512), (3, 3, 512, 512)).ops[0]
+    around = ((0,), (WHOLE,), (0,))
+    share, whole = (price_op(one, around, MACHINE).compute_seconds for one in (op, plain))
+    assert share == pytest.approx(whole / n_groups, rel=0.1)
+    assert price_op(op, around, MACHINE).transfers == ()
+
+
+def test_what_is_permuted_first_is_gathered_from_where_it_lies_then() -> None:
+    machine = Machine.of(parse_mesh("4x4"), parse_target("tpu:v5e:4x4"))
+    op = program_of(lambda x, w: x @ w, (16_384, 4096), (4096, 16_384), dtype="bfloat16").ops[0]
+    made = replace(op, operands=(replace(op.operands[0], is_held=False), op.operands[1]))
+    cost = price_op(made, ((0, WHOLE), (1, WHOLE), (1, WHOLE)), machine)
+    kinds = [(one.kind, one.alone_seconds) for one in cost.transfers]
+    assert ("collective-permute", 0.0) in kinds
+    # Rows are gathered, of which the product is written piece by piece where it belongs.
+    assert ("all-gather", 0.0) in kinds
+
+
 def test_experts_that_are_summed_as_they_are_made_take_longer() -> None:
     def experts(x: Any, w: Any, weights: Any) -> Any:
         return (jnp.einsum("eti,eih->eth", x, w) * weights[:, :, None]).sum(0)

@@ -1,5 +1,7 @@
 """The factor rules: dimensions that must move together share a factor."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -136,3 +138,35 @@ def test_where_equal_equations_are_one_what_a_mask_is_laid_over_is_laid_out_alik
 
     assert len(groups(for_tpu=False)) == 2
     assert len(groups(for_tpu=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("n_groups", "multiplier", "channels", "gathers"),
+    [(1, 1, False, False), (2, 1, False, True), (16, 1, True, False), (16, 2, False, True)],
+)
+def test_channels_pass_through_a_convolution_in_groups_of_one(
+    n_groups: int, multiplier: int, channels: bool, gathers: bool
+) -> None:
+    kernel = (3, 3, 16 // n_groups, 16 * multiplier)
+    convolve = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=n_groups,
+    )
+    op = program_of(convolve, (8, 4, 4, 16), kernel).ops[0]
+    x, w, y = (array.factors for array in op.arrays)
+    assert x[0] == y[0]
+    assert w[-1] == y[-1]
+    assert (x[-1] == y[-1]) is channels
+    assert op.gathered == ({y[-1]} if gathers else set())
+    assert op.reduced == ({x[-1]} if n_groups == 1 else set())
+    assert op.window == (9 if n_groups == 1 else 9 * 16 // n_groups)
+
+    # Its gradient sums over the batch, and has the channels where the convolution had them.
+    gradient = jax.grad(lambda x, w: (convolve(x, w) ** 2).sum(), argnums=1)
+    _, back = (op for op in program_of(gradient, (8, 4, 4, 16), kernel).ops if op.is_convolution)
+    assert {back.factor_sizes[factor] for factor in back.reduced} == {8}
+    if channels:
+        assert len({array.factors[-1] for array in back.arrays}) == 1

@@ -359,6 +359,34 @@ def test_families_that_share_a_path_get_one_spec(mesh: str) -> None:
     assert any(scored.assignment for scored in found.result.ranked)
 
 
+def test_weights_that_nothing_reads_stay_whole_where_one_rule_would_split_them_in_two_ways() -> (
+    None
+):
+    def network() -> Any:
+        keras = import_keras()
+
+        class Spare(keras.layers.Layer):
+            """Has two layers of one name that it does not call."""
+
+            def __init__(self, **kwargs: Any) -> None:
+                super().__init__(**kwargs)
+                self.spare = [keras.layers.Dense(n, use_bias=False, name="aux") for n in (128, 256)]
+                for layer, n in zip(self.spare, (64, 100), strict=True):
+                    layer.build((None, n))
+
+            def call(self, inputs: Any) -> Any:
+                return inputs
+
+        rows = keras.Input((512,))
+        found = keras.layers.Dense(512, name="dense")(rows)
+        return keras.Model(rows, Spare(name="spare")(found))
+
+    found = plan(network, make_setup("1x8", workload="prefill"))
+    whole = {choices.name: choices.specs for choices in found.result.choices}
+    assert [len(specs) for name, specs in whole.items() if "aux" in name] == [1, 1]
+    assert found.best.cost.step_seconds > 0
+
+
 def test_a_bound_that_numbered_layers_break_is_not_claimed() -> None:
     def network() -> Any:
         keras = import_keras()

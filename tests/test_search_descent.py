@@ -1,7 +1,7 @@
 """The order in which a descent takes its moves."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoshard.cost.values import Memory, StepCost
@@ -85,3 +85,29 @@ def test_half_the_memory_is_worth_a_little_time_and_not_more() -> None:
     whole = scored(1.0, 2**31)
     assert scored(1.005, 2**30).rank < whole.rank < scored(1.01, 2**30).rank
     assert scored(1.0, 2**31 - 1).rank < whole.rank
+
+
+def test_shakes_lay_out_only_what_is_legal() -> None:
+    wide = Choices(
+        name="wide",
+        shape=(64, 128),
+        specs=((None, None), ("model", None), (None, "model")),
+        siblings="tied",
+        n_bytes=64,
+    )
+    odd = replace(wide, name="odd", shape=(64, 100), specs=wide.specs[:2])
+    asked = set()
+
+    class Flat:
+        """Scores that tell nothing apart."""
+
+        mesh = parse_mesh("1x8")
+        is_spent = False
+
+        def score(self, assignment: Mapping[str, Spec]) -> Found:
+            asked.add(assignment["odd"])
+            return Found(assignment=tuple(assignment.items()), rank=1.0)
+
+    scorer: Any = Flat()
+    descend(scorer, [wide, odd], [{"wide": (None, None), "odd": (None, None)}], n_shakes=20)
+    assert asked == set(odd.specs)
