@@ -228,10 +228,11 @@ def check(
     _set_backend()
     from autoshard.checking import check as find
     from autoshard.report.check import findings_json, findings_text
+    from autoshard.sharding_plan import plan_of
 
     findings = find(model, layout, mesh=mesh, axes=_names(axes), seq_len=seq_len)
     click.echo((findings_json if form == "json" else findings_text)(findings))
-    if mesh is None and not layout.endswith(".json"):
+    if mesh is None and plan_of(layout) is None:
         click.echo("autoshard: axis names and divisibility are checked with --mesh", err=True)
     if findings:
         sys.exit(1)
@@ -270,7 +271,7 @@ def explain(plan_file: str) -> None:
     from autoshard.sharding_plan import load
 
     plan = load(plan_file)
-    click.echo(f"{plan.model.name}, {plan.workload}\nmesh {plan.mesh} on {plan.target}\n")
+    click.echo(f"{plan.model.name}, {plan.workload}\nmesh {plan.mesh.named} on {plan.target}\n")
     click.echo(reasons_text(plan))
 
 

@@ -9,7 +9,7 @@ from autoshard.checking import origin_findings
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.causes import Causes
-from autoshard.layout.reading import read_layout
+from autoshard.layout.reading import check_there, is_source, read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import MeshLike
@@ -21,7 +21,7 @@ from autoshard.records.comparison import ComparedLayout, Comparison, CostlyColle
 from autoshard.records.parts import Prediction, Versions
 from autoshard.search.descent import Scorer
 from autoshard.setup import Setup, make_setup
-from autoshard.sharding_plan import GENERATE_GIVEN_UP, Plan, plan_of
+from autoshard.sharding_plan import GENERATE_GIVEN_UP, Plan, is_json, plan_of
 
 __all__ = ["compare"]
 
@@ -60,11 +60,17 @@ def compare(
         raise UsageError("layouts is one layout; give a list, also of one")
     if not layouts:
         raise UsageError("name at least one layout to compare")
+    for layout in layouts:
+        if not isinstance(layout, Plan) and _name(layout) not in ("plan", _PLANNED):
+            check_there(layout)
     setup = make_setup(mesh, **options)
     traced = trace_model(model, setup.workload, setup.target.chip, Stopwatch(progress=on_progress))
     setup = replace(setup, workload=traced.workload)
     table = traced.table
-    read = [(_name(layout), *_read(layout, traced, setup, on_progress)) for layout in layouts]
+    read = [
+        (name, *_read(layout, traced, setup, on_progress))
+        for name, layout in zip(_names(layouts), layouts, strict=True)
+    ]
     pricer = make_pricer(traced.program, setup)
     scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
     compared = [_compared(*one, table, scorer) for one in read]
@@ -79,11 +85,19 @@ def compare(
     )
 
 
+def _names(layouts: Sequence[str | os.PathLike[str] | Plan]) -> list[str]:
+    """What each layout is called, numbered where several would be called the same."""
+    names = [_name(layout) for layout in layouts]
+    return [
+        f"{name} {names[: place + 1].count(name)}" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]
+
+
 def _name(layout: str | os.PathLike[str] | Plan) -> str:
-    if isinstance(layout, Plan):
+    if isinstance(layout, Plan) or is_json(os.fspath(layout)):
         return "plan"
-    name = os.fspath(layout)
-    return "source" if "layout_map[" in name else name
+    return "source" if is_source(layout) else os.fspath(layout)
 
 
 def _read(

@@ -66,6 +66,11 @@ class Mesh:
         return "x".join(str(size) for size in self.shape)
 
     @property
+    def named(self) -> str:
+        """The mesh with the names of its axes, as `1x8 (batch, model)`."""
+        return f"{self} ({', '.join(self.axis_names)})"
+
+    @property
     def n_devices(self) -> int:
         """The number of devices: the product of the axes."""
         return math.prod(self.shape)
@@ -104,7 +109,7 @@ def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
     >>> parse_mesh("2x4")
     Mesh(shape=(2, 4), axis_names=('batch', 'model'))
     """
-    if not re.fullmatch(r"\d+([xX]\d+)*", text.strip()):
+    if not re.fullmatch(r"\d{1,9}([xX]\d{1,9})*", text.strip()):
         raise MeshError(f"'{text}' is not a mesh; write the devices along each axis, like 1x8")
     shape = tuple(int(size) for size in re.split("[xX]", text.strip()))
     if axis_names is None and len(shape) not in _AXIS_NAMES:

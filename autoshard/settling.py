@@ -6,7 +6,7 @@ collectives there are; their time is that of the target's links, and compute is 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -100,19 +100,14 @@ def settle(
     Raises:
         XlaError: no candidate could be compiled, or the child died or ran out of time.
     """
+    judge = partial(_verdict, model, planning, compiler)
     seconds = _COMPILE_SECONDS[compiler.chip.kind]
-    with Child(
-        child_environment(compiler),
-        memory_limit_bytes=available_bytes(),
-    ) as child:
-        verdicts = []
+    with Child(child_environment(compiler), memory_limit_bytes=available_bytes()) as child:
         deep = partial(compile_deep, child, timeout_seconds=seconds)
-        for candidate in worth_compiling(planning, compiler):
+        verdicts: list[Verdict] = []
+        for candidate in _in_turn(planning, compiler, verdicts):
             on_progress(f"compile {candidate.name} for {compiler}, shallow")
-            verdicts.append(_verdict(model, planning, candidate, compiler, deep))
-        while (another := _underrated(planning, verdicts)) is not None:
-            on_progress(f"compile {another.name} for {compiler}, shallow")
-            verdicts.append(_verdict(model, planning, another, compiler, deep))
+            verdicts.append(judge(candidate, deep))
         verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.weighed_seconds))
         whole: list[Verdict] = []
         refused: list[Verdict] = []
@@ -121,8 +116,7 @@ def settle(
             if shallow.compiled is None or best <= _SAME * shallow.weighed_seconds:
                 break
             on_progress(f"compile {shallow.candidate.name} for {compiler}, all blocks")
-            by_child = partial(compile_in, child, timeout_seconds=seconds)
-            verdict = _verdict(model, planning, shallow.candidate, compiler, by_child)
+            verdict = judge(shallow.candidate, partial(compile_in, child, timeout_seconds=seconds))
             fine = verdict.compiled is not None and verdict.fits is not False
             (whole if fine else refused).append(verdict)
     rest = verdicts[len(whole) + len(refused) :]
@@ -134,6 +128,15 @@ def settle(
     if refused[0].fits is not False:
         raise XlaError(f"no candidate compiles for {compiler}: {refused[0].error}")
     return (*refused, *verdicts[len(refused) :])
+
+
+def _in_turn(
+    planning: Planning, compiler: Target, verdicts: Sequence[Verdict]
+) -> Iterator[Candidate]:
+    """What is worth compiling shallowly, and then what the verdicts so far make worth it."""
+    yield from worth_compiling(planning, compiler)
+    while (another := _underrated(planning, verdicts)) is not None:
+        yield another
 
 
 def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ...]:
@@ -165,25 +168,21 @@ def _underrated(planning: Planning, verdicts: Sequence[Verdict]) -> Candidate | 
     return min(faster, key=lambda pair: pair[0])[1] if faster else None
 
 
-def _request(model: str, setup: Setup, candidate: Candidate, compiler: Target) -> CompileRequest:
-    return CompileRequest(
-        model=model,
-        workload=setup.workload,
-        mesh=setup.mesh,
-        rules=candidate.rules,
-        target=str(compiler),
-    )
-
-
 def _verdict(
     model: str,
     planning: Planning,
-    candidate: Candidate,
     compiler: Target,
+    candidate: Candidate,
     compiled_by: Callable[[CompileRequest], CompiledStep],
 ) -> Verdict:
     """What the compiler says of a candidate; a child that is gone says nothing of any."""
-    request = _request(model, planning.setup, candidate, compiler)
+    request = CompileRequest(
+        model=model,
+        workload=planning.setup.workload,
+        mesh=planning.setup.mesh,
+        rules=candidate.rules,
+        target=str(compiler),
+    )
     try:
         compiled = compiled_by(request)
     except OutOfMemoryError as error:

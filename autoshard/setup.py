@@ -26,6 +26,9 @@ class Setup:
         workload: the step.
         memory_limit: bytes a device that the step may use.
         generate: whether `generate` has to run under the plan too, where the model has it.
+
+    Raises:
+        MeshError: mesh and target differ in devices.
     """
 
     mesh: Mesh
@@ -33,6 +36,9 @@ class Setup:
     workload: Workload
     memory_limit: int
     generate: bool = True
+
+    def __post_init__(self) -> None:
+        check_devices(self.mesh, self.target)
 
 
 def make_setup(
@@ -70,7 +76,6 @@ def make_setup(
         target = _in_slices(mesh, target, slices)
     elif target is None:
         target = default_target(mesh)
-    check_devices(mesh, target)
     n_data = mesh.sizes[mesh.data_axis]
     if batch is None:
         batch = round_up(DEFAULT_BATCH, n_data)

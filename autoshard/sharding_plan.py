@@ -22,6 +22,7 @@ from autoshard.errors import (
     ModelError,
     PlanFileError,
     UnknownNameError,
+    UsageError,
 )
 from autoshard.layout.distribution import keras_layout_map
 from autoshard.layout.resolve import resolve
@@ -40,7 +41,7 @@ from autoshard.records.parts import (
     Versions,
 )
 
-__all__ = ["GENERATE_GIVEN_UP", "Plan", "is_stream", "load", "plan_of"]
+__all__ = ["GENERATE_GIVEN_UP", "Plan", "is_json", "is_stream", "load", "plan_of"]
 
 _FORMAT = "autoshard-plan"
 _VERSION = 1
@@ -239,7 +240,7 @@ keras.distribution.set_distribution(distribution)
         if (shape, names) != (self.mesh.shape, self.mesh.axis_names):
             raise MeshError(
                 f"the device mesh is {'x'.join(map(str, shape))} ({', '.join(names)}) and the plan "
-                f"is for {self.mesh} ({', '.join(self.mesh.axis_names)}); make that mesh, or plan "
+                f"is for {self.mesh.named}; make that mesh, or plan "
                 "for this one"
             )
         return keras_layout_map(self.rules, device_mesh)
@@ -313,9 +314,8 @@ keras.distribution.set_distribution(distribution)
         idle = next((one.rule for one in findings if one.kind == "takes-nothing"), None)
         if idle is not None:
             raise PlanFileError(
-                f"rule '{idle}' takes nothing of {table.name}, where the first variable is "
-                f"'{table.variables[0].path}': Keras numbers layers without a name in the order in "
-                "which a process makes them; name them, and plan again"
+                f"rule '{idle}' takes nothing of {table.name}: Keras numbers layers without a name "
+                "in the order in which a process makes them; name them, and plan again"
             )
 
 
@@ -333,12 +333,13 @@ def plan_of(layout: Any) -> Plan | None:
     if not isinstance(layout, (str, os.PathLike)):
         return None
     name = os.fspath(layout)
-    if _is_json(name):
+    if is_json(name):
         return Plan.from_json(name)
-    return load(name) if name.endswith(".json") or _is_json(_start_of(name)) else None
+    return load(name) if name.endswith(".json") or is_json(_start_of(name)) else None
 
 
-def _is_json(text: str) -> bool:
+def is_json(text: str) -> bool:
+    """Whether a text may be a plan that is written out."""
     return text.lstrip().startswith("{")
 
 
@@ -360,10 +361,13 @@ def load(path: str | os.PathLike[str]) -> Plan:
     """Read a plan file.
 
     Raises:
+        UsageError: there is none.
         PlanFileError: it cannot be read or is no plan; the text names the first wrong field.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"there is no plan '{os.fspath(path)}'") from None
     except UnicodeDecodeError:
         raise PlanFileError(f"{os.fspath(path)} is not JSON: it is not UTF-8 text") from None
     except OSError as error:

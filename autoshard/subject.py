@@ -5,14 +5,14 @@ from typing import Any
 
 from autoshard.errors import UsageError
 from autoshard.hardware.targets import parse_target
-from autoshard.layout.reading import read_layout
+from autoshard.layout.reading import check_there, is_source, read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.model.build import build
 from autoshard.model.recipe import AbstractModel
 from autoshard.records.parts import Prediction
 from autoshard.setup import Setup, limit_bytes, make_setup, named_target
-from autoshard.sharding_plan import Plan, load, plan_of
+from autoshard.sharding_plan import Plan, plan_of
 
 __all__ = ["Subject", "subject_of"]
 
@@ -26,7 +26,8 @@ class Subject:
         model: the model, without values.
         rules: the layout map.
         setup: mesh, target, workload, memory.
-        predicted: what the plan says of that target, if it says anything.
+        predicted: what the plan says of its own target, where the setup has that, or CPU devices,
+            whose program has the same collectives but for what a chip's compiler makes of them.
     """
 
     name: str
@@ -56,16 +57,19 @@ def subject_of(
     """
     given = {name: value for name, value in options.items() if value is not None}
     if model is None:
-        if isinstance(layout, str) and (layout == "kerashub" or layout.endswith(".py")):
+        plan = plan_of(layout)
+        if plan is None:
+            check_there(layout)
             raise UsageError(
-                f"{layout} is no plan: name the model and the mesh it is for (--model, --mesh)"
+                f"{'the source' if is_source(layout) else layout} is no plan: name the model and "
+                "the mesh it is for (--model, --mesh)"
             )
         if given:
             raise UsageError(
                 f"a plan states its own {', '.join(sorted(given))}; leave that out, or name the "
                 "model whose layout this is"
             )
-        return _planned(layout if isinstance(layout, Plan) else load(layout), target, memory_limit)
+        return _planned(plan, target, memory_limit)
     if not isinstance(model, str):
         raise UsageError("the compiler's process builds the model itself: pass its name")
     plan = plan_of(layout)
@@ -87,21 +91,18 @@ def subject_of(
 
 def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> Subject:
     workload = plan.workload
-    built = build(plan.model.name, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    plan.check_model(built.table())
     own = parse_target(plan.target)
-    limit = limit_bytes(memory_limit, own)
+    asked = own if target is None else named_target(target, plan.mesh)
     setup = Setup(
         mesh=plan.mesh,
-        target=own,
+        target=asked,
         workload=workload,
-        memory_limit=limit,
+        memory_limit=limit_bytes(memory_limit, asked),
         generate=plan.generate,
     )
-    if target is not None:
-        new = named_target(target, setup.mesh)
-        setup = replace(setup, target=new, memory_limit=limit_bytes(memory_limit, new))
-    same = setup.target == own or setup.target.chip.kind == "cpu"
+    built = build(plan.model.name, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    plan.check_model(built.table())
+    same = asked == own or asked.chip.kind == "cpu"
     return Subject(
         name=plan.model.name,
         model=built,

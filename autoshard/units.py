@@ -30,7 +30,7 @@ _FLOP_UNITS = (
     ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6),
     ("kFLOP", 1e3), ("FLOP", 1.0),
 )  # fmt: skip
-_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
+_BYTES = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:

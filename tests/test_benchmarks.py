@@ -193,7 +193,7 @@ def test_the_table_shows_marks_and_means() -> None:
     assert "rows with ours and a rival that fits: 3; slower by more than 1%: 0" in text
     assert "with the first candidate alone 1" in text
     # Twice as fast, as fast, and twice as fast: the third root of 2 x 1 x 2.
-    assert "prefill: 1.587 x as fast as hand (geometric mean of 3 rows)" in text
+    assert text.splitlines()[-1].split() == ["prefill", "1.587", "3", "0"]
 
 
 def test_the_compact_table_has_a_line_a_model() -> None:

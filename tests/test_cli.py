@@ -164,7 +164,7 @@ def test_a_plan_file_explains_itself(tmp_path: Path) -> None:
     explained = run("explain", str(path)).stdout
     assert "next best, all else equal" in explained
     head, _, reasons = explained.partition("\n\n")
-    assert "train: batch 8 x " in head and "\nmesh 1x8 on " in head
+    assert "train: batch 8 x " in head and "\nmesh 1x8 (batch, model) on " in head
     assert reasons.strip() in text
 
 

@@ -84,3 +84,13 @@ def test_nothing_to_compare_is_said() -> None:
         compare(small_gemma_backbone, [], **OPTIONS)
     with pytest.raises(UsageError, match="give a list, also of one"):
         compare(small_gemma_backbone, "kerashub", **OPTIONS)
+
+
+def test_layouts_of_one_name_are_numbered_and_a_missing_one_is_said_at_once() -> None:
+    source = 'm = LayoutMap(d)\nm["token_embedding/embeddings"] = ("model", None)'
+    found = compare(small_gemma_backbone, [source, "kerashub", source], **OPTIONS)
+    assert sorted(layout.name for layout in found.layouts) == ["kerashub", "source 1", "source 2"]
+    said: list[str] = []
+    with pytest.raises(UsageError, match="there is no layout 'missing.json'"):
+        compare(small_gemma_backbone, ["missing.json"], on_progress=said.append, **OPTIONS)
+    assert said == []

@@ -79,6 +79,21 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
             "the layout, line 3: cannot read axis: an axis has to be a string, or a name that is "
             "one string here",
         ),
+        *(
+            (
+                f'axis = "x"\n{otherwise}\nlayout_map["a"] = (axis,)',
+                "the layout, line 3: cannot read axis: an axis has to be a string, or a name that "
+                "is one string here",
+            )
+            for otherwise in (
+                "axis = other",
+                'axis += "y"',
+                'for axis in ("x", "y"): pass',
+                "import axes as axis",
+                "def f(axis): pass",
+                'x, *axis = "xyz"',
+            )
+        ),
         (
             'layout_map[f"block_{k}"] = ("model",)',
             "the layout, line 1: cannot read f'block_{k}': a pattern has to be a string, or a name "

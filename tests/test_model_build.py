@@ -233,7 +233,7 @@ def test_a_task_is_read_with_its_own_dtype(tmp_path: Path) -> None:
         ("no_such_package:model", UsageError, "cannot import 'no_such_package:model'"),
         (f"{__name__}:nothing", UsageError, "cannot import"),
         (f"{__name__}:no_model", UsageError, "returned int, not a Keras model"),
-        ("missing.keras", ModelError, "cannot read a model from 'missing.keras'"),
+        ("missing.keras", UsageError, "there is no model 'missing.keras'"),
     ],
 )
 def test_references_that_lead_nowhere(reference: str, error: type[Exception], text: str) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from layout_tables import MESH, gemma_table, mixtral_table
 
 from autoshard.cost.values import Memory
-from autoshard.errors import BackendError, LayoutError, MeshError, PlanFileError
+from autoshard.errors import BackendError, LayoutError, MeshError, PlanFileError, UsageError
 from autoshard.layout.reading import parse_layout
 from autoshard.layout.rules import Rule
 from autoshard.mesh import Mesh
@@ -358,9 +358,9 @@ def test_a_foreign_or_broken_file_is_refused_with_its_first_wrong_field(
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    with pytest.raises(PlanFileError) as error:
+    with pytest.raises(UsageError) as error:
         load(path)
-    assert str(error.value) == f"cannot read {path}: No such file or directory"
+    assert str(error.value) == f"there is no plan '{path}'"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(PlanFileError, match="is not JSON: it is not UTF-8 text"):
         load(path)
@@ -375,9 +375,10 @@ def test_a_layout_is_a_plan_by_what_it_holds_whatever_its_name(tmp_path: Path) -
     source.write_text(PLAN.to_python())
     for layout in (source, PLAN.to_python(), "kerashub", "missing.py", tmp_path):
         assert plan_of(layout) is None
-    for broken in ("{", tmp_path / "missing.json"):
-        with pytest.raises(PlanFileError):
-            plan_of(broken)
+    with pytest.raises(PlanFileError):
+        plan_of("{")
+    with pytest.raises(UsageError):
+        plan_of(tmp_path / "missing.json")
 
 
 def test_a_rule_that_stands_twice_makes_no_plan() -> None:

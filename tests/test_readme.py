@@ -73,8 +73,7 @@ def test_the_table_of_rivals_is_that_of_the_kept_verdicts(
     table = compact_table(entries, rivals.OURS, rivals.RIVALS, rivals.HAND)
     shown = README.partition(f"<!-- {mark} -->\n")[2].partition("<!-- end -->")[0]
     assert cells(shown) == cells(table)
-    summary = [line for line in table.splitlines() if line and not line.startswith("|")]
-    assert "; ".join(summary) in shown
+    assert all(line in shown for line in table.splitlines() if not line.startswith("|"))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def test_a_map_from_elsewhere_is_compiled_too(tmp_path: Path) -> None:
     [
         (("kerashub", "--model", SMALL), "needs its mesh"),
         (("kerashub",), "kerashub is no plan: name the model and the mesh it is for"),
-        (("map.py",), "map.py is no plan: name the model and the mesh it is for"),
+        (("map.py",), "there is no layout 'map.py'"),
+        ((__file__,), "test_verification.py is no plan: name the model and the mesh it is for"),
         (("PLAN", "--run", "--no-cache"), "--run keeps no verdicts"),
         (("PLAN", "--mesh", "1x8"), "a plan states its own mesh"),
         (("PLAN", "--target", "tpu:v5e:2x2"), "8 devices"),
@@ -92,7 +93,7 @@ def test_a_missing_compiler_gives_the_pip_command(
     plan_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(XlaError, match=r'pip install "autoshard\[cuda\]"'):
+    with pytest.raises(XlaError, match=r'pip install "jax\[cuda12\]"'):
         verify(plan_file, target="gpu:h100-sxm:8")
 
 

@@ -222,8 +222,10 @@ def test_the_environment_of_a_target_sets_devices_and_keeps_the_callers_flags(mo
     )
 
 
-@pytest.mark.parametrize(("target", "extra"), [("tpu:v5e:2x4", "tpu"), ("gpu:h100-sxm:8", "cuda")])
+@pytest.mark.parametrize(
+    ("target", "extra"), [("tpu:v5e:2x4", "tpu"), ("gpu:h100-sxm:8", "cuda12")]
+)
 def test_without_the_compiler_the_error_has_the_pip_command(monkeypatch, target, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(XlaError, match=rf'pip install "autoshard\[{extra}\]"'):
+    with pytest.raises(XlaError, match=rf'pip install "jax\[{extra}\]"'):
         child_environment(parse_target(target))

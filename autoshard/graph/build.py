@@ -1,6 +1,6 @@
 """Turns a traced step into the `Program` that the planner lays out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -69,8 +69,7 @@ def build_program(
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
     """
-    flat = read_jaxpr(closed)
-    common = frozenset[int]()
+    flat, common = read_jaxpr(closed), frozenset[int]()
     if for_tpu:
         own = [i for i, info in zip(flat.inputs, inputs, strict=True) if info.role != "data"]
         flat, common = merge_equal(flat, own)
@@ -78,25 +77,14 @@ def build_program(
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)
     ]
-    owners = {
-        identity: _owner(i, info)
-        for i, (identity, info) in enumerate(zip(flat.inputs, inputs, strict=True))
-        if info.role != "state" or info.family
-    }
-    grouping, left = group_arrays(flat, owners)
+    grouping, left = group_arrays(flat, _owners(flat, inputs))
     numbering = Numbering(grouping, held=_held(flat), repetitions=read_repetitions(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
     caches = {index: info.count for index, info in enumerate(inputs) if info.role == "cache"}
     moves = cache_moves(flat, caches, replaces)
-    counts = {
-        position: moves.counts.get(position)
-        or (1 if common.issuperset(equation.results) else count_of(equation.layer))
-        for position, equation in enumerate(flat.equations)
-        if position in left
-    }
-    made = _ops(flat, left, numbering, counts)
+    made = _ops(flat, left, numbering, _counts(flat, left, moves, common, count_of))
     lives = read_lives(flat, {position: index for index, position in enumerate(made)})
-    ops = _told(made, flat, grouping, moves, lives, for_tpu)
+    ops = _with_surroundings(made, flat, grouping, moves, lives, for_tpu)
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
     laid = layer_outputs(flat, ops, numbering, templates or {}, for_tpu)
@@ -116,9 +104,37 @@ def build_program(
     )
 
 
-def _owner(index: int, info: StepInput) -> str:
-    """Arguments of one family and of one place in the traced copy may share a group."""
-    return info.family if info.family is not None else f"argument {index}"
+def _owners(flat: FlatJaxpr, inputs: Sequence[StepInput]) -> dict[int, str]:
+    """Identity of an argument -> whose spec it follows: its family's, or one of its own."""
+    return {
+        identity: f"argument {index}" if info.family is None else info.family
+        for index, (identity, info) in enumerate(zip(flat.inputs, inputs, strict=True))
+        if info.role != "state" or info.family
+    }
+
+
+def _counts(
+    flat: FlatJaxpr,
+    left: Collection[int],
+    moves: CacheMoves,
+    common: frozenset[int],
+    count_of: Callable[[str], int],
+) -> dict[int, int]:
+    """Position of an equation -> how many times the whole model runs it.
+
+    Args:
+        flat: the step.
+        left: positions of the equations to count.
+        moves: those that move caches.
+        common: the arrays that blocks have in common.
+        count_of: how many times the whole model has a layer of the traced copy.
+    """
+    return {
+        position: moves.counts.get(position)
+        or (1 if common.issuperset(equation.results) else count_of(equation.layer))
+        for position, equation in enumerate(flat.equations)
+        if position in left
+    }
 
 
 def _ops(
@@ -143,7 +159,7 @@ def _ops(
     return {position: op for position, op in ops.items() if op is not None}
 
 
-def _told(
+def _with_surroundings(
     made: Mapping[int, Op],
     flat: FlatJaxpr,
     grouping: Grouping,

@@ -2,12 +2,14 @@
 
 Python source is parsed with `ast` and never executed. What is read is each assignment
 `layout_map[...] = (...)`, also through `keras.distribution.TensorLayout(...)`, where the pattern
-and the axes are strings or names that the source gives one string (`model_dim = "model"`).
+and the axes are strings, or names that the source gives one string (`model_dim = "model"`) and
+nothing else.
 """
 
 import ast
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,7 +19,7 @@ from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, Spec, format_spec
 from autoshard.model.keras_import import import_keras
 
-__all__ = ["kerashub_rules", "parse_layout", "read_layout"]
+__all__ = ["check_there", "is_source", "kerashub_rules", "parse_layout", "read_layout"]
 
 # Methods of a LayoutMap that change its rules.
 _CHANGING = ("__delitem__", "__setitem__", "clear", "pop", "popitem", "setdefault", "update")
@@ -45,20 +47,40 @@ def read_layout(
     """
     if layout == "kerashub":
         return kerashub_rules(backbone, mesh)
-    if isinstance(layout, str) and ("\n" in layout or "layout_map[" in layout):
+    if is_source(layout):
+        assert isinstance(layout, str)
         return parse_layout(layout, "the given text", unreadable=unreadable)
-    path = Path(layout)
+    path = os.fspath(layout)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError(
-            f"there is no layout '{path}'; give a plan's JSON file, a Python file with "
-            "layout_map[...] = (...) lines, or the word kerashub"
-        ) from None
+        raise _missing(path) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise PlanFileError(f"cannot read {path}: {reason}") from None
-    return parse_layout(text, str(path), unreadable=unreadable)
+    return parse_layout(text, path, unreadable=unreadable)
+
+
+def is_source(layout: object) -> bool:
+    """Whether a layout is Python source itself, and not a path to some."""
+    return isinstance(layout, str) and ("\n" in layout or "layout_map[" in layout)
+
+
+def check_there(layout: str | os.PathLike[str]) -> None:
+    """Make sure that a layout, if it is a path, is that of a file.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if layout != "kerashub" and not is_source(layout) and not os.path.lexists(layout):
+        raise _missing(os.fspath(layout))
+
+
+def _missing(path: str) -> UsageError:
+    return UsageError(
+        f"there is no layout '{path}'; give a plan's JSON file, a Python file with "
+        "layout_map[...] = (...) lines, or the word kerashub"
+    )
 
 
 def parse_layout(
@@ -138,7 +160,8 @@ class _Source:
         self._statements = [one for node in ast.walk(tree) for one in _assignments(node)]
         self._statements.sort(key=lambda one: (one[0].lineno, one[0].col_offset))
         self._maps = {"layout_map"}
-        self._strings: dict[str, set[str]] = {}
+        self._bound = Counter(name for node in ast.walk(tree) for name in _bound_names(node))
+        self._strings: dict[str, list[str]] = {}
         for target, value in self._statements:
             self._note(target, value)
         self.makes_map = any(_makes_map(value) for _, value in self._statements)
@@ -147,7 +170,7 @@ class _Source:
         """Remember names that hold a string or a LayoutMap."""
         if isinstance(target, ast.Name):
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                self._strings.setdefault(target.id, set()).add(value.value)
+                self._strings.setdefault(target.id, []).append(value.value)
             elif _makes_map(value):
                 self._maps.add(target.id)
 
@@ -200,8 +223,10 @@ class _Source:
     def _string(self, node: ast.expr, what: str) -> str:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
-        if isinstance(node, ast.Name) and len(self._strings.get(node.id, ())) == 1:
-            return next(iter(self._strings[node.id]))
+        if isinstance(node, ast.Name):
+            strings = self._strings.get(node.id, [])
+            if len(strings) == self._bound[node.id] and len(set(strings)) == 1:
+                return strings[0]
         raise self._error(node, f"{what} has to be a string, or a name that is one string here")
 
     def _spec(self, node: ast.expr) -> Spec:
@@ -227,6 +252,18 @@ class _Source:
     def _error(self, node: ast.expr | ast.stmt, expected: str) -> LayoutError:
         written = ast.unparse(node)
         return LayoutError(f"{self._name}, line {node.lineno}: cannot read {written}: {expected}")
+
+
+def _bound_names(node: ast.AST) -> Iterator[str]:
+    """The names that a node of the source gives a value, in whatever way."""
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        yield node.id
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.alias):
+        yield node.asname or node.name
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
 
 
 def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:

@@ -223,6 +223,8 @@ def _idle_hint(rule: Rule, taken: Mapping[str, LayoutRules], table: ModelTable) 
         return f"it holds {rule.pattern!r}: write r before the quotes, or double the backslash"
     if re.search(r"optimizer|momentum|velocity|adam", rule.pattern):
         return "what an optimizer holds lies as its weight does: leave the rule out"
+    if not table.variables:
+        return "the model has no variables"
     templates = [family.template for family in table.families()]
     near = difflib.get_close_matches(rule.pattern, templates, n=1, cutoff=0.3)
     if near:

@@ -158,6 +158,8 @@ def _from_file(path: Path, dtype: str | None, lora_rank: int | None) -> Recipe:
         else:
             text = path.read_text(encoding="utf-8")
         config = json.loads(text)
+    except FileNotFoundError:
+        raise UsageError(f"there is no model '{path}'") from None
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ModelError(f"cannot read a model from '{path}': {one_line(error)}") from error
     if not isinstance(config, dict) or "class_name" not in config:

@@ -28,7 +28,7 @@ def comparison_text(comparison: Comparison) -> str:
     """
     head = (
         f"{comparison.model}, {comparison.workload}\n"
-        f"mesh {comparison.mesh} ({', '.join(comparison.mesh.axis_names)}) on {comparison.target}, "
+        f"mesh {comparison.mesh.named} on {comparison.target}, "
         f"{format_bytes(comparison.memory_limit)} a device"
     )
     details = [_details(layout) for layout in comparison.layouts]

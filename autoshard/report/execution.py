@@ -37,7 +37,7 @@ def _head(found: PlanRun) -> str:
     )  # fmt: skip
     return (
         f"{found.model}, {found.dtype}, random weights of seed {found.seed}\n"
-        f"mesh {found.mesh} ({', '.join(found.mesh.axis_names)}) on {processes}"
+        f"mesh {found.mesh.named} on {processes}"
         f"{found.mesh.n_devices // n_processes} virtual CPU devices{free}\n"
         f"keras {versions.keras}, keras-hub {versions.keras_hub}, jax {versions.jax}; results are "
         f"held against {found.against}\n{found.tolerance}"

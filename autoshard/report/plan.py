@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tabulate import tabulate
 
-from autoshard.cost.values import StepCost
+from autoshard.cost.values import Traffic
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, format_rules, rules_text
@@ -72,8 +72,7 @@ def _head(outcome: PlanOutcome) -> str:
     lines = [
         f"{table.name}: {spell_count(table.n_parameters, 'parameters', stored)}, "
         f"{outcome.planning.task}",
-        f"mesh {setup.mesh} ({', '.join(setup.mesh.axis_names)}) on {setup.target}, "
-        f"{format_bytes(setup.memory_limit)} a device",
+        f"mesh {setup.mesh.named} on {setup.target}, {format_bytes(setup.memory_limit)} a device",
         f"workload {setup.workload}",
     ]
     lines += notes(outcome)
@@ -284,7 +283,7 @@ def _verification(outcome: PlanOutcome) -> Iterator[str]:
     compiled = verdict.compiled
     assert compiled is not None and outcome.winner.scored is not None
     cost = outcome.winner.scored.cost
-    predicted = _predicted_counts(cost)
+    predicted = _counts(cost.traffic)
     found = _counts(target_collectives(compiled, outcome.plan.mesh.data_axis, cost))
     arrays = _counts(compiled.collectives)
     on_cpu = compiled.target.startswith("cpu")
@@ -313,17 +312,10 @@ def _verification(outcome: PlanOutcome) -> Iterator[str]:
         )
 
 
-def _counts(collectives: Iterable[Collective]) -> Counter[tuple[str, str, int]]:
+def _counts(collectives: Iterable[Collective | Traffic]) -> Counter[tuple[str, str, int]]:
     counts: Counter[tuple[str, str, int]] = Counter()
     for item in collectives:
         counts[item.kind, item.axis, item.n_bytes] += item.count
-    return counts
-
-
-def _predicted_counts(cost: StepCost) -> Counter[tuple[str, str, int]]:
-    counts: Counter[tuple[str, str, int]] = Counter()
-    for traffic in cost.traffic:
-        counts[traffic.kind, traffic.axis, traffic.n_bytes] += traffic.count
     return counts
 
 

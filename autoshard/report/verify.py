@@ -43,7 +43,7 @@ def _head(found: Verification) -> str:
         depth = f", all {found.n_blocks} blocks" if found.blocks == found.n_blocks else depth
     return (
         f"{found.model}, {found.workload}\n"
-        f"mesh {found.mesh} ({', '.join(found.mesh.axis_names)}) on {found.target}{depth}\n"
+        f"mesh {found.mesh.named} on {found.target}{depth}\n"
         f"compiled by {found.compiler} through jax {versions.jax}, keras {versions.keras}, "
         f"keras-hub {versions.keras_hub}"
     )

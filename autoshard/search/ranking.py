@@ -115,12 +115,8 @@ def search(
     relaxed = relax(pricer, families, mesh, memory_limit)
     own = starting_points(families, relaxed.assignment, mesh)
     smallest = own[1]
-    if n_assignments(everything) <= _EXHAUSTIVE:
-        best = exhaust(scorer, everything)
-    else:
-        points = [*own, *({**smallest, **start} for start in starts)]
-        alone = outputs_alone(scorer, everything)
-        best = descend(scorer, everything, [*points, alone] if alone else points)
+    points = [*own, *({**smallest, **start} for start in starts)]
+    best = _best(scorer, everything, points)
     names = {choices.name for choices in families}
     free = output_choices(program, mesh, unbound_outputs or {})
     origins = [dict(best.assignment), _only(best, names), smallest]
@@ -146,6 +142,16 @@ def search(
         plain=next((scored for scored in ranked if not scored.n_outputs), None),
         tied=tied,
     )
+
+
+def _best(
+    scorer: Scorer, families: Sequence[Choices], points: Sequence[Mapping[str, Spec]]
+) -> Scored:
+    """The best of all assignments, or what descents from some points and one more come to."""
+    if n_assignments(families) <= _EXHAUSTIVE:
+        return exhaust(scorer, families)
+    alone = outputs_alone(scorer, families)
+    return descend(scorer, families, [*points, alone] if alone else points)
 
 
 def _moved_together(

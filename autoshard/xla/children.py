@@ -36,8 +36,8 @@ _POLL_SECONDS = 0.1
 _KEPT_WORDS = 400
 # Kind of chip -> the module that its compiler comes in, and what to do without it.
 _COMPILERS = {
-    "tpu": ("libtpu", 'pip install "autoshard[tpu]"'),
-    "gpu": ("jax_cuda12_plugin", 'pip install "autoshard[cuda]"'),
+    "tpu": ("libtpu", 'pip install "jax[tpu]"'),
+    "gpu": ("jax_cuda12_plugin", 'pip install "jax[cuda12]"'),
 }
 
 

@@ -64,6 +64,11 @@ class Cell:
         mine, best = self.best(ours), self.best(layouts)
         return None if mine is None or best is None else mine / best
 
+    def speed_up(self, ours: Sequence[str], layout: str) -> float | None:
+        """How many times as fast ours is as another; None where there is none."""
+        ratio = self.ratio(ours, [layout])
+        return None if ratio is None else 1 / ratio
+
 
 def cells(entries: Iterable[Entry]) -> tuple[Cell, ...]:
     """Group verdicts by model, mesh and workload, the last one of a layout counting."""
@@ -85,7 +90,7 @@ def rivals_table(
         entries: the verdicts.
         ours: names of our candidates, the one first that the formulas put first.
         rivals: names of the others, in the order of the columns.
-        hand: the rival that the mean speed-up is over.
+        hand: the rival that the mean speed-ups (geometric) are over.
     """
     grouped = cells(entries)
     rows = []
@@ -96,7 +101,7 @@ def rivals_table(
         rows.append([cell.model, cell.mesh, cell.workload, *shown, f"{ratio:.3f}" if ratio else ""])
     headers = ["model", "mesh", "workload", *names, "ours / best rival"]
     text = tabulate(rows, headers=headers, disable_numparse=True, stralign="right")
-    return "\n".join([text, "", *_means(grouped, ours, rivals, hand)])
+    return "\n".join([text, "", *_summary(grouped, ours, rivals, hand, "simple")])
 
 
 def compact_table(
@@ -116,51 +121,47 @@ def compact_table(
         lines.setdefault((cell.model, cell.workload), {})[cell.mesh] = " / ".join(texts)
     rows = [[*place, *(line.get(mesh, "") for mesh in meshes)] for place, line in lines.items()]
     text = tabulate(rows, headers=["model", "workload", *meshes], tablefmt="github")
-    return "\n".join([text, "", *_means(grouped, ours, rivals, hand)])
+    return "\n".join([text, "", *_summary(grouped, ours, rivals, hand, "github")])
 
 
-def _means(
-    grouped: Sequence[Cell], ours: Sequence[str], rivals: Sequence[str], hand: str
+def _summary(
+    grouped: Sequence[Cell], ours: Sequence[str], rivals: Sequence[str], hand: str, tablefmt: str
 ) -> list[str]:
-    """What the table comes to, in words."""
+    """What the table comes to: how often ours lost, and how much it won on average."""
     ratios, first = (
         [ratio for cell in grouped if (ratio := cell.ratio(names, rivals)) is not None]
         for names in (ours, ours[:1])
     )
     lost, lost_first = (sum(ratio > _AS_GOOD for ratio in some) for some in (ratios, first))
-    lines = [
+    counted = (
         f"rows with ours and a rival that fits: {len(ratios)}; slower by more than 1%: {lost}, "
         f"with the first candidate alone {lost_first}"
-    ]
-    for workload in dict.fromkeys(cell.workload for cell in grouped):
-        gains = [
-            1 / ratio
-            for cell in grouped
-            if cell.workload == workload and (ratio := cell.ratio(ours, [hand])) is not None
+    )
+    headers = ["workload", f"speed-up over {hand}", "rows"]
+    headers += [f"on the best mesh, over {hand} on {_MODEL_PARALLEL}", "models"]
+    rows = [
+        [
+            workload,
+            *_mean(ratio for cell in of if (ratio := cell.speed_up(ours, hand)) is not None),
+            *_mean(_with_free_mesh(of, ours, hand)),
         ]
-        if gains:
-            mean = statistics.geometric_mean(gains)
-            lines.append(
-                f"{workload}: {mean:.3f} x as fast as {hand} (geometric mean of {len(gains)} rows)"
-            )
-        free = list(_with_free_mesh(grouped, workload, ours, hand))
-        if free:
-            mean = statistics.geometric_mean(free)
-            lines.append(
-                f"{workload}: on the best mesh of each model {mean:.3f} x as fast as {hand} on "
-                f"{_MODEL_PARALLEL} (geometric mean of {len(free)} models)"
-            )
-    return lines
+        for workload in dict.fromkeys(cell.workload for cell in grouped)
+        if (of := [cell for cell in grouped if cell.workload == workload])
+    ]
+    return [counted, "", tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True)]
 
 
-def _with_free_mesh(
-    grouped: Sequence[Cell], workload: str, ours: Sequence[str], hand: str
-) -> Iterator[float]:
+def _mean(gains: Iterable[float]) -> tuple[str, str]:
+    """The geometric mean, and of how many."""
+    several = list(gains)
+    return (f"{statistics.geometric_mean(several):.3f}" if several else "", str(len(several)))
+
+
+def _with_free_mesh(grouped: Sequence[Cell], ours: Sequence[str], hand: str) -> Iterator[float]:
     """For each model, by how much ours on its best mesh beats another layout on one axis."""
     of_model: dict[str, list[Cell]] = {}
     for cell in grouped:
-        if cell.workload == workload:
-            of_model.setdefault(cell.model, []).append(cell)
+        of_model.setdefault(cell.model, []).append(cell)
     for several in of_model.values():
         mine = [s for cell in several if (s := cell.best(ours)) is not None]
         theirs = [cell.seconds(hand) for cell in several if cell.mesh == _MODEL_PARALLEL]
