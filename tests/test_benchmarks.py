@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,6 +212,21 @@ def test_the_compact_table_has_a_line_a_model() -> None:
     assert "4.00 / 6.00 | 2.00 / none" in text
     # The best mesh's 2 ms against 6 ms by hand on 1x8.
     assert text.splitlines()[-1].replace(" ", "") == "|prefill|1.500|1|3.000|1|"
+
+
+def test_close_calls_are_told_by_whole_models() -> None:
+    ours, hand = entry("ours", 7.1e-3), entry("hand", 7.0e-3)
+    (cell,) = cells([ours, hand])
+    assert cell.is_close(["ours"], ["hand"])
+    assert cell.ratio(["ours"], ["hand"]) > 1.01
+    assert cell.text(["ours"], ["hand"]) == "7.10 / 7.00"
+    whole = [replace(ours, whole_seconds=25e-3), replace(hand, whole_seconds=26e-3)]
+    (cell,) = cells(whole)
+    assert cell.ratio(["ours"], ["hand"]) == pytest.approx(25 / 26)
+    assert cell.text(["ours"], ["hand"]) == "7.10 / 7.00 (25.00 / 26.00)"
+    for other in (replace(hand, seconds=7.1e-3), replace(hand, seconds=6e-3)):
+        (cell,) = cells([ours, other])
+        assert not cell.is_close(["ours"], ["hand"])
 
 
 def test_spearman_shares_ranks_and_knows_no_constant() -> None:

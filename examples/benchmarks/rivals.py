@@ -2,6 +2,7 @@
 
     python examples/benchmarks/rivals.py [--models NAME...] [--meshes MESH...] [--only ours|rivals]
     python examples/benchmarks/rivals.py --unseen
+    python examples/benchmarks/rivals.py --close
     python examples/benchmarks/rivals.py --table
 
 A verdict is the program of two periods of blocks, batch 8 x 512 (decoding: of all blocks, a token
@@ -15,10 +16,13 @@ Ours are the candidates that `autoshard plan --verify target` compiles too; the 
 before they had been compiled. What is split by hand is there what the planner takes for it, and no
 rule at all is a rival too.
 
-Verdicts are kept in results/rivals.jsonl and results/unseen.jsonl, and a run asks only for those
-that are missing. The table marks with `!` a layout whose weights and optimizer alone exceed the
-memory of a device at full depth: it is no rival. What Keras refuses is `refused`, what the compiler
-cannot hold `too big`.
+`--close` compiles all blocks where our best and the best rival are within 2% of each other: plans
+are made for whole models. These verdicts stand in brackets, and count.
+
+Verdicts are kept in results/, in rivals.jsonl, unseen.jsonl and close.jsonl, and a run asks only
+for those that are missing. The table marks with `!` a layout whose weights and optimizer alone
+exceed the memory of a device at full depth: it is no rival. What Keras refuses is `refused`, what
+the compiler cannot hold `too big`.
 """
 
 import argparse
@@ -28,9 +32,10 @@ from pathlib import Path
 
 from maps import rivals
 from planned import held_bytes, predicted_cost, setup_of
-from tables import Entry, compact_table, rivals_table
+from tables import Entry, cells, compact_table, rivals_table
 from verdicts import (
     BATCH,
+    PERIODS,
     SEQ_LEN,
     TARGET,
     Question,
@@ -99,6 +104,7 @@ NO_RULE = "no rule"
 RIVALS = ("announcement", "kerashub", "largest dimension", HAND, NO_RULE)
 RESULTS = Path(__file__).parent / "results" / "rivals.jsonl"
 UNSEEN_RESULTS = RESULTS.with_name("unseen.jsonl")
+CLOSE_RESULTS = RESULTS.with_name("close.jsonl")
 UNSEEN_MESHES = ("1x8", "2x4")
 # With all blocks, where a mesh of data alone leaves maps little to choose.
 DECODE_MESHES = ("1x8", "2x4", "4x2")
@@ -110,7 +116,10 @@ def main() -> None:
     path = UNSEEN_RESULTS if arguments.unseen else RESULTS
     results = Results(path=path, fields=KEY)
     plan_here()
-    if not arguments.table:
+    if arguments.close:
+        close = Results(path=CLOSE_RESULTS, fields=KEY)
+        answer_all(_close_calls(results, arguments), close, retry_errors=arguments.retry_errors)
+    elif not arguments.table:
         answer_all(_questions(arguments), results, retry_errors=arguments.retry_errors)
     table = compact_table if arguments.compact else rivals_table
     print(table(entries(results, arguments), OURS, RIVALS, HAND))
@@ -125,6 +134,7 @@ def _arguments() -> argparse.Namespace:
         "--unseen", action="store_true", help="the models that no rule was made for"
     )
     parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
+    parser.add_argument("--close", action="store_true", help="all blocks of the close calls")
     parser.add_argument("--table", action="store_true", help="compile nothing, print the table")
     parser.add_argument("--compact", action="store_true", help="a line a model, as Markdown")
     parser.add_argument(
@@ -195,8 +205,31 @@ def _layouts(
         yield NO_RULE, ()
 
 
+def _close_calls(results: Results, arguments: argparse.Namespace) -> Iterator[Question]:
+    """The fastest of ours and of the rivals, where programs of some blocks tell too little."""
+    place = ("model", "mesh", "layout")
+    rows = {
+        (*(row[n] for n in place), row["workload"]["kind"]): row for row in results.rows.values()
+    }
+    for cell in cells(entries(results, arguments)):
+        if PERIODS[cell.workload] is None or not cell.is_close(OURS, RIVALS):
+            continue
+        for entry in filter(None, (cell.fastest(OURS), cell.fastest(RIVALS))):
+            row = rows[entry.model, entry.mesh, entry.layout, entry.workload]
+            yield Question(
+                model=entry.model,
+                mesh=entry.mesh,
+                workload=entry.workload,
+                layout=entry.layout,
+                rules=rules_of(row),
+                target=row["target"],
+                is_whole=True,
+            )
+
+
 def entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
     """The verdicts that the table shows, in its order."""
+    close = Results(path=CLOSE_RESULTS, fields=KEY)
     places = {name: place for place, name in enumerate((*MODELS, *UNSEEN))}
     versions = installed_versions()
     rows = [
@@ -217,12 +250,14 @@ def entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
     )
     for name, several in groupby(rows, key=lambda row: row["model"]):
         table = build(name).table()
-        yield from (_entry(row, table, arguments.links) for row in several)
+        for row in several:
+            whole = close.rows.get(close.key(row))
+            yield _entry(row, whole, table, arguments.links)
 
 
-def _entry(row: Row, table: ModelTable, links: bool) -> Entry:
+def _entry(row: Row, whole: Row | None, table: ModelTable, links: bool) -> Entry:
     mesh, kind = parse_mesh(row["mesh"]), row["workload"]["kind"]
-    step = compiled(row)
+    step, whole_step = compiled(row), compiled(whole) if whole else None
     seconds, note, fits = None, _word(row.get("error", "")), True
     if step is not None:
         seconds = _seconds(row, step, mesh if links else None)
@@ -236,6 +271,7 @@ def _entry(row: Row, table: ModelTable, links: bool) -> Entry:
         seconds=seconds,
         note=note,
         fits=fits,
+        whole_seconds=_seconds(row, whole_step, mesh if links else None) if whole_step else None,
     )
 
 

@@ -12,6 +12,8 @@ __all__ = ["Cell", "Entry", "cells", "compact_table", "rivals_table"]
 _MODEL_PARALLEL = "1x8"
 # An answer within this of the best is as good.
 _AS_GOOD = 1.01
+# Of programs of some blocks, what is nearer than this is told by those of all.
+_CLOSE = 1.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class Entry:
         seconds: the step; None where there is no program.
         note: why there is none, in a word, or "".
         fits: whether the whole model's weights and optimizer fit a device.
+        whole_seconds: the step of the whole model, where that was compiled beside `seconds`.
     """
 
     model: str
@@ -32,6 +35,7 @@ class Entry:
     seconds: float | None
     note: str = ""
     fits: bool = True
+    whole_seconds: float | None = None
 
     @property
     def text(self) -> str:
@@ -55,19 +59,55 @@ class Cell:
         entry = self.entries.get(layout)
         return entry.seconds if entry and entry.fits else None
 
+    def fastest(self, layouts: Sequence[str]) -> Entry | None:
+        """The verdict on the fastest of some layouts; None where none runs."""
+        return min(
+            (self.entries[name] for name in layouts if self.seconds(name) is not None),
+            key=lambda entry: entry.seconds or 0.0,
+            default=None,
+        )
+
     def best(self, layouts: Sequence[str]) -> float | None:
-        """The fastest of some layouts, of those that run."""
-        return min((s for name in layouts if (s := self.seconds(name)) is not None), default=None)
+        """The step of that."""
+        fastest = self.fastest(layouts)
+        return None if fastest is None else fastest.seconds
 
     def ratio(self, ours: Sequence[str], layouts: Sequence[str]) -> float | None:
-        """Our best step over that of others; below 1 is faster. None where there is none."""
+        """Our best step over that of others; below 1 is faster. None where there is none.
+
+        That of the whole model, where it was compiled for both.
+        """
+        mine, best = self.fastest(ours), self.fastest(layouts)
+        if mine is None or best is None or not mine.seconds or not best.seconds:
+            return None
+        if mine.whole_seconds is not None and best.whole_seconds is not None:
+            return mine.whole_seconds / best.whole_seconds
+        return mine.seconds / best.seconds
+
+    def is_close(self, ours: Sequence[str], layouts: Sequence[str]) -> bool:
+        """Whether our best and that of others differ, but by so little that more blocks decide."""
         mine, best = self.best(ours), self.best(layouts)
-        return None if mine is None or best is None else mine / best
+        if mine is None or best is None or mine == best:
+            return False
+        return max(mine, best) <= _CLOSE * min(mine, best)
+
+    def text(self, ours: Sequence[str], layouts: Sequence[str]) -> str:
+        """Milliseconds of our best and of that of others, and of the whole models in brackets."""
+        both = [self.fastest(ours), self.fastest(layouts)]
+        text = " / ".join(_milliseconds(entry and entry.seconds) for entry in both)
+        whole = [entry.whole_seconds for entry in both if entry is not None]
+        if len(whole) < 2 or None in whole:
+            return text
+        return f"{text} ({' / '.join(map(_milliseconds, whole))})"
 
     def speed_up(self, ours: Sequence[str], layout: str) -> float | None:
         """How many times as fast ours is as another; None where there is none."""
         ratio = self.ratio(ours, [layout])
         return None if ratio is None else 1 / ratio
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "none" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def cells(entries: Iterable[Entry]) -> tuple[Cell, ...]:
@@ -107,7 +147,7 @@ def rivals_table(
 def compact_table(
     entries: Iterable[Entry], ours: Sequence[str], rivals: Sequence[str], hand: str
 ) -> str:
-    """Markdown, a line a model: our best milliseconds and a rival's, mesh by mesh.
+    """Markdown, a line a model: milliseconds of our best and of the best rival, mesh by mesh.
 
     Args:
         entries, ours, rivals, hand: as for `rivals_table`.
@@ -116,9 +156,7 @@ def compact_table(
     meshes = list(dict.fromkeys(cell.mesh for cell in grouped))
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for cell in grouped:
-        mine, best = cell.best(ours), cell.best(rivals)
-        texts = ("none" if s is None else f"{1e3 * s:.2f}" for s in (mine, best))
-        lines.setdefault((cell.model, cell.workload), {})[cell.mesh] = " / ".join(texts)
+        lines.setdefault((cell.model, cell.workload), {})[cell.mesh] = cell.text(ours, rivals)
     rows = [[*place, *(line.get(mesh, "") for mesh in meshes)] for place, line in lines.items()]
     text = tabulate(rows, headers=["model", "workload", *meshes], tablefmt="github")
     return "\n".join([text, "", *_summary(grouped, ours, rivals, hand, "github")])
