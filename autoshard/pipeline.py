@@ -305,7 +305,6 @@ def _compiled(verdict: Verdict, planning: Planning) -> Compiled | None:
     step = verdict.compiled
     if step is None:
         return None
-    on_cpu = step.target.startswith("cpu")
     causes = Causes(
         rules=verdict.candidate.rules,
         mesh=planning.setup.mesh,
@@ -315,7 +314,7 @@ def _compiled(verdict: Verdict, planning: Planning) -> Compiled | None:
         target=step.target,
         blocks=sum(stack.n_blocks for stack in step.blocks) or None,
         fits=verdict.fits,
-        peak_bytes_per_device=None if on_cpu else step.peak_bytes,
+        peak_bytes_per_device=None if step.on_cpu else step.peak_bytes,
         collectives=_collectives(step, causes),
         step_seconds=verdict.step_seconds,
     )

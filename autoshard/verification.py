@@ -85,7 +85,7 @@ def verify(
         mesh=setup.mesh,
         rules=subject.rules,
         target=str(setup.target),
-        repeats=blocks,
+        periods=blocks,
     )
     known = verdict_cache(subject.model, reads=cache)
     with Child(child_environment(setup.target), memory_limit_bytes=available_bytes()) as child:

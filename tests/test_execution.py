@@ -224,7 +224,7 @@ def test_a_run_past_its_limit_is_stopped() -> None:
 def test_what_the_machine_cannot_hold_is_run_as_deep_as_it_can(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = build("gemma_7b_en", repeats=5)
+    model = build("gemma_7b_en", periods=5)
     needed = needed_bytes(model, "predict", running_workload("predict"), (), None)
     monkeypatch.setattr(running, "available_bytes", lambda: needed)
     asked_for: list[Any] = []
@@ -242,7 +242,7 @@ def test_what_the_machine_cannot_hold_is_run_as_deep_as_it_can(
     assert (predict.blocks, predict.n_blocks) == (5, 28)
     assert predict.missing_bytes == whole - needed
     assert predict.failure == "not now"
-    assert asked_for[0].repeats == 5
+    assert asked_for[0].periods == 5
     assert not found.passed
     # All weights cannot be trained in that, so low-rank factors are.
     assert "low-rank factors of rank 4 (to train all weights takes" in found.parts[2].work

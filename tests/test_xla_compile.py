@@ -62,7 +62,7 @@ def request(**changes):
         "mesh": parse_mesh("1x8"),
         "rules": MEGATRON,
         "target": "cpu:8",
-        "repeats": 2,
+        "periods": 2,
     }
     return CompileRequest(**{**given, **changes})
 
@@ -165,13 +165,13 @@ def test_equal_sums_of_neighbours_are_one_inside_a_block_only():
 @pytest.mark.parametrize("kind", ["prefill", "train"])
 def test_extrapolation_equals_a_direct_compile(child, kind):
     workload = Workload(kind=kind, batch=8, seq_len=32)
-    shallow = [compiled(child, workload=workload, repeats=n) for n in (2, 3)]
+    shallow = [compiled(child, workload=workload, periods=n) for n in (2, 3)]
     # The line through 2 and 3 blocks, at 4: pretend that the model has four.
     cut = [
         replace(step, blocks=tuple(replace(stack, n_blocks=4) for stack in step.blocks))
         for step in shallow
     ]
-    direct = compiled(child, workload=workload, repeats=4)
+    direct = compiled(child, workload=workload, periods=4)
     guess = extrapolate(*cut)
     assert set(guess.collectives) == set(merge_collectives(direct.collectives, ["decoder_block_*"]))
     assert guess.argument_bytes == direct.argument_bytes
@@ -180,11 +180,11 @@ def test_extrapolation_equals_a_direct_compile(child, kind):
 
 
 def test_a_deep_compile_extends_two_copies_to_the_whole_model(child):
-    step = compile_deep(child, request(repeats=None), timeout_seconds=SECONDS)
+    step = compile_deep(child, request(periods=None), timeout_seconds=SECONDS)
     # 8 blocks of two all-reduces and the embedding's.
     assert sum(c.count for c in step.collectives) == 17
     assert step.is_whole
-    whole = compiled(child, repeats=None)
+    whole = compiled(child, periods=None)
     assert step.argument_bytes == whole.argument_bytes
     moved, of_all = (sum(one.wire_bytes for one in s.collectives) for s in (step, whole))
     assert moved == of_all
@@ -372,7 +372,7 @@ def test_a_step_that_does_not_fit_the_target_is_refused_with_sizes():
             workload=Workload(kind="train", batch=512, seq_len=2048),
             rules=(),
             target=target,
-            repeats=1,
+            periods=1,
         )
 
 

@@ -41,7 +41,7 @@ class RunRequest:
             this part.
         mesh: the grid of devices; None for one device without a distribution.
         rules: the layout map.
-        repeats: how many periods of each stack of repeated blocks; None for the whole model.
+        periods: how many periods of each stack of repeated blocks; None for the whole model.
         n_prompt: tokens of the prompt of `generate`; the rest of the sequence is made.
         n_steps: steps of `fit`.
         with_margins: whether `generate` is followed by a pass over what it made, for the margin of
@@ -55,7 +55,7 @@ class RunRequest:
     workload: Workload
     mesh: Mesh | None
     rules: LayoutRules = ()
-    repeats: int | None = None
+    periods: int | None = None
     n_prompt: int = 4
     n_steps: int = 3
     with_margins: bool = False

@@ -191,7 +191,7 @@ def _run_part(job: _Job, on_progress: Callable[[str], None]) -> PartRun:
     """Run a part at the depth that fits, and the reference after it."""
     # Once: another process may take memory from one look to the next.
     available = available_bytes()
-    repeats, model, missing = _depth(job, available)
+    periods, model, missing = _depth(job, available)
     entry = PartRun(
         part=job.part,
         work=_words(job),
@@ -203,7 +203,7 @@ def _run_part(job: _Job, on_progress: Callable[[str], None]) -> PartRun:
     if available is not None and entry.needed_bytes > available:
         return replace(entry, failure=_refusal(entry, available))
     try:
-        return _compared(entry, job, model, repeats, on_progress)
+        return _compared(entry, job, model, periods, on_progress)
     except AutoshardError as error:
         return replace(entry, failure=str(error))
 
@@ -212,7 +212,7 @@ def _compared(
     entry: PartRun,
     job: _Job,
     model: AbstractModel,
-    repeats: int | None,
+    periods: int | None,
     on_progress: Callable[[str], None],
 ) -> PartRun:
     request = RunRequest(
@@ -221,7 +221,7 @@ def _compared(
         workload=job.workload,
         mesh=job.subject.setup.mesh,
         rules=job.subject.rules,
-        repeats=repeats,
+        periods=periods,
         n_prompt=_N_PROMPT,
         n_steps=_N_STEPS,
         seed=job.seed,

@@ -65,7 +65,7 @@ def _run(request: RunRequest, progress: Callable[[str], None]) -> PartOutcome:
         request.model,
         dtype=workload.dtype,
         lora_rank=workload.lora_rank,
-        repeats=request.repeats,
+        periods=request.periods,
     )
     distribution = _distribution(request)
     with distribution.scope() if distribution else contextlib.nullcontext():

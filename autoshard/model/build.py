@@ -31,7 +31,7 @@ def build(
     *,
     dtype: str | None = None,
     lora_rank: int | None = None,
-    repeats: int | None = None,
+    periods: int | None = None,
 ) -> AbstractModel:
     """Build a model without values.
 
@@ -43,7 +43,7 @@ def build(
             and computes all else in bfloat16. None for the policy that a model, what a callable
             returns, or a file has; bfloat16 for presets.
         lora_rank: give the backbone low-rank factors of this rank and freeze the rest.
-        repeats: keep only so many periods of each stack of repeated blocks; all by default.
+        periods: keep only so many periods of each stack of repeated blocks; all by default.
 
     Raises:
         UnknownNameError: there is no model of that name.
@@ -63,7 +63,7 @@ def build(
         model = _rebuildable(build_recipe(recipe))
         if recipe.has_dtype:
             model = _with_own_dtype(model, dtype)
-    return model if repeats is None else fold(model, periods=repeats)
+    return model if periods is None else fold(model, periods=periods)
 
 
 def _quantized(reference: Any, lora_rank: int | None) -> AbstractModel:

@@ -39,7 +39,7 @@ def fold(model: AbstractModel, *, periods: int) -> AbstractModel:
         its stacks unfolded, where it cannot be rebuilt or has no more periods than that.
     """
     if periods < 1:
-        raise UsageError(f"{periods} blocks are no model; give 1 or more")
+        raise UsageError(f"{periods} periods of blocks are no model; give 1 or more")
     whole = find_stacks(model)
     wanted = _wanted(whole, periods)
     folded, stacks = model, {t: replace(s, traced=s.n_blocks) for t, s in wanted.items()}

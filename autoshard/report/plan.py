@@ -286,7 +286,6 @@ def _verification(outcome: PlanOutcome) -> Iterator[str]:
     predicted = _counts(cost.traffic)
     found = _counts(target_collectives(compiled, outcome.plan.mesh.data_axis, cost))
     arrays = _counts(compiled.collectives)
-    on_cpu = compiled.target.startswith("cpu")
     keys = sorted(predicted | found, key=lambda key: -key[2] * max(predicted[key], found[key]))
     rows = [
         (key[0], key[1], format_bytes(key[2]), predicted[key], found[key], arrays[key])
@@ -297,12 +296,12 @@ def _verification(outcome: PlanOutcome) -> Iterator[str]:
         + tabulate(rows, headers=("kind", "axis", "size", "predicted", "compiled", "arrays"))
     )
     refined = any(predicted[key] != found[key] for key in keys if key[0] in _REFINED)
-    if on_cpu and refined and outcome.planning.setup.target.chip.kind == "tpu":
+    if compiled.on_cpu and refined and outcome.planning.setup.target.chip.kind == "tpu":
         yield (
             "(compiled: what XLA's partitioner does; predicted: what TPU compilers make of it,\n"
             "which sum some reduce-scatters whole and gather again for the backward pass)"
         )
-    if not on_cpu:
+    if not compiled.on_cpu:
         yield (
             f"by the compiler: step {format_seconds(verdict.step_seconds)}, memory "
             f"{format_bytes(compiled.peak_bytes)} a device (arguments "

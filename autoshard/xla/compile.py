@@ -86,7 +86,7 @@ def compile_deep(
 
     Args:
         child: as for `compile_in`.
-        request: what to compile; its `repeats` is not used.
+        request: what to compile; its `periods` is not used.
         timeout_seconds: the limit of each compilation.
 
     Raises:
@@ -96,7 +96,7 @@ def compile_deep(
     """
 
     def compiled(periods: int) -> CompiledStep:
-        copy = replace(request, repeats=periods)
+        copy = replace(request, periods=periods)
         return compile_in(child, copy, timeout_seconds=timeout_seconds)
 
     small = compiled(2)
@@ -120,7 +120,7 @@ def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> Co
     """
     target = parse_target(request.target)
     progress("build")
-    model, step = _built(request.model, request.workload, request.repeats)
+    model, step = _built(request.model, request.workload, request.periods)
     progress("lower")
     lowered, jaxpr = lower(step, request.rules, request.mesh, target)
     progress("compile")
@@ -188,9 +188,9 @@ def _temporary_bytes(memory: Any, target: Target) -> int:
 
 
 @lru_cache(maxsize=_KEPT_STEPS)
-def _built(name: str, workload: Workload, repeats: int | None) -> tuple[AbstractModel, Step]:
+def _built(name: str, workload: Workload, periods: int | None) -> tuple[AbstractModel, Step]:
     model = build(
-        name, dtype=workload.dtype, lora_rank=workload.lora_rank, repeats=repeats or _ALL_PERIODS
+        name, dtype=workload.dtype, lora_rank=workload.lora_rank, periods=periods or _ALL_PERIODS
     )
     return model, make_step(model, workload)
 

@@ -22,7 +22,7 @@ class CompileRequest:
         mesh: the grid of devices, the data axis first.
         rules: the layout map.
         target: the machine, such as `cpu:8` or `tpu:v5e:2x4`.
-        repeats: how many periods of each stack of repeated blocks; None for the whole model.
+        periods: how many periods of each stack of repeated blocks; None for the whole model.
     """
 
     model: str
@@ -30,11 +30,11 @@ class CompileRequest:
     mesh: Mesh
     rules: LayoutRules
     target: str
-    repeats: int | None = None
+    periods: int | None = None
 
     def __post_init__(self) -> None:
-        if self.repeats is not None and self.repeats < 1:
-            raise UsageError(f"cannot compile {self.repeats} blocks; at least 1")
+        if self.periods is not None and self.periods < 1:
+            raise UsageError(f"cannot compile {self.periods} periods of blocks; at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,11 @@ class CompiledStep:
     def is_whole(self) -> bool:
         """Whether this is the program of the whole model, compiled or extrapolated."""
         return all(stack.traced == stack.n_blocks for stack in self.blocks)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it was compiled for CPU devices: it says nothing of compute and memory then."""
+        return self.target.startswith("cpu")
 
     @property
     def peak_bytes(self) -> int:

@@ -35,7 +35,7 @@ def target_collectives(
         data_axis: name of the mesh axis that splits the data.
         cost: the prediction of it: what it foresees as bfloat16 the target rounds to that.
     """
-    if not step.target.startswith("cpu"):
+    if not step.on_cpu:
         return step.collectives
     blocks = [stack.template for stack in step.blocks]
     apart: list[Collective] = []

@@ -40,7 +40,7 @@ def copy_scorer(
 ) -> tuple[ModelTable, Scorer]:
     """The variables of the copy that is compiled, and what scores its layouts."""
     setup = setup_of(mesh, workload)
-    copy = build(model, dtype=setup.workload.dtype, repeats=PERIODS[workload])
+    copy = build(model, dtype=setup.workload.dtype, periods=PERIODS[workload])
     copy = replace(copy, folding=Folding())
     chip = None if as_partitioned else setup.target.chip
     pricer = make_pricer(make_program(copy, setup.workload, chip), setup)

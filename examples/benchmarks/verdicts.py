@@ -89,7 +89,7 @@ class Question:
             mesh=parse_mesh(self.mesh),
             rules=self.rules,
             target=self.target,
-            repeats=None if self.is_whole else PERIODS[self.workload],
+            periods=None if self.is_whole else PERIODS[self.workload],
         )
 
     def row(self) -> Row:
