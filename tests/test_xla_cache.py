@@ -26,7 +26,7 @@ def test_a_verdict_comes_back_and_only_for_the_same_question(cache: VerdictCache
     assert cache.get(asked) == step
     for other in (
         request(rules=()),
-        request(repeats=3),
+        request(periods=3),
         request(target="tpu:v5e:2x4"),
         request(workload=Workload(kind="prefill", batch=8, seq_len=64)),
     ):
