@@ -61,7 +61,7 @@ def compare(
     if not layouts:
         raise UsageError("name at least one layout to compare")
     for layout in layouts:
-        if not isinstance(layout, Plan) and _name(layout) not in ("plan", _PLANNED):
+        if not isinstance(layout, Plan) and layout != _PLANNED and not is_json(os.fspath(layout)):
             check_there(layout)
     setup = make_setup(mesh, **options)
     traced = trace_model(model, setup.workload, setup.target.chip, Stopwatch(progress=on_progress))

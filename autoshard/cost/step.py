@@ -150,8 +150,9 @@ class StepPricer:
                     seconds += transfer.memory_seconds * moved.count
                 if transfer.pieces > 1:
                     windowed[once] = transfer
-        if windowed:
-            readers = Counter(o[:-1] for share in moving.values() for o, *_ in share.transfers)
+        if not windowed:
+            return seconds
+        readers = Counter(o[:-1] for share in moving.values() for o, *_ in share.transfers)
         for once, transfer in windowed.items():
             # Piece by piece only what no other op needs in the same layout.
             if readers[once[:-1]] == 1:

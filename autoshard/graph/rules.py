@@ -127,8 +127,8 @@ def _conv(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> L
         lhs[lhs_spec[1]] = rhs[rhs_spec[1]] = "input"
     # The gradient of a kernel in groups has them along its batch.
     grouped, n = (lhs_spec[1], n_groups) if n_groups > 1 else (lhs_spec[0], n_batch_groups)
-    passes = n == operands[0][grouped] == results[0][out_spec[1]]
-    if n > 1 and passes:
+    passes = 1 < n == operands[0][grouped] == results[0][out_spec[1]]
+    if passes:
         lhs[grouped] = "output"
     drop = [drop_ones(labels, shape) for labels, shape in zip((lhs, rhs), operands, strict=True)]
     result = drop_ones(out, results[0])

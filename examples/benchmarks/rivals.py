@@ -207,15 +207,15 @@ def _layouts(
 
 def _close_calls(results: Results, arguments: argparse.Namespace) -> Iterator[Question]:
     """The fastest of ours and of the rivals, where programs of some blocks tell too little."""
-    place = ("model", "mesh", "layout")
     rows = {
-        (*(row[n] for n in place), row["workload"]["kind"]): row for row in results.rows.values()
+        (row["model"], row["mesh"], row["workload"]["kind"], row["layout"]): row
+        for row in _shown(results, arguments)
     }
     for cell in cells(entries(results, arguments)):
         if PERIODS[cell.workload] is None or not cell.is_close(OURS, RIVALS):
             continue
         for entry in filter(None, (cell.fastest(OURS), cell.fastest(RIVALS))):
-            row = rows[entry.model, entry.mesh, entry.layout, entry.workload]
+            row = rows[entry.model, entry.mesh, entry.workload, entry.layout]
             yield Question(
                 model=entry.model,
                 mesh=entry.mesh,
@@ -230,6 +230,15 @@ def _close_calls(results: Results, arguments: argparse.Namespace) -> Iterator[Qu
 def entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
     """The verdicts that the table shows, in its order."""
     close = Results(path=CLOSE_RESULTS, fields=KEY)
+    for name, several in groupby(_shown(results, arguments), key=lambda row: row["model"]):
+        table = build(name).table()
+        for row in several:
+            whole = close.rows.get(close.key(row))
+            yield _entry(row, whole, table, arguments.links)
+
+
+def _shown(results: Results, arguments: argparse.Namespace) -> list[Row]:
+    """The rows of what is asked for, by the compiler and the versions that are here, in order."""
     places = {name: place for place, name in enumerate((*MODELS, *UNSEEN))}
     versions = installed_versions()
     rows = [
@@ -248,11 +257,7 @@ def entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
             MESHES.index(row["mesh"]),
         )
     )
-    for name, several in groupby(rows, key=lambda row: row["model"]):
-        table = build(name).table()
-        for row in several:
-            whole = close.rows.get(close.key(row))
-            yield _entry(row, whole, table, arguments.links)
+    return rows
 
 
 def _entry(row: Row, whole: Row | None, table: ModelTable, links: bool) -> Entry:

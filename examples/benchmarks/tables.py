@@ -177,15 +177,12 @@ def _summary(
     )
     headers = ["workload", f"speed-up over {hand}", "rows"]
     headers += [f"on the best mesh, over {hand} on {_MODEL_PARALLEL}", "models"]
-    rows = [
-        [
-            workload,
-            *_mean(ratio for cell in of if (ratio := cell.speed_up(ours, hand)) is not None),
-            *_mean(_with_free_mesh(of, ours, hand)),
-        ]
-        for workload in dict.fromkeys(cell.workload for cell in grouped)
-        if (of := [cell for cell in grouped if cell.workload == workload])
-    ]
+    rows = []
+    for workload in dict.fromkeys(cell.workload for cell in grouped):
+        several = [cell for cell in grouped if cell.workload == workload]
+        gains = (cell.speed_up(ours, hand) for cell in several)
+        free = _with_free_mesh(several, ours, hand)
+        rows.append([workload, *_mean(filter(None, gains)), *_mean(free)])
     return [counted, "", tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True)]
 
 
