@@ -222,7 +222,7 @@ def test_what_is_torn_and_reads_what_a_rule_asks_for_pays_once() -> None:
     propagator = Propagator(program, (8,))
     layouts = propagator.propagate(fixed, [(output_of(program, 0), (WHOLE,))])
     apart = propagator.apart
-    ((torn, own),) = apart.torn
+    ((torn, own),) = apart.torn.items()
     assert own == apart.around[torn][-1] == (1,)
     moved = StepPricer(program, MACHINE).price(layouts, apart).traffic
     assert [(one.kind, one.n_bytes) for one in moved] == [("all-to-all", 8 * 32 * 4 // 8)]

@@ -105,7 +105,7 @@ class StepPricer:
         """
         self._follow(layouts)
         apart = apart or Apart()
-        around = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn} | apart.around
+        around = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn.items()} | apart.around
         shares = {index: self._share(index, seen) for index, seen in around.items()}
         n_bytes = self._n_bytes
         if shares:
@@ -117,7 +117,7 @@ class StepPricer:
         compute += self._move(traffic, {**self._moving, **shares})
         self._wait_for_last_weight(traffic)
         compute += self._move_as_asked(traffic, apart.moved)
-        for index, own in apart.torn:
+        for index, own in apart.torn.items():
             shared = layouts[self.program.ops[index].results[0].group]
             for place, moved in enumerate(self._tearing(index, own, shared)):
                 traffic["torn", index, place] = moved

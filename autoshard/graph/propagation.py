@@ -9,6 +9,7 @@ asks for a layer's output, that one array is laid out so, and its group may lie 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,7 +22,16 @@ __all__ = ["Apart", "Propagator", "picker", "propagate", "torn_axes"]
 # The level at which matmuls have their first turn.
 _TEARING = 1
 
-_Changes = tuple[tuple[int, Layout], ...]
+_T = TypeVar("_T")
+
+# The number of a layout, in the order in which they are met; of whole arrays it is 0.
+_Number = int
+_ALL_WHOLE = 0
+
+# Positions among the arrays of an op, and the layouts that those get; None where neither this level
+# nor a later one changes anything.
+_Changes = tuple[tuple[int, _Number], ...] | None
+_NOT_KNOWN: _Changes = ((-1, _ALL_WHOLE),)
 
 
 def propagate(
@@ -34,11 +44,11 @@ def propagate(
     return Propagator(program, axis_sizes).propagate(fixed, asked)
 
 
-def picker(groups: Sequence[int]) -> Callable[[Sequence[Layout]], tuple[Layout, ...]]:
-    """What picks the layouts of some groups out of those of all, as fast as Python can."""
+def picker(groups: Sequence[int]) -> Callable[[Sequence[_T]], tuple[_T, ...]]:
+    """What picks the entries of some groups out of those of all, as fast as Python can."""
     if len(groups) == 1:
         (group,) = groups
-        return lambda layouts: (layouts[group],)
+        return lambda entries: (entries[group],)
     return itemgetter(*groups)
 
 
@@ -47,14 +57,14 @@ class Apart:
     """Where single arrays lie otherwise than their groups.
 
     Attributes:
-        torn: matmuls whose results met others of their groups that were laid out before, with the
+        torn: matmuls whose results met others of their groups that were laid out before -> the
             layouts that their operands alone gave them then.
         around: index of an op -> the layouts around it, where a rule asked for one of them.
         moved: index of a matmul whose result is moved at once, to where a rule asks for it or from
             there -> the layouts before and after.
     """
 
-    torn: list[tuple[int, Layout]] = field(default_factory=list)
+    torn: dict[int, Layout] = field(default_factory=dict)
     around: dict[int, tuple[Layout, ...]] = field(default_factory=dict)
     moved: dict[int, tuple[Layout, Layout]] = field(default_factory=dict)
 
@@ -63,7 +73,8 @@ class Propagator:
     """Propagates many layouts through one program.
 
     What one op makes of the layouts around it is remembered, and ops that look alike (those of
-    different blocks do) share it, so that further layouts cost a table lookup an op.
+    different blocks do) share it, so that further layouts cost a table lookup an op. Layouts are
+    numbered, for a table of numbers is found faster.
 
     Args:
         program: the step.
@@ -75,10 +86,17 @@ class Propagator:
 
     def __init__(self, program: Program, axis_sizes: Sequence[int]) -> None:
         self.apart = Apart()
+        self._layouts: list[Layout] = []
+        self._numbers: dict[Layout, _Number] = {}
+        self._number((WHOLE,) * len(axis_sizes))
         self._meets = bytearray(map(may_tear, program.ops))
         self._program = program
         self._axis_sizes = tuple(axis_sizes)
         self._touching = program.touching()
+        self._reads: dict[int, list[tuple[int, int]]] = {}
+        for index, op in enumerate(program.ops):
+            for position, array in enumerate(op.operands):
+                self._reads.setdefault(array.identity, []).append((index, position))
         self._groups_of = [op.groups for op in program.ops]
         self._around = [picker(groups) for groups in self._groups_of]
         levels = range(LEVELS)
@@ -92,10 +110,16 @@ class Propagator:
         ]
         # By level and op: the layouts around it -> what it changes; one table for each look.
         looks = [spread_look(op, program) for op in program.ops]
-        self._spreads: list[list[dict[tuple[Layout, ...], _Changes]]] = []
+        self._spreads: list[list[dict[tuple[_Number, ...], _Changes]]] = []
         for _ in range(LEVELS):
-            tables: dict[object, dict[tuple[Layout, ...], _Changes]] = {look: {} for look in looks}
+            tables: dict[object, dict[tuple[_Number, ...], _Changes]] = {look: {} for look in looks}
             self._spreads.append([tables[look] for look in looks])
+
+    def _number(self, layout: Layout) -> _Number:
+        number = self._numbers.setdefault(layout, len(self._layouts))
+        if number == len(self._layouts):
+            self._layouts.append(layout)
+        return number
 
     def propagate(
         self,
@@ -112,7 +136,7 @@ class Propagator:
         Returns:
             One layout a group; a group that nothing reaches is whole on every device.
         """
-        whole = (WHOLE,) * len(self._axis_sizes)
+        whole = self._layouts[_ALL_WHOLE]
         known: dict[int, Layout] = {}
         for output, layout in asked:
             begun = known.get(output.group, whole)
@@ -120,24 +144,25 @@ class Propagator:
                 new if old == WHOLE else old for old, new in zip(begun, layout, strict=True)
             )
         known |= fixed
-        state = [known.get(group, whole) for group in range(len(self._program.groups))]
-        self.apart = Apart()
-        if not self._axis_sizes:
-            return tuple(state)
-        # Nothing comes of an op around which all is whole.
-        split = bytearray(len(self._around))
+        state = [_ALL_WHOLE] * len(self._program.groups)
+        # An op is settled where nothing comes of it any more, as where all around it is whole.
+        unsettled = bytearray(len(self._around))
         for group, layout in known.items():
             if layout != whole:
+                state[group] = self._number(layout)
                 for index in self._touching[group]:
-                    split[index] = True
-        wanted = self._wanted_arrays(asked)
-        for level in range(LEVELS):
-            self._run_level(level, state, fixed, wanted, split)
-        self.apart.torn = [
-            (index, own)
-            for index, own in self.apart.torn
+                    unsettled[index] = True
+        self.apart = Apart()
+        if self._axis_sizes:
+            wanted = self._wanted_arrays(asked)
+            for level in range(LEVELS):
+                self._run_level(level, state, fixed, wanted, unsettled)
+        laid = tuple(map(self._layouts.__getitem__, state))
+        self.apart.torn = {
+            index: own
+            for index, own in self.apart.torn.items()
             if self._groups_of[index][-1] not in known
-        ]
+        }
         made: dict[int, list[tuple[LayerOutput, Layout]]] = {}
         for output, layout in asked:
             if output.made_by is not None:
@@ -145,14 +170,14 @@ class Propagator:
         for index, outputs in made.items():
             # Where something that is priced by itself is between, that is laid out as asked.
             if self._groups_of[index][-1] == outputs[-1][0].group:
-                self._set_apart(index, outputs, state)
-        return tuple(state)
+                self._set_apart(index, outputs, laid)
+        return laid
 
     def _set_apart(
         self,
         index: int,
         asked: Sequence[tuple[LayerOutput, Layout]],
-        state: Sequence[Layout],
+        laid: Sequence[Layout],
     ) -> None:
         """Note the ops that see a result as was asked or made, where its group lies otherwise.
 
@@ -164,18 +189,13 @@ class Propagator:
         Args:
             index: of the contraction.
             asked: the outputs that it makes, and the layouts that are asked of them.
-            state: the layouts of all groups.
+            laid: the layouts of all groups.
         """
         read, want = {output.identity for output, _ in asked}, asked[-1][1]
         as_made = any(output.as_made for output, _ in asked)
-        op, around = self._program.ops[index], self._around[index](state)
-        readers = [
-            (reader, position)
-            for reader in self._touching[self._groups_of[index][-1]]
-            for position, operand in enumerate(self._program.ops[reader].operands)
-            if operand.identity in read
-        ]
-        own = want if as_made else self._alone(index, around)
+        op, around = self._program.ops[index], self._around[index](laid)
+        readers = [place for identity in read for place in self._reads.get(identity, ())]
+        own = want if as_made else self._alone(index, [self._number(one) for one in around])
         splits = (
             factors_split(array, layout, op.factor_sizes, self._axis_sizes)
             for array, layout in zip(op.operands, around[: len(op.operands)], strict=True)
@@ -189,43 +209,42 @@ class Propagator:
                 made[axis] = own[axis]
             elif axis in summed and not readers:
                 made[axis] = moved[axis] = shared
-        self._see(index, len(around) - 1, tuple(made), state)
+        self._see(index, len(around) - 1, tuple(made), laid)
         if made != moved:
             self.apart.moved[index] = (tuple(made), tuple(moved))
-        for reader, position in readers:
-            self._see(reader, position, want, state)
+        for reader, position in sorted(readers):
+            self._see(reader, position, want, laid)
 
-    def _see(self, index: int, position: int, layout: Layout, state: Sequence[Layout]) -> None:
+    def _see(self, index: int, position: int, layout: Layout, laid: Sequence[Layout]) -> None:
         """Note the layout in which an op sees one of its arrays, if it is not the group's."""
         seen = self.apart.around.get(index)
         if seen is None:
-            seen = self._around[index](state)
-            seen = (*seen[:-1], dict(self.apart.torn).get(index, seen[-1]))
+            seen = self._around[index](laid)
+            seen = (*seen[:-1], self.apart.torn.get(index, seen[-1]))
         if seen[position] != layout:
             self.apart.around[index] = (*seen[:position], layout, *seen[position + 1 :])
 
     def _wanted_arrays(
         self, asked: Sequence[tuple[LayerOutput, Layout]]
-    ) -> dict[int, dict[int, Layout]]:
+    ) -> dict[int, dict[int, _Number]]:
         """Index of an op -> its arrays, by position, whose layout is asked, and how."""
-        wanted: dict[int, dict[int, Layout]] = {}
+        wanted: dict[int, dict[int, _Number]] = {}
         for output, layout in asked:
-            for index in self._touching[output.group]:
-                op = self._program.ops[index]
-                for position, array in enumerate(op.operands):
-                    if array.identity == output.identity:
-                        wanted.setdefault(index, {})[position] = layout
-                if index == output.made_by:
-                    wanted.setdefault(index, {})[len(op.operands)] = layout
+            number = self._number(layout)
+            for index, position in self._reads.get(output.identity, ()):
+                wanted.setdefault(index, {})[position] = number
+            if output.made_by is not None:
+                result = len(self._program.ops[output.made_by].operands)
+                wanted.setdefault(output.made_by, {})[result] = number
         return wanted
 
     def _run_level(
         self,
         level: int,
-        state: list[Layout],
+        state: list[_Number],
         fixed: Mapping[int, Layout],
-        wanted: Mapping[int, Mapping[int, Layout]],
-        split: bytearray,
+        wanted: Mapping[int, Mapping[int, _Number]],
+        unsettled: bytearray,
     ) -> None:
         """Give each op its turn in order, and another where something around it changes afterwards.
 
@@ -238,7 +257,7 @@ class Propagator:
         may, begins, spreads = self._may[level], self._begins[level], self._spreads[level]
         around_of, groups_of, touching = self._around, self._groups_of, self._touching
         meets = self._meets if level == _TEARING else bytes(len(spreads))
-        ready = bytearray((self._new[level] & np.frombuffer(split, dtype=bool)).tobytes())
+        ready = bytearray((self._new[level] & np.frombuffer(unsettled, dtype=bool)).tobytes())
         waiting = bytearray(len(ready))
         again: list[int] = []
         at = -1
@@ -249,48 +268,53 @@ class Propagator:
             around = around_of[index](state)
             own = wanted.get(index)
             if own:
-                around = tuple(own.get(place, layout) for place, layout in enumerate(around))
+                around = tuple(own.get(place, number) for place, number in enumerate(around))
             if in_order and meets[index]:
                 self._tear(index, around)
-            changes = spreads[index].get(around)
-            if changes is None:
+            changes = spreads[index].get(around, _NOT_KNOWN)
+            if changes is _NOT_KNOWN:
                 changes = self._spread(index, level, around)
-            for position, layout in changes:
+            if changes is None:
+                unsettled[index] = False
+                continue
+            for position, number in changes:
                 group = groups_of[index][position]
                 if group in fixed or (own and position in own):
                     continue
-                state[group] = layout
+                state[group] = number
                 for other in touching[group]:
-                    split[other] = True
+                    unsettled[other] = True
                     if other > at and begins[other]:
                         ready[other] = True
                     elif may[other] and not waiting[other]:
                         waiting[other] = True
                         again.append(other)
 
-    def _tear(self, index: int, around: tuple[Layout, ...]) -> None:
+    def _tear(self, index: int, around: tuple[_Number, ...]) -> None:
         """Note a matmul whose operands give its result another layout than its group has."""
-        shared = around[-1]
-        if any(dim != WHOLE for dim in shared) and torn_axes(
-            own := self._alone(index, around), shared
-        ):
-            self.apart.torn.append((index, own))
+        shared = self._layouts[around[-1]]
+        if around[-1] != _ALL_WHOLE and torn_axes(own := self._alone(index, around), shared):
+            self.apart.torn[index] = own
 
-    def _alone(self, index: int, around: tuple[Layout, ...]) -> Layout:
+    def _alone(self, index: int, around: Sequence[_Number]) -> Layout:
         """The layout that its operands alone give the result of a matmul."""
-        whole = (WHOLE,) * len(self._axis_sizes)
-        alone = (*around[:-1], whole)
-        changes = self._spreads[_TEARING][index].get(alone)
-        if changes is None:
-            changes = self._spread(index, _TEARING, alone)
-        return dict(changes).get(len(around) - 1, whole)
+        changes = self._spread(index, _TEARING, (*around[:-1], _ALL_WHOLE))
+        return self._layouts[dict(changes or ()).get(len(around) - 1, _ALL_WHOLE)]
 
-    def _spread(self, index: int, level: int, around: tuple[Layout, ...]) -> _Changes:
-        """What one op changes: positions among its arrays, and their new layouts."""
-        op = self._program.ops[index]
-        sizes = [self._program.groups[group].sizes for group in self._groups_of[index]]
-        changes = tuple(spread(op, level, around, sizes, self._axis_sizes))
-        self._spreads[level][index][around] = changes
+    def _spread(self, index: int, level: int, around: tuple[_Number, ...]) -> _Changes:
+        """What one op changes at a level, remembered."""
+        table = self._spreads[level][index]
+        changes = table.get(around, _NOT_KNOWN)
+        if changes is _NOT_KNOWN:
+            op = self._program.ops[index]
+            sizes = [self._program.groups[group].sizes for group in self._groups_of[index]]
+            layouts = [self._layouts[number] for number in around]
+            changed = spread(op, level, layouts, sizes, self._axis_sizes)
+            changes = tuple((position, self._number(layout)) for position, layout in changed)
+            later = (at for at in range(level + 1, LEVELS) if self._new[at][index])
+            if not changes and all(self._spread(index, at, around) is None for at in later):
+                changes = None
+            table[around] = changes
         return changes
 
 
