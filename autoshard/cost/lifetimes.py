@@ -20,27 +20,24 @@ Times = npt.NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetimes:
-    """One entry an op.
+    """Of each op its result, what fused ops write for it, and a weight that it gathers.
 
     Attributes:
-        own: when it runs.
+        own: when each op runs.
         last_read: until when its result is needed.
-        copies: how many like its result there are at once in the whole model.
-        crosses: whether the forward half leaves it to the backward half.
-        chains_read: until when what fused ops make for it is needed, where that is written.
-        chain_copies: how many like that there are at once in the whole model.
-        gathered_from, gathered_to: the times between which a weight is there that it gathers.
+        start, end: of the results of all ops, then of what is written for them, then of what they
+            gather: from when until when it is there.
+        copies: how many like each of these there are at once in the whole model.
+        passes: whether it is gone before the other half of the step, or is no result.
         gradients: the group of each gradient -> that of the weight or slot which it changes.
     """
 
     own: Times
     last_read: Times
+    start: Times
+    end: Times
     copies: Bytes
-    crosses: npt.NDArray[np.bool_]
-    chains_read: Times
-    chain_copies: Bytes
-    gathered_from: Times
-    gathered_to: Times
+    passes: npt.NDArray[np.bool_]
     gradients: dict[int, int]
 
 
@@ -68,16 +65,16 @@ def lifetimes(program: Program) -> Lifetimes:
     for index, chained in program.chained_operands.items():
         chains_read[index] = max(chain.readers[-1] for chain in chained.values())
     gathered_from, gathered_to = _gathered(ops)
-    crosses = _crosses(ops, program.last_readers)
+    own, crosses = np.arange(len(ops)), _crosses(ops, program.last_readers)
     return Lifetimes(
-        own=np.arange(len(ops)),
+        own=own,
         last_read=last_read,
-        copies=_copies(ops, crosses),
-        crosses=crosses,
-        chains_read=chains_read,
-        chain_copies=_copies(ops, _crosses(ops, chains_read)),
-        gathered_from=gathered_from,
-        gathered_to=gathered_to,
+        start=np.concatenate([own, own, gathered_from]),
+        end=np.concatenate([last_read, chains_read, gathered_to]),
+        copies=np.concatenate(
+            [_copies(ops, crosses), _copies(ops, _crosses(ops, chains_read)), np.ones(len(ops))]
+        ),
+        passes=np.concatenate([~crosses, np.ones(2 * len(ops), dtype=bool)]),
         gradients=gradients,
     )
 
@@ -134,10 +131,9 @@ def weights_read(op: Op) -> set[int]:
     return {array.identity for array in op.operands if array.is_held}
 
 
-def alive(n_bytes: Bytes, start: Times, end: Times) -> Bytes:
+def alive(n_ops: int, n_bytes: Bytes, start: Times, end: Times) -> Bytes:
     """Bytes in memory while each op runs, of arrays that are there from `start` to `end`."""
-    n = len(n_bytes)
-    begun = np.bincount(start, weights=n_bytes, minlength=n).cumsum()
-    ended = np.bincount(end, weights=n_bytes, minlength=n)
+    begun = np.bincount(start, weights=n_bytes, minlength=n_ops).cumsum()
+    ended = np.bincount(end, weights=n_bytes, minlength=n_ops)
     still: Bytes = begun - ended.cumsum() + ended
     return still

@@ -106,28 +106,19 @@ class PeakMemory:
         """What the ops have made that is in memory when that is most: gradients apart."""
         times = self._lifetimes
         made, gathered, chained, working, gradient = ops.T
-        kept = made * times.copies
-        written = chained * times.chain_copies
-        small = self.small_bytes
-        passing = np.where((made <= small) & ~times.crosses, kept, 0.0)
-        on_chip = (
-            alive(passing, times.own, times.last_read)
-            + alive(np.where(chained <= small, written, 0.0), times.own, times.chains_read)
-            + alive(_up_to(small, gathered), times.gathered_from, times.gathered_to)
-            + _up_to(small, working)
-        )
-        temporary = (
-            alive(kept, times.own, times.last_read)
-            + alive(written, times.own, times.chains_read)
-            + alive(gathered, times.gathered_from, times.gathered_to)
-            + working
-            - on_chip.clip(max=_ON_CHIP_SHARE * self._vmem)
-        )
+        n, limit = len(ops), self.small_bytes
+        n_bytes = np.concatenate([made, chained, gathered])
+        held = n_bytes * times.copies
+        small = np.where((n_bytes <= limit) & times.passes, held, 0.0)
+        on_chip = alive(n, small, times.start, times.end)
+        on_chip += np.where(working <= limit, working, 0.0)
+        temporary = alive(n, held, times.start, times.end) + working
+        temporary -= on_chip.clip(max=_ON_CHIP_SHARE * self._vmem)
         gradient = gradient.copy()
-        for index, group, n_bytes in self._gradients:
+        for index, group, whole in self._gradients:
             # It is brought into the layout of its weight at once, if that takes more.
-            gradient[index] = max(gradient[index], self._shard(n_bytes, group, layouts))
-        gradients = alive(gradient, times.own, times.last_read)
+            gradient[index] = max(gradient[index], self._shard(whole, group, layouts))
+        gradients = alive(n, gradient, times.own, times.last_read)
         peak = (temporary + gradients).argmax()
         return int(temporary[peak]), int(gradients[peak])
 
@@ -209,8 +200,3 @@ class PeakMemory:
 
     def _shard(self, n_bytes: int, group: int, layouts: Sequence[Layout]) -> int:
         return local_bytes(n_bytes, layouts[group], self._axis_sizes)
-
-
-def _up_to(limit: float, n_bytes: Bytes) -> Bytes:
-    """What is no larger, and 0 in place of the rest."""
-    return np.where(n_bytes <= limit, n_bytes, 0)

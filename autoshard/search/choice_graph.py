@@ -55,6 +55,8 @@ class ChoiceGraph:
             table of the other direction is a view of the same numbers.
         alive: the nodes that are left, in order.
         light, heavy: nodes to look at again, by cheap and by costly rules.
+        fresh: of each node the neighbours to which the edge has changed since its cheap rules were
+            tried.
     """
 
     limit: float
@@ -69,6 +71,10 @@ class ChoiceGraph:
     light: dict[int, None] = field(default_factory=dict)
     heavy: dict[int, None] = field(default_factory=dict)
     records: list[_Record] = field(default_factory=list)
+    fresh: list[set[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fresh = [set() for _ in self.costs]
 
     @classmethod
     def of(cls, problem: Problem) -> "ChoiceGraph":
@@ -126,18 +132,26 @@ class ChoiceGraph:
         self.light[node] = None
         self.heavy[node] = None
 
+    def touch_edge(self, u: int, v: int) -> None:
+        """Have every rule look at the edge between two nodes again."""
+        self.fresh[u].add(v)
+        self.fresh[v].add(u)
+        self.touch(u)
+        self.touch(v)
+
     def connect(self, u: int, v: int, table: Floats) -> None:
         """Add a table (sums, strategies of u, strategies of v) to the edge between two nodes."""
         if v in self.tables[u]:
             table = self.tables[u][v] + table
         self.tables[u][v] = table
         self.tables[v][u] = table.swapaxes(1, 2)
-        self.touch(u)
-        self.touch(v)
+        self.touch_edge(u, v)
 
     def disconnect(self, u: int, v: int) -> Floats:
         """Take the edge between two nodes away and return its table, rows for u."""
         del self.tables[v][u]
+        self.fresh[u].discard(v)
+        self.fresh[v].discard(u)
         self.touch(u)
         self.touch(v)
         return self.tables[u].pop(v)
@@ -158,7 +172,7 @@ class ChoiceGraph:
             table = np.ascontiguousarray(table[:, keep])
             self.tables[node][other] = table
             self.tables[other][node] = table.swapaxes(1, 2)
-            self.touch(other)
+            self.touch_edge(other, node)
         self.touch(node)
 
     def merge(self, node: int, parent: int, choice: Indices) -> None:
@@ -223,6 +237,7 @@ class ChoiceGraph:
             mean = np.tensordot(weights, np.where(np.isinf(table), 0.0, table), 1)[None]
             mean[:, np.isinf(table[0])] = np.inf
             twin.tables[u][v], twin.tables[v][u] = mean, mean.swapaxes(1, 2)
+            twin.touch_edge(u, v)
         return twin
 
     def edges(self) -> list[tuple[int, int, Floats]]:

@@ -64,7 +64,11 @@ def reduce_graph(graph: ChoiceGraph, *, thorough: bool = True) -> None:
 
 def _apply_cheap_rules(graph: ChoiceGraph, node: int) -> None:
     _make_consistent(graph, node)
+    fresh = graph.fresh[node]
     for other in list(graph.tables[node]):
+        if other not in fresh:
+            continue
+        fresh.discard(other)
         if _split_separable(graph, node, other):
             continue
         if _merge_follower(graph, other, node):
@@ -75,8 +79,8 @@ def _apply_cheap_rules(graph: ChoiceGraph, node: int) -> None:
 
 def _make_consistent(graph: ChoiceGraph, node: int) -> None:
     keep = np.isfinite(graph.costs[node][0])
-    for table in graph.tables[node].values():
-        keep &= np.isfinite(table[0]).any(axis=1)
+    for other in graph.fresh[node]:
+        keep &= np.isfinite(graph.tables[node][other][0]).any(axis=1)
     if not keep.all():
         graph.restrict(node, keep)
 
@@ -135,8 +139,7 @@ def _drop_dominated(graph: ChoiceGraph, node: int) -> None:
         dropped = _dominated(given, no_heavier, graph.tolerance) & np.isfinite(table[0])
         if dropped.any():
             table[:, dropped] = np.inf
-            graph.touch(node)
-            graph.touch(other)
+            graph.touch_edge(node, other)
             least[other] = _least_differences(table)
     if not least:
         keep = ~_dominated(own[..., None], no_heavier, graph.tolerance)[:, 0]

@@ -127,8 +127,7 @@ class Relaxation:
                     dear = (total > slack) & np.isfinite(table[0])
                     if dear.any():
                         table[:, dear] = np.inf
-                        graph.touch(u)
-                        graph.touch(v)
+                        graph.touch_edge(u, v)
             graph.costs[u] = np.where(keep, graph.costs[u], np.inf)
             if not keep.all():
                 graph.touch(u)
