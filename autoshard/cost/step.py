@@ -111,8 +111,8 @@ class StepPricer:
         """
         self._follow(layouts)
         apart = apart or Apart()
-        around = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn.items()} | apart.around
-        shares = {index: self._share(index, seen) for index, seen in around.items()}
+        torn = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn.items()}
+        shares = {index: self._share(index, seen) for index, seen in (torn | apart.around).items()}
         n_bytes = self._n_bytes
         if shares:
             n_bytes = n_bytes.copy()

@@ -22,6 +22,7 @@ __all__ = [
     "FLOAT32",
     "Transfer",
     "array_transfers",
+    "as_made",
     "as_all_reduce",
     "collective",
     "folded_sums",
@@ -31,6 +32,7 @@ __all__ = [
     "op_transfers",
     "result_moves",
     "transfer_by_part",
+    "transfers_between",
 ]
 
 FLOAT32 = 4
@@ -197,9 +199,31 @@ def array_transfers(
         layout: how the array lies outside of the op.
         machine: the chips and links.
     """
-    made = layout_of(array, choice)
+    made, partial = as_made(op, array, operand, choice)
+    return transfers_between(op, array, operand, made, partial, layout, machine)
+
+
+def as_made(op: Op, array: Array, operand: int | None, choice: Choice) -> tuple[Layout, Choice]:
+    """How an array lies in its op, and the factors summed over each axis, or `WHOLE`.
+
+    Args:
+        op, array, operand, choice: as for `array_transfers`.
+    """
     summed = () if operand is not None else op.reduced
     partial = tuple(factor if factor in summed else WHOLE for factor in choice)
+    return layout_of(array, choice), partial
+
+
+def transfers_between(
+    op: Op,
+    array: Array,
+    operand: int | None,
+    made: Layout,
+    partial: Choice,
+    layout: Layout,
+    machine: Machine,
+) -> list[Transfer]:
+    """As `array_transfers`, with what `as_made` finds."""
     (made, layout, partial), uncut = machine.simplest((made, layout, partial))
     moves = _between(op, array, operand, made, layout, partial, uncut)
     return list(moves) if uncut is machine else [transfer_by_part(m, machine) for m in moves]

@@ -5,8 +5,8 @@ the least cost of this problem is a lower bound on the cost of every propagated 
 specs it gives the families are where the search starts.
 
 Nodes: a family chooses a spec, a group of arrays a layout, an op the factor it splits over each
-mesh axis. Edges: an op and each group it reads or makes, priced by `array_transfers`. An array that
-several ops read is gathered once in the program, so each reader is charged an equal share; the
+mesh axis. Edges: an op and each group it reads or makes, priced by `transfers_between`. An array
+that several ops read is gathered once in the program, so each reader is charged an equal share; the
 same holds for sums of partial sums. Repeated blocks are tied: their intermediates are laid out
 alike. With the solver's two sums
 
@@ -30,14 +30,15 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import candidate_choices
 from autoshard.cost.transfers import (
     Transfer,
-    array_transfers,
+    as_made,
     folded_sums,
     local_bytes,
     moved_bytes,
+    transfers_between,
 )
 from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import WHOLE, Array, Layout, Op
-from autoshard.graph.splits import layout_of, splits_evenly
+from autoshard.graph.splits import splits_evenly
 from autoshard.graph.tying import tie_blocks
 from autoshard.mesh import Mesh, Spec
 from autoshard.search.candidates import Choices, all_whole, fixed_layouts
@@ -219,15 +220,15 @@ class _Builder:
 
         What compute might hide is taken to be hidden.
         """
-        partial = [factor in op.reduced for factor in choice] if operand is None else []
+        made, partial = as_made(op, array, operand, choice)
         may_hide = may_be_windowed(op, array, operand) or (
             operand is not None and self.pricer.may_run_beside(op, array)
         )
         looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None
         # All that the moves depend on beside the layout.
         like = (
-            layout_of(array, choice),
-            tuple(partial),
+            made,
+            tuple(factor != WHOLE for factor in partial),
             looked_up,
             op.backward,
             array.n_bytes if operand is None else moved_bytes(op, array, self.machine),
@@ -238,23 +239,22 @@ class _Builder:
         known = self._moves.setdefault(like, {})
         for layout in layouts:
             if layout not in known:
-                moves = array_transfers(op, array, operand, choice, layout, self.machine)
-                known[layout] = self.sums_of(folded_sums(moves, self.machine), may_hide)
+                moves = transfers_between(op, array, operand, made, partial, layout, self.machine)
+                if operand is None:
+                    moves = folded_sums(moves, self.machine)
+                known[layout] = self.sums_of(moves, may_hide)
         return [known[layout] for layout in layouts]
 
     def sums_of(self, moves: Sequence[Transfer], may_hide: bool) -> tuple[float, float]:
         """What transfers add to the two sums, if compute may hide their gathers or not."""
-        blocking = sum(
-            move.seconds
-            for move in moves
-            if not (
-                move.overlapped
-                or (may_hide and move.kind == "all-gather")
-                or is_decomposed(move, math.inf, self.machine)
-            )
-        )
-        written = sum(move.memory_seconds for move in moves)
-        return blocking + written, sum(move.seconds for move in moves)
+        blocking = written = everything = 0.0
+        for move in moves:
+            everything += move.seconds
+            written += move.memory_seconds
+            hidden = move.overlapped or (may_hide and move.kind == "all-gather")
+            if not (hidden or is_decomposed(move, math.inf, self.machine)):
+                blocking += move.seconds
+        return blocking + written, everything
 
     def add_node(self, costs: tuple[float, ...], usages: tuple[float, ...] = ()) -> int:
         """A node whose costs are compute: they do not count in the parallel sum."""

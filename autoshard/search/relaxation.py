@@ -14,6 +14,8 @@ A choice through an entry costs at least the bound plus what that entry lies abo
 its node or edge: with a known answer, entries that exceed it go away (`forbid_dear`).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from autoshard.search.choice_graph import ChoiceGraph, Floats
@@ -41,7 +43,6 @@ class Relaxation:
     def __init__(self, graph: ChoiceGraph, weights: Floats) -> None:
         self._graph = graph
         self._order = tuple(graph.alive)
-        self._rank = {node: rank for rank, node in enumerate(self._order)}
         # A sum of weight 0 is left out: 0 times a forbidden entry is no number.
         used = weights > 0
         weights = weights[used]
@@ -53,6 +54,9 @@ class Relaxation:
             self._tables[u][v], self._tables[v][u] = mean, mean.T
             self._messages[u][v] = np.zeros(mean.shape[0])
             self._messages[v][u] = np.zeros(mean.shape[1])
+        rank = {node: rank for rank, node in enumerate(self._order)}
+        self._later = {u: [v for v in self._tables[u] if rank[v] > rank[u]] for u in self._order}
+        self._earlier = {u: [v for v in self._tables[u] if rank[v] < rank[u]] for u in self._order}
         self.prices = np.zeros(graph.n_times)
         self._priced = dict(self._costs)
 
@@ -66,26 +70,28 @@ class Relaxation:
                 cost = cost + load.usages * (total[load.stop] - total[load.start])
             self._priced[u] = cost
 
-    def sweep(self) -> dict[int, int]:
-        """One pass of messages forward and backward; returns the choice met on the way."""
-        self._pass(self._order, 1)
-        return self._pass(self._order[::-1], -1)
-
-    def _pass(self, order: tuple[int, ...], sign: int) -> dict[int, int]:
+    def sweep(self, *, choose: bool) -> dict[int, int]:
+        """Pass messages forward and backward; returns the choice met on the way, if asked."""
+        for u in self._order:
+            self._send(u, self._later[u])
         chosen: dict[int, int] = {}
-        for u in order:
-            here, tables = self._messages[u], self._tables[u]
-            ahead = [v for v in tables if sign * (self._rank[v] - self._rank[u]) > 0]
-            total = self.node_costs(u)
-            decided = self._priced[u] + sum(
-                tables[v][:, chosen[v]] if v in chosen else here[v] for v in tables
-            )
-            chosen[u] = int(decided.argmin())
-            share = total / max(len(ahead), len(tables) - len(ahead), 1)
-            for v in ahead:
-                here[v] = here[v] - share
-                self._messages[v][u] = (tables[v] - here[v][:, None]).min(axis=0)
+        for u in self._order[::-1]:
+            if choose:
+                here, tables = self._messages[u], self._tables[u]
+                decided = self._priced[u] + sum(
+                    tables[v][:, chosen[v]] if v in chosen else here[v] for v in tables
+                )
+                chosen[u] = int(decided.argmin())
+            self._send(u, self._earlier[u])
         return chosen
+
+    def _send(self, u: int, ahead: Sequence[int]) -> None:
+        """Move what a node costs to its edges with the nodes ahead, and on to those."""
+        here, tables = self._messages[u], self._tables[u]
+        share = self.node_costs(u) / max(len(ahead), len(tables) - len(ahead), 1)
+        for v in ahead:
+            here[v] = here[v] - share
+            self._messages[v][u] = (tables[v] - here[v][:, None]).min(axis=0)
 
     def node_costs(self, u: int) -> Floats:
         """What the strategies of a node cost after all moves."""
@@ -155,13 +161,14 @@ class Ascent:
         """Whether another step is worth its time."""
         return self.n_steps < _MOST_STEPS and self._since_gain < _GIVE_UP
 
-    def step(self, known: float) -> dict[int, int]:
-        """One sweep and a change of prices; returns the choice met on the way.
+    def step(self, known: float, *, choose: bool) -> dict[int, int]:
+        """One sweep and a change of prices; returns the choice met on the way, if asked.
 
         Args:
             known: cost of the best answer, or infinity.
+            choose: whether to make a choice.
         """
-        chosen = self._relaxation.sweep()
+        chosen = self._relaxation.sweep(choose=choose)
         bound = self._relaxation.bound()
         self.n_steps += 1
         gained = bound > self.best_bound + _GAIN * abs(bound)

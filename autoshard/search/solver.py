@@ -39,6 +39,8 @@ _PROVEN = 1e-6
 _LARGE = 10_000
 _TOO_LARGE = 150_000
 _ROUNDS = 3
+# So many steps of dual ascent come before another answer is made of one.
+_ANSWER_EVERY = 5
 _MOST_WEIGHTS = 10
 # A weight that leaves the other sum to choose among answers alike in the first.
 _ALMOST_ONE = 1.0 - 1e-4
@@ -231,9 +233,10 @@ class _Search:
         weights = np.eye(graph.n_sums)[0] if self.weights is None else self.weights
         ascent, over = Ascent(graph, weights), self.until(0.3)
         while ascent.improving() and not over() and self.relative_gap() > self.gap:
-            chosen = ascent.step(self.cost)
+            answers = (ascent.n_steps + 1) % _ANSWER_EVERY == 0
+            chosen = ascent.step(self.cost, choose=answers)
             self.raise_bound(ascent.best_bound)
-            if ascent.n_steps % 5 == 0:
+            if answers:
                 state = State(graph, chosen)
                 state.repair(over)
                 self.offer(state)
