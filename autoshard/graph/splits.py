@@ -42,8 +42,12 @@ def factors_split(
         factor_sizes: of the op.
         axis_sizes: devices along each axis.
     """
-    factors = (WHOLE if dim == WHOLE else array.factors[dim] for dim in layout)
-    split = [WHOLE if factor is None else factor for factor in factors]
+    factors = array.factors
+    split = [
+        WHOLE if dim == WHOLE or (factor := factors[dim]) is None else factor for dim in layout
+    ]
+    if not array.inner:  # as of most, many times in a search
+        return tuple(split)
     for dim, held in factors_held(array).items():
         position, room, fits = 0, factor_sizes[held[0]], True
         for axis in (axis for axis, at in enumerate(layout) if at == dim):
@@ -58,10 +62,15 @@ def factors_split(
 
 def layout_of(array: Array, choice: Layout) -> Layout:
     """How an array lies where its op splits these factors."""
-    factors, inner = array.factors, dict(array.inner)
+    factors = array.factors
+    inner = dict(array.inner) if array.inner else {}
     return tuple(
-        factors.index(factor) if factor != WHOLE and factor in factors else inner.get(factor, WHOLE)
-        for factor in choice
+        [
+            factors.index(factor)
+            if factor != WHOLE and factor in factors
+            else inner.get(factor, WHOLE)
+            for factor in choice
+        ]
     )
 
 

@@ -101,9 +101,10 @@ def spread(
         layout = around[at]
         for factor, axes in wanted:
             (dim,) = layout_of(arrays[at], (factor,))
+            if dim == WHOLE:
+                continue
             split = factors_split(arrays[at], layout, op.factor_sizes, axis_sizes)
-            pulled = any(own == factor and axis not in axes for axis, own in enumerate(split))
-            if dim == WHOLE or pulled:
+            if any(own == factor and axis not in axes for axis, own in enumerate(split)):
                 continue  # as in `_wanted`: the small side of a broadcast pulls elsewhere
             for axis in axes:
                 finer = (*layout[:axis], dim, *layout[axis + 1 :])
