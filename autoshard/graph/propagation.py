@@ -93,10 +93,11 @@ class Propagator:
         self._program = program
         self._axis_sizes = tuple(axis_sizes)
         self._touching = program.touching()
-        self._reads: dict[int, list[tuple[int, int]]] = {}
+        # By identity and group of an array: the ops that read it, and at which position.
+        self._reads: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for index, op in enumerate(program.ops):
             for position, array in enumerate(op.operands):
-                self._reads.setdefault(array.identity, []).append((index, position))
+                self._reads.setdefault((array.identity, array.group), []).append((index, position))
         self._groups_of = [op.groups for op in program.ops]
         self._around = [picker(groups) for groups in self._groups_of]
         levels = range(LEVELS)
@@ -194,7 +195,8 @@ class Propagator:
         read, want = {output.identity for output, _ in asked}, asked[-1][1]
         as_made = any(output.as_made for output, _ in asked)
         op, around = self._program.ops[index], self._around[index](laid)
-        readers = [place for identity in read for place in self._reads.get(identity, ())]
+        group = op.results[-1].group
+        readers = [place for one in read for place in self._reads.get((one, group), ())]
         own = want if as_made else self._alone(index, [self._number(one) for one in around])
         splits = (
             factors_split(array, layout, op.factor_sizes, self._axis_sizes)
@@ -231,11 +233,11 @@ class Propagator:
         wanted: dict[int, dict[int, _Number]] = {}
         for output, layout in asked:
             number = self._number(layout)
-            for index, position in self._reads.get(output.identity, ()):
+            for index, position in self._reads.get((output.identity, output.group), ()):
                 wanted.setdefault(index, {})[position] = number
-            if output.made_by is not None:
-                result = len(self._program.ops[output.made_by].operands)
-                wanted.setdefault(output.made_by, {})[result] = number
+            maker = output.made_by
+            if maker is not None and self._groups_of[maker][-1] == output.group:
+                wanted.setdefault(maker, {})[len(self._groups_of[maker]) - 1] = number
         return wanted
 
     def _run_level(
