@@ -61,7 +61,7 @@ def test_what_the_forward_half_leaves_to_the_backward_one_is_in_main_memory() ->
     shapes = (64, 256), (256, 1024), (1024, 256)
     forward, step = (program_of(f, *shapes) for f in (loss, jax.grad(loss, argnums=(1, 2))))
     for program, returned, crossing in ((forward, 4, 0), (step, weights, 4 * 64 * 1024)):
-        assert lifetimes(program).passes.all() == (crossing == 0)
+        assert lifetimes(program).may_be_on_chip.all() == (crossing == 0)
         there = 4 * 64 * 256 + weights + returned
         peak = cost_of(program, WHOLE, WHOLE, WHOLE).memory.peak_bytes
         assert there + crossing <= peak < there + 2 * crossing + 4 * 64 * 256

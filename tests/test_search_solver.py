@@ -4,12 +4,14 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoshard.errors import UsageError
 from autoshard.search import components, reduction, solver
+from autoshard.search.choice_graph import ChoiceGraph
 from autoshard.search.iopddl import read_iopddl
 from autoshard.search.problem import Edge, Node, Problem, cost_of, peak_usage
 from autoshard.search.solver import solve
@@ -232,3 +234,21 @@ def test_contest_instances_are_solved_to_the_proven_optimum(letter, optimum):
     assert (solution.cost, solution.proven) == (optimum, True)
     assert problem.memory_limit is not None
     assert peak_usage(problem, solution.choices) <= problem.memory_limit
+
+
+def test_what_a_merged_edge_forbids_goes_away_without_comparing_strategies():
+    # The second node follows the first; added to the edge with the third, its own leaves the
+    # first's third strategy no finite entry.
+    random, n = np.random.default_rng(0), 20
+    direct, around = random.random((2, n, n))
+    direct[3, 0], around[3, 1:] = math.inf, math.inf
+    follows = np.where(np.eye(n, dtype=bool), 0.0, math.inf)
+    edges = [
+        Edge(source=u, target=v, costs=tuple(map(tuple, costs.tolist())))
+        for u, v, costs in ((0, 1, follows), (0, 2, direct), (1, 2, around))
+    ]
+    graph = ChoiceGraph.of(Problem(nodes=(Node(costs=(0.0,) * n),) * 3, edges=tuple(edges)))
+    reduction.reduce_graph(graph, thorough=False)
+    assert list(graph.alive) == [0, 2]
+    assert 3 not in graph.kept[0]
+    assert np.isfinite(graph.tables[0][2]).any(axis=2).all()

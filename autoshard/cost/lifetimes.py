@@ -28,7 +28,7 @@ class Lifetimes:
         start, end: of the results of all ops, then of what is written for them, then of what they
             gather: from when until when it is there.
         copies: how many like each of these there are at once in the whole model.
-        passes: whether it is gone before the other half of the step, or is no result.
+        may_be_on_chip: all but what the forward half leaves to the backward one.
         gradients: the group of each gradient -> that of the weight or slot which it changes.
     """
 
@@ -37,7 +37,7 @@ class Lifetimes:
     start: Times
     end: Times
     copies: Bytes
-    passes: npt.NDArray[np.bool_]
+    may_be_on_chip: npt.NDArray[np.bool_]
     gradients: dict[int, int]
 
 
@@ -74,7 +74,7 @@ def lifetimes(program: Program) -> Lifetimes:
         copies=np.concatenate(
             [_copies(ops, crosses), _copies(ops, _crosses(ops, chains_read)), np.ones(len(ops))]
         ),
-        passes=np.concatenate([~crosses, np.ones(2 * len(ops), dtype=bool)]),
+        may_be_on_chip=np.concatenate([~crosses, np.ones(2 * len(ops), dtype=bool)]),
         gradients=gradients,
     )
 
@@ -132,7 +132,7 @@ def weights_read(op: Op) -> set[int]:
 
 
 def alive(n_ops: int, n_bytes: Bytes, start: Times, end: Times) -> Bytes:
-    """Bytes in memory while each op runs, of arrays that are there from `start` to `end`."""
+    """Bytes in memory while each of so many ops runs, of arrays there from `start` to `end`."""
     begun = np.bincount(start, weights=n_bytes, minlength=n_ops).cumsum()
     ended = np.bincount(end, weights=n_bytes, minlength=n_ops)
     still: Bytes = begun - ended.cumsum() + ended

@@ -109,7 +109,7 @@ class PeakMemory:
         n, limit = len(ops), self.small_bytes
         n_bytes = np.concatenate([made, chained, gathered])
         held = n_bytes * times.copies
-        small = np.where((n_bytes <= limit) & times.passes, held, 0.0)
+        small = np.where((n_bytes <= limit) & times.may_be_on_chip, held, 0.0)
         on_chip = alive(n, small, times.start, times.end)
         on_chip += np.where(working <= limit, working, 0.0)
         temporary = alive(n, held, times.start, times.end) + working

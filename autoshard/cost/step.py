@@ -33,8 +33,8 @@ __all__ = ["StepPricer"]
 # What makes two collectives the same one -> the collective as the step counts it.
 _Traffics = dict[tuple[object, ...], Traffic]
 
-# That, a transfer of one op, as the step counts it, and as it does where it runs beside another
-# matmul: None where it cannot.
+# What makes a collective the same as another's, the transfer of one op, how the step counts it, and
+# how it does where it runs beside another matmul (None where it cannot).
 _Moved = tuple[tuple[object, ...], Transfer, Traffic, Traffic | None]
 
 
@@ -45,7 +45,7 @@ class _Share:
     Attributes:
         compute_seconds: of all its runs.
         fetch_seconds: of its weights, in all its runs.
-        transfers: in every run.
+        transfers: of one run, each with what makes it the same as another's and how it counts.
         moved: the operands that it moves, and over which axis.
         n_bytes: what it adds to memory, see `PeakMemory.op_bytes`.
     """
@@ -151,8 +151,8 @@ class StepPricer:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once.
                 if once not in traffic:
-                    hidden = beside is not None and self._runs_beside(index, transfer, moving)
-                    traffic[once] = beside if beside is not None and hidden else moved
+                    hides = beside is not None and self._runs_beside(index, transfer, moving)
+                    traffic[once] = beside if beside is not None and hides else moved
                     seconds += transfer.memory_seconds * moved.count
                 if transfer.pieces > 1:
                     windowed[once] = transfer

@@ -21,11 +21,10 @@ from autoshard.hardware.collectives import seconds as collective_seconds
 __all__ = [
     "FLOAT32",
     "Transfer",
-    "array_transfers",
     "as_all_reduce",
-    "as_made",
     "collective",
     "folded_sums",
+    "lies_in_op",
     "local_bytes",
     "moved_bytes",
     "n_parts",
@@ -103,7 +102,7 @@ def op_transfers(
     transfers: list[Transfer] = []
     for position, (array, layout) in enumerate(zip(op.arrays, layouts, strict=True)):
         if position >= len(op.operands):
-            made = array_transfers(op, array, None, partition.choice, layout, machine)
+            made = _array_transfers(op, array, None, partition.choice, layout, machine)
             transfers += [
                 part for one in made for part in _sliced(one, partition.n_slices, machine)
             ]
@@ -111,7 +110,7 @@ def op_transfers(
         if position in partition.permuted:
             layout = partition.permuted[position]
             transfers.append(_permuted(array, layout, machine, position))
-        moved = array_transfers(op, array, position, partition.choice, layout, machine)
+        moved = _array_transfers(op, array, position, partition.choice, layout, machine)
         transfers += [_within(one, partition, machine) for one in moved]
     return [*transfers, *_shifts(op, partition.choice, machine)]
 
@@ -186,28 +185,25 @@ def _shifts(op: Op, choice: Choice, machine: Machine) -> Iterator[Transfer]:
             yield replace(part, n_runs=n_runs)
 
 
-def array_transfers(
+def _array_transfers(
     op: Op, array: Array, operand: int | None, choice: Choice, layout: Layout, machine: Machine
 ) -> list[Transfer]:
-    """The collectives between one array of an op, laid out as `layout`, and the op's choice.
+    """The collectives between one array of an op, laid out as `layout`, and the op's choice."""
+    made, partial = lies_in_op(op, array, operand, choice)
+    return transfers_between(op, array, operand, made, partial, layout, machine)
+
+
+def lies_in_op(op: Op, array: Array, operand: int | None, choice: Choice) -> tuple[Layout, Choice]:
+    """How an array lies in its op.
 
     Args:
         op: the op.
         array: one of its operands or results.
         operand: position among the operands, or None for a result.
         choice: the factor split over each axis, or `WHOLE`.
-        layout: how the array lies outside of the op.
-        machine: the chips and links.
-    """
-    made, partial = as_made(op, array, operand, choice)
-    return transfers_between(op, array, operand, made, partial, layout, machine)
 
-
-def as_made(op: Op, array: Array, operand: int | None, choice: Choice) -> tuple[Layout, Choice]:
-    """How an array lies in its op, and the factors summed over each axis, or `WHOLE`.
-
-    Args:
-        op, array, operand, choice: as for `array_transfers`.
+    Returns:
+        Its layout there, and the factors that are summed over each axis, or `WHOLE`.
     """
     summed = () if operand is not None else op.reduced
     partial = tuple(factor if factor in summed else WHOLE for factor in choice)
@@ -223,7 +219,14 @@ def transfers_between(
     layout: Layout,
     machine: Machine,
 ) -> list[Transfer]:
-    """As `array_transfers`, with what `as_made` finds."""
+    """The collectives between an array as it lies in its op and as it lies outside.
+
+    Args:
+        op, array, operand: as for `lies_in_op`.
+        made, partial: what that returns.
+        layout: how the array lies outside of the op.
+        machine: the chips and links.
+    """
     (made, layout, partial), uncut = machine.simplest((made, layout, partial))
     moves = _between(op, array, operand, made, layout, partial, uncut)
     return list(moves) if uncut is machine else [transfer_by_part(m, machine) for m in moves]

@@ -28,8 +28,8 @@ _T = TypeVar("_T")
 _Number = int
 _ALL_WHOLE = 0
 
-# Positions among the arrays of an op, and the layouts that those get; None where neither this level
-# nor a later one changes anything.
+# Positions among the arrays of an op, and the numbers of the layouts that those get; None where
+# neither this level nor a later one changes anything.
 _Changes = tuple[tuple[int, _Number], ...] | None
 _NOT_KNOWN: _Changes = ((-1, _ALL_WHOLE),)
 
@@ -74,7 +74,7 @@ class Propagator:
 
     What one op makes of the layouts around it is remembered, and ops that look alike (those of
     different blocks do) share it, so that further layouts cost a table lookup an op. Layouts are
-    numbered, for a table of numbers is found faster.
+    numbered: tuples of small integers are hashed faster.
 
     Args:
         program: the step.
@@ -109,7 +109,8 @@ class Propagator:
             )
             for level in levels
         ]
-        # By level and op: the layouts around it -> what it changes; one table for each look.
+        # By level and op: the numbers of the layouts around it -> what it changes; one table for
+        # each look.
         looks = [spread_look(op, program) for op in program.ops]
         self._spreads: list[list[dict[tuple[_Number, ...], _Changes]]] = []
         for _ in range(LEVELS):
@@ -254,7 +255,8 @@ class Propagator:
 
         That one it has at once, before the next op's first, and the op that was touched last before
         the others (so MLIR's rewriter goes about it). An op that could do no more at the level
-        before has its turn in order only if something around it changed meanwhile.
+        before has its turn in order only if something around it changed meanwhile, and one that is
+        settled has none.
         """
         may, begins, spreads = self._may[level], self._begins[level], self._spreads[level]
         around_of, groups_of, touching = self._around, self._groups_of, self._touching
@@ -304,7 +306,7 @@ class Propagator:
         return self._layouts[dict(changes or ()).get(len(around) - 1, _ALL_WHOLE)]
 
     def _spread(self, index: int, level: int, around: tuple[_Number, ...]) -> _Changes:
-        """What one op changes at a level, remembered."""
+        """What one op changes at a level, remembered; None where it is settled then."""
         table = self._spreads[level][index]
         changes = table.get(around, _NOT_KNOWN)
         if changes is _NOT_KNOWN:

@@ -55,6 +55,8 @@ class ChoiceGraph:
             table of the other direction is a view of the same numbers.
         alive: the nodes that are left, in order.
         light, heavy: nodes to look at again, by cheap and by costly rules.
+
+    Attributes:
         fresh: of each node the neighbours to which the edge has changed since its cheap rules were
             tried.
     """
@@ -134,10 +136,13 @@ class ChoiceGraph:
 
     def touch_edge(self, u: int, v: int) -> None:
         """Have every rule look at the edge between two nodes again."""
-        self.fresh[u].add(v)
-        self.fresh[v].add(u)
+        self._refresh(u, v)
         self.touch(u)
         self.touch(v)
+
+    def _refresh(self, u: int, v: int) -> None:
+        self.fresh[u].add(v)
+        self.fresh[v].add(u)
 
     def connect(self, u: int, v: int, table: Floats) -> None:
         """Add a table (sums, strategies of u, strategies of v) to the edge between two nodes."""
@@ -172,7 +177,8 @@ class ChoiceGraph:
             table = np.ascontiguousarray(table[:, keep])
             self.tables[node][other] = table
             self.tables[other][node] = table.swapaxes(1, 2)
-            self.touch_edge(other, node)
+            self._refresh(other, node)
+            self.touch(other)
         self.touch(node)
 
     def merge(self, node: int, parent: int, choice: Indices) -> None:

@@ -30,8 +30,8 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import candidate_choices
 from autoshard.cost.transfers import (
     Transfer,
-    as_made,
     folded_sums,
+    lies_in_op,
     local_bytes,
     moved_bytes,
     transfers_between,
@@ -220,7 +220,7 @@ class _Builder:
 
         What compute might hide is taken to be hidden.
         """
-        made, partial = as_made(op, array, operand, choice)
+        made, partial = lies_in_op(op, array, operand, choice)
         may_hide = may_be_windowed(op, array, operand) or (
             operand is not None and self.pricer.may_run_beside(op, array)
         )

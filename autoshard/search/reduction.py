@@ -64,11 +64,11 @@ def reduce_graph(graph: ChoiceGraph, *, thorough: bool = True) -> None:
 
 def _apply_cheap_rules(graph: ChoiceGraph, node: int) -> None:
     _make_consistent(graph, node)
-    fresh = graph.fresh[node]
+    # What changes meanwhile stays fresh: it has yet to be made consistent.
+    fresh, graph.fresh[node] = graph.fresh[node], set()
     for other in list(graph.tables[node]):
-        if other not in fresh:
+        if other not in fresh and other not in graph.fresh[node]:
             continue
-        fresh.discard(other)
         if _split_separable(graph, node, other):
             continue
         if _merge_follower(graph, other, node):

@@ -71,7 +71,11 @@ class Relaxation:
             self._priced[u] = cost
 
     def sweep(self, *, choose: bool) -> dict[int, int]:
-        """Pass messages forward and backward; returns the choice met on the way, if asked."""
+        """Pass messages forward and backward.
+
+        Returns:
+            The choice met on the way; empty unless it is asked for.
+        """
         for u in self._order:
             self._send(u, self._later[u])
         chosen: dict[int, int] = {}
@@ -162,11 +166,14 @@ class Ascent:
         return self.n_steps < _MOST_STEPS and self._since_gain < _GIVE_UP
 
     def step(self, known: float, *, choose: bool) -> dict[int, int]:
-        """One sweep and a change of prices; returns the choice met on the way, if asked.
+        """One sweep and a change of prices.
 
         Args:
             known: cost of the best answer, or infinity.
             choose: whether to make a choice.
+
+        Returns:
+            The choice met on the way; empty unless it is asked for.
         """
         chosen = self._relaxation.sweep(choose=choose)
         bound = self._relaxation.bound()
