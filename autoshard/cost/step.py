@@ -4,7 +4,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, count
+from itertools import compress, count, starmap
 
 import numpy as np
 
@@ -151,8 +151,9 @@ class StepPricer:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once.
                 if once not in traffic:
-                    hides = beside is not None and self._runs_beside(index, transfer, moving)
-                    traffic[once] = beside if beside is not None and hides else moved
+                    if beside is not None and self._runs_beside(index, transfer, moving):
+                        moved = beside
+                    traffic[once] = moved
                     seconds += transfer.memory_seconds * moved.count
                 if transfer.pieces > 1:
                     windowed[once] = transfer
@@ -226,7 +227,8 @@ class StepPricer:
 
     def _follow(self, layouts: Sequence[Layout]) -> None:
         """Price anew the ops around which a layout is another than it was."""
-        changed = compress(count(), map(operator.ne, layouts, self._last))
+        pairs = zip(layouts, self._last, strict=True)
+        changed = compress(count(), starmap(operator.ne, pairs))
         for index in {index for group in changed for index in self._touching[group]}:
             share = self._share(index, self._around[index](layouts))
             self._compute[index] = share.compute_seconds
