@@ -19,6 +19,7 @@ from autoshard.model.workload import Workload
 from autoshard.planning import make_program
 from autoshard.pricing import refused_outputs
 from autoshard.sharding_plan import Plan, plan_of
+from autoshard.units import whole
 
 __all__ = ["check", "origin_findings"]
 
@@ -54,7 +55,8 @@ def check(
     grid = as_mesh(mesh, axes) if mesh is not None else None
     grid = made.mesh if made and grid is None else grid
     workload = made.workload if made else Workload(dtype=None)
-    workload = replace(workload, seq_len=seq_len or workload.seq_len)
+    if seq_len is not None:
+        workload = replace(workload, seq_len=whole("seq_len", seq_len))
     abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
     table, unreadable = abstract.table(), list[str]()
     rules = (

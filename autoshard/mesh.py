@@ -59,7 +59,8 @@ class Mesh:
             name.isidentifier() for name in self.axis_names
         ):
             raise MeshError(
-                f"axis names {', '.join(self.axis_names)!r} must be distinct identifiers"
+                f"axis names {', '.join(self.axis_names)!r}: give distinct words of letters, "
+                "digits and underscores, such as batch, model"
             )
 
     def __str__(self) -> str:
@@ -114,7 +115,7 @@ def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
     shape = tuple(int(size) for size in re.split("[xX]", text.strip()))
     if axis_names is None and len(shape) not in _AXIS_NAMES:
         raise MeshError(
-            f"mesh '{text}' has {len(shape)} axes; name them with --axes, the data axis first"
+            f"mesh '{text}' has {len(shape)} axes; name them (axes, --axes), the data axis first"
         )
     names = _AXIS_NAMES[len(shape)] if axis_names is None else axis_names
     return Mesh(shape=shape, axis_names=tuple(names))

@@ -13,7 +13,8 @@ from autoshard.mesh import Mesh, parse_mesh, round_up
 from autoshard.model.workload import DEFAULT_BATCH
 from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner
 from autoshard.search.descent import Scored
-from autoshard.setup import Setup, check_whole, make_setup, named_target
+from autoshard.setup import Setup, make_setup, named_target
+from autoshard.units import whole
 
 __all__ = ["Tradeoff", "make_setups", "mesh_shapes", "plan_shapes", "tradeoffs"]
 
@@ -67,11 +68,11 @@ def make_setups(
         MeshError: the axes are not two.
         UsageError: a number is not whole.
     """
-    check_whole(devices=n_devices, batch=batch)
+    n_devices, batch = whole("devices", n_devices), whole("batch", batch)
     shapes = mesh_shapes(n_devices)
     batch = round_up(DEFAULT_BATCH, n_devices) if batch is None else batch
     if isinstance(target, str):
-        target = named_target(target, shapes[0])
+        target = named_target(target, n_devices)
     return tuple(
         make_setup(
             str(mesh),

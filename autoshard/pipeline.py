@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from autoshard.errors import NothingFitsError, UsageError, XlaError
-from autoshard.fitting import Remedy, remedies
 from autoshard.hardware.targets import Target
 from autoshard.layout.causes import Causes
 from autoshard.mesh import MeshLike
@@ -24,6 +23,7 @@ from autoshard.records.parts import (
     Reason,
     Versions,
 )
+from autoshard.remedies import Remedy, remedies
 from autoshard.search.candidates import NO_RULE
 from autoshard.search.descent import Scored
 from autoshard.search.ranking import SearchResult
@@ -47,7 +47,7 @@ class PlanOutcome:
         winner: its candidate.
         planning: the search and the rivals, on the plan's mesh.
         shapes: the same for every shape of the mesh, best first, where the shape was chosen.
-        remedies: what would make the step fit, where nothing does by prediction.
+        remedies: what would make the step fit by prediction, where the plan does not.
         verdicts: what a compiler said, best first; empty where none was asked.
         timings: seconds of each stage, measured.
         failure: why the verification failed, in one line, or "".
@@ -159,7 +159,7 @@ def plan(
             f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
             + "".join(f"; {remedy.change} would fit" for remedy in outcome.remedies)
         )
-    for doubt in outcome.planning.doubts():
+    for doubt in outcome.planning.doubts(outcome.plan.rules):
         warnings.warn(doubt, stacklevel=2)
     return outcome.plan
 
@@ -221,10 +221,9 @@ def make_plan(
     )
     shapes = plan_shapes(traced, setups, top=top, watch=watch)
     planning = shapes[0]
-    ask = advise and planning.best.excess_bytes > 0
     verdicts, failure = _verdicts(model, planning, verify, watch)
     winner = verdicts[0].candidate if verdicts else planning.candidates[0]
-    return PlanOutcome(
+    outcome = PlanOutcome(
         plan=_plan_value(planning, winner, verdicts),
         winner=winner,
         planning=planning,
@@ -232,8 +231,10 @@ def make_plan(
         timings=watch.seconds,
         failure=failure,
         shapes=() if devices is None else shapes,
-        remedies=remedies(model, traced, planning.setup, watch) if ask else (),
     )
+    if not advise or outcome.fits:
+        return outcome
+    return replace(outcome, remedies=remedies(model, traced, planning.setup, watch))
 
 
 def _verdicts(

@@ -24,10 +24,7 @@ from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.pricing import Candidate, make_pricer, published_maps
-from autoshard.search.candidates import (
-    all_whole,
-    split_by_hand,
-)
+from autoshard.search.candidates import split_by_hand
 from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
 from autoshard.setup import Setup
@@ -40,6 +37,9 @@ __all__ = [
     "run_planner",
     "trace_model",
 ]
+
+# Of all floating point operations; cutting pictures into patches takes a hundredth.
+_MANY_CONVOLUTIONS = 0.1
 
 
 @dataclass(slots=True)
@@ -60,10 +60,6 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-# Of all floating point operations; cutting pictures into patches takes a hundredth.
-_MANY_CONVOLUTIONS = 0.1
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
     """What the planner found.
@@ -72,7 +68,7 @@ class Planning:
         setup: what it planned for.
         table: the variables of the model.
         task: class of the Keras model whose step was traced.
-        numbered: layers in the rules whose names Keras made up.
+        numbered_layers: layers whose names Keras made up.
         result: the search.
         candidates: the best layouts that a LayoutMap can express, best first.
         by_hand: what people write, told by shapes; a candidate where it is one, None where rules
@@ -88,7 +84,7 @@ class Planning:
     setup: Setup
     table: ModelTable
     task: str
-    numbered: tuple[str, ...]
+    numbered_layers: frozenset[str]
     result: SearchResult
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
@@ -105,11 +101,12 @@ class Planning:
         assert scored is not None
         return scored
 
-    def doubts(self) -> Iterator[str]:
-        """Why the plan may not be what it seems, a line each."""
-        if self.numbered:
+    def doubts(self, rules: LayoutRules) -> Iterator[str]:
+        """Why a plan of these rules may not be what it seems, a line each."""
+        words = {word for rule in rules for word in re.findall(r"\w+", rule.pattern)}
+        if numbered := sorted(words & self.numbered_layers):
             yield (
-                f"Keras made up {', '.join(self.numbered)}, and numbers such names as a process "
+                f"Keras made up {', '.join(numbered)}, and numbers such names as a process "
                 "makes layers: name the layers, or another run may not find them"
             )
         if unknown := self.program.unknown:
@@ -217,14 +214,13 @@ def run_planner(
         beyond = _named("without generate", table, result.unbound)
         by_hand = _by_hand(table, result, setup.mesh)
         plain = _named("no rule for outputs", table, result.plain)
-        scored = result.scorer.score(all_whole(result.choices))
-        no_rule = Candidate(name="no rule", rules=(), scored=scored)
+        no_rule = Candidate(name="no rule", rules=(), scored=result.scorer.score({}))
         known = {candidate.rules: candidate for candidate in candidates}
     return Planning(
         setup=setup,
         table=table,
         task=folded.task,
-        numbered=_numbered(traced.whole, candidates[0].rules),
+        numbered_layers=traced.whole.numbered_layers(),
         result=result,
         candidates=candidates,
         rivals=rivals,
@@ -234,12 +230,6 @@ def run_planner(
         without_generate=beyond,
         program=traced.program,
     )
-
-
-def _numbered(model: AbstractModel, rules: LayoutRules) -> tuple[str, ...]:
-    """The layers that rules call by a name that Keras made up."""
-    words = {word for rule in rules for word in re.findall(r"\w+", rule.pattern)}
-    return tuple(sorted(words & model.numbered_layers()))
 
 
 def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:
@@ -264,7 +254,8 @@ def make_program(
     Args:
         folded: the model, with fewer blocks.
         workload: the step.
-        chip: whose compiler partitions it; by default one that takes it as it is.
+        chip: the target's: TPU compilers rewrite a step before they partition it; None for no
+            rewriting.
         watch: measures the stages.
     """
     watch = watch or Stopwatch()

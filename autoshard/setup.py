@@ -7,10 +7,10 @@ from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
 from autoshard.mesh import Mesh, MeshLike, as_mesh, round_up
 from autoshard.model.workload import DEFAULT_BATCH, DEFAULT_LORA_RANK, Workload
-from autoshard.units import parse_bytes
+from autoshard.units import parse_bytes, whole
 from autoshard.xla.attached import attached_target
 
-__all__ = ["Setup", "check_whole", "limit_bytes", "make_setup", "named_target"]
+__all__ = ["Setup", "limit_bytes", "make_setup", "named_target"]
 
 # A limit below is one whose unit was forgotten.
 _LEAST_BYTES = 1000
@@ -66,16 +66,17 @@ def make_setup(
         MeshError: mesh and target differ in devices, or the data axis does not divide the batch.
         UsageError: a value is unknown or out of range.
     """
-    check_whole(batch=batch, seq_len=seq_len, slices=slices, lora_rank=lora_rank)
+    batch, slices = whole("batch", batch), whole("slices", slices)
+    seq_len, lora_rank = whole("seq_len", seq_len), whole("lora_rank", lora_rank)
     mesh = as_mesh(mesh, axes)
     if isinstance(target, str):
-        target = named_target(target, mesh)
+        target = named_target(target, mesh.n_devices)
     if slices is not None:
         if slices < 1:
             raise UsageError(f"slices is {slices}; give 1 or more")
         target = _in_slices(mesh, target, slices)
     elif target is None:
-        target = default_target(mesh)
+        target = default_target(mesh.n_devices)
     n_data = mesh.sizes[mesh.data_axis]
     if batch is None:
         batch = round_up(DEFAULT_BATCH, n_data)
@@ -102,27 +103,13 @@ def make_setup(
     )
 
 
-def check_whole(**numbers: object) -> None:
-    """Refuse numbers that are given and not whole.
-
-    Args:
-        **numbers: name -> number, or None.
-
-    Raises:
-        UsageError: one is of another type.
-    """
-    for name, number in numbers.items():
-        if number is not None and type(number) is not int:
-            raise UsageError(f"{name} is {number!r}; give a whole number")
-
-
-def named_target(name: str, mesh: Mesh) -> Target:
+def named_target(name: str, n_devices: int) -> Target:
     """The target that a user names.
 
     Args:
-        name: what `parse_target` reads; `cpu` for as many CPU devices as the mesh has; or
-            `attached` for what JAX sees.
-        mesh: the devices.
+        name: what `parse_target` reads; `cpu` for that many CPU devices; or `attached` for what
+            JAX sees.
+        n_devices: of the mesh.
 
     Raises:
         UsageError: it is none of these, or the chip table does not know the attached devices.
@@ -130,7 +117,7 @@ def named_target(name: str, mesh: Mesh) -> Target:
     """
     if name == "attached":
         return attached_target()
-    return parse_target(f"cpu:{mesh.n_devices}" if name == "cpu" else name)
+    return parse_target(f"cpu:{n_devices}" if name == "cpu" else name)
 
 
 def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
@@ -145,8 +132,9 @@ def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
     """
     if memory_limit is None:
         return target.chip.hbm_bytes
-    n_bytes = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    check_whole(memory_limit=n_bytes)
+    if isinstance(memory_limit, str):
+        memory_limit = parse_bytes(memory_limit)
+    n_bytes = whole("memory_limit", memory_limit)
     if n_bytes < _LEAST_BYTES:
         raise UsageError(
             f"a memory limit of {n_bytes} bytes holds no model; give a unit, as in 15GiB"
@@ -164,5 +152,4 @@ def _in_slices(mesh: Mesh, target: Target | None, n_slices: int) -> Target:
         raise MeshError(
             f"mesh {mesh} has {mesh.n_devices} devices, which {n_slices} slices cannot share evenly"
         )
-    one = Mesh(shape=(mesh.n_devices // n_slices,), axis_names=("model",))
-    return replace(default_target(one), n_slices=n_slices)
+    return replace(default_target(mesh.n_devices // n_slices), n_slices=n_slices)

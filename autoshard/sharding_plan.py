@@ -24,6 +24,7 @@ from autoshard.errors import (
     UnknownNameError,
     UsageError,
 )
+from autoshard.files import write_whole
 from autoshard.layout.distribution import keras_layout_map
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, format_rules, match, rules_text
@@ -163,14 +164,7 @@ class Plan:
             if is_stream(path):
                 path.write_text(text, encoding="utf-8")
                 return
-            path = path.resolve()
-            beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
-                with beside.open("x", encoding="utf-8", newline="\n") as file:
-                    file.write(text)
-                os.replace(beside, path)
-            finally:
-                beside.unlink(missing_ok=True)
+            write_whole(path.resolve(), text)
         except OSError as error:
             raise PlanFileError(f"cannot write {path}: {error.strerror}") from None
 

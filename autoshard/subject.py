@@ -92,7 +92,7 @@ def subject_of(
 def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> Subject:
     workload = plan.workload
     own = parse_target(plan.target)
-    asked = own if target is None else named_target(target, plan.mesh)
+    asked = own if target is None else named_target(target, plan.mesh.n_devices)
     setup = Setup(
         mesh=plan.mesh,
         target=asked,

@@ -6,6 +6,8 @@ stand at the border.
 
 import re
 from collections.abc import Sequence
+from operator import index
+from typing import SupportsIndex, TypeVar
 
 from autoshard.errors import UsageError
 
@@ -17,6 +19,7 @@ __all__ = [
     "option_bytes",
     "parse_bytes",
     "spell_count",
+    "whole",
 ]
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -31,6 +34,26 @@ _FLOP_UNITS = (
     ("kFLOP", 1e3), ("FLOP", 1.0),
 )  # fmt: skip
 _BYTES = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
+
+
+_Whole = TypeVar("_Whole", int, int | None)
+
+
+def whole(name: str, number: _Whole) -> _Whole:
+    """A number that a caller gave, NumPy's and JAX's as Python's own; None where it gave none.
+
+    Args:
+        name: what it is called.
+        number: the number.
+
+    Raises:
+        UsageError: it is not whole.
+    """
+    if number is None:
+        return number
+    if isinstance(number, bool) or not isinstance(number, SupportsIndex):
+        raise UsageError(f"{name} is {number!r}; give a whole number")
+    return index(number)
 
 
 def parse_bytes(text: str) -> int:

@@ -3,32 +3,28 @@
 import json
 import math
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import catalogue
+import fidelity
+import kept
+import layouts
+import maps
 import pytest
+import rivals
+import scaling
 from layout_tables import MESH, gemma_table
+from scores import Pair, byte_error, quantile, score, spearman
+from tables import Entry, cells, compact_table, rivals_table
+from verdicts import Question, Results
 
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import Rule
 from autoshard.mesh import parse_mesh
 from autoshard.model.catalogue import get, names
 from autoshard.model.variables import make_table
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
-
-import catalogue  # noqa: E402
-import fidelity  # noqa: E402
-import kept  # noqa: E402
-import layouts  # noqa: E402
-import maps  # noqa: E402
-import rivals  # noqa: E402
-import scaling  # noqa: E402
-from scores import Pair, byte_error, quantile, score, spearman  # noqa: E402
-from tables import Entry, cells, compact_table, rivals_table  # noqa: E402
-from verdicts import Question, Results  # noqa: E402
 
 
 class GemmaBackbone:

@@ -44,7 +44,7 @@ def plan_small(*options: str) -> Result:
         (("plan", "gemma_7b_em", "--mesh", "1x8"), 2, "did you mean gemma_7b_en"),
         (("plan", SMALL, "--mesh", "1xeight"), 2, "'1xeight' is not a mesh"),
         (("plan", SMALL, "--mesh", "0x8"), 2, "every axis needs at least one"),
-        (("plan", SMALL, "--mesh", "2x2x2"), 2, "name them with --axes"),
+        (("plan", SMALL, "--mesh", "2x2x2"), 2, "name them (axes, --axes)"),
         (("plan", SMALL, "--mesh", "1x8", "--axes", "a"), 2, "2 axes and 1 axis names"),
         (("plan", SMALL, "--mesh", "4x2", "--batch", "6"), 2, "batch of 6 does not divide"),
         (("plan", SMALL, "--mesh", "1x8", "--target", "tpu:v9:2x4"), 2, "unknown chip"),

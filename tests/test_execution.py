@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from autoshard.host import available_bytes
 from autoshard.layout.rules import format_rules
 from autoshard.mesh import parse_mesh
 from autoshard.model.build import build
-from autoshard.model.keras_import import import_keras_hub
+from autoshard.model.data import run_data, targets_of
+from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.loading import sharded_loading
 from autoshard.model.workload import Workload
 
@@ -106,6 +109,24 @@ def test_losses_and_weights_are_compared() -> None:
     changed = {"digests": np.eye(3, 32, dtype="uint8")[[0, 0, 0]] * [[0], [1], [0]]}
     (other,) = compare("load", changed, digests, COARSE, 0)
     assert other.found == 1
+
+
+def test_outputs_that_are_open_in_every_size_are_held_against_targets_of_size_1() -> None:
+    def network() -> Any:
+        keras = import_keras()
+        pictures = keras.Input((None, None, 3))
+        return keras.Model(pictures, keras.layers.Conv2D(4, 3, padding="same")(pictures))
+
+    model = build(network)
+    data = run_data(model, Workload(batch=2, seq_len=8), seed=0)
+    assert targets_of(model, data, seed=0).values.shape == (2, 1, 1, 4)
+
+
+def test_the_peak_of_a_run_is_its_own_and_not_that_of_who_starts_it() -> None:
+    code = "from autoshard.execution.worker import _peak_bytes; print(_peak_bytes())"
+    ballast = np.ones(2**28)
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert int(started.stdout) < ballast.nbytes
 
 
 def test_memory_counts_every_copy_on_every_device() -> None:

@@ -189,7 +189,7 @@ def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather(n_bytes: int, size:
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
 def test_every_mesh_has_links_no_faster_than_all_links_of_a_chip(shape: tuple[int, ...]) -> None:
     mesh = Mesh(shape=shape, axis_names=("a", "b", "c")[: len(shape)])
-    target = default_target(mesh)
+    target = default_target(mesh.n_devices)
     for name in mesh.axis_names:
         found = group_link((name,), mesh, target)
         assert found.size == mesh.sizes[name]

@@ -75,6 +75,16 @@ def test_what_is_no_whole_number_is_wrong_usage(name: str) -> None:
         make_setup("1x8", **{name: "8"})
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    workload = make_setup("1x8", batch=np.int64(16), seq_len=np.int32(4)).workload
+    assert (type(workload.batch), workload.batch, workload.seq_len) == (int, 16, 4)
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(UsageError, match="batch is True; give a whole number"):
+        make_setup("1x8", batch=True)
+
+
 def test_one_of_mesh_and_devices_is_asked_for() -> None:
     for mesh, devices in ((None, None), ("1x8", 8)):
         with pytest.raises(UsageError, match="one of the two"):

@@ -250,6 +250,17 @@ def failing() -> Any:
     raise RuntimeError("a bug of mine")
 
 
+def test_a_folder_that_is_no_preset_does_not_hide_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bert_tiny_en_uncased").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert build("bert_tiny_en_uncased").task == "BertBackbone"
+    with pytest.raises(ModelError, match="'other' is no preset: it has no config.json"):
+        build("other")
+
+
 def test_what_a_callable_prints_is_no_output_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     build(f"{__name__}:talkative")
     assert capsys.readouterr() == ("", "building\n")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from autoshard.errors import ModelError, UsageError
+from autoshard.errors import ModelError
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras
@@ -106,7 +106,7 @@ def test_every_optimizer_is_traced(optimizer: str) -> None:
 
 
 def test_a_model_without_a_cache_cannot_decode() -> None:
-    with pytest.raises(UsageError, match="BertBackbone has no cache"):
+    with pytest.raises(ModelError, match="BertBackbone has no cache"):
         make_step(build("bert_tiny_en_uncased"), Workload(kind="decode"))
 
 

@@ -7,15 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from test_end_to_end import small_gemma_backbone
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
+from autoshard.errors import ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
-from autoshard.model.keras_import import import_keras
+from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.planning import Planning, run_planner, trace_model
 from autoshard.pricing import make_pricer, score_rules
 from autoshard.search.candidates import family_choices
@@ -284,6 +286,30 @@ def test_weights_that_the_step_does_not_read_are_split_for_their_memory() -> Non
     tower = choices["image_encoder/encoder_block_*/ffw_linear/dense/kernel"]
     assert tower.specs == (("batch", "model"),)
     assert len(choices["decoder_block_*/ffw_linear/kernel"].specs) > 1
+    # Without a rule they are whole.
+    assert found.whole.rules == () and found.whole.scored is not None
+    assert found.whole.scored.cost.memory.weights == found.table.n_bytes
+
+
+def without_a_cache() -> Any:
+    """A language model whose `generate` is not made of KerasHub's parts."""
+    models = import_keras_hub().models
+
+    class Plain(models.CausalLM):
+        def __init__(self, backbone: Any) -> None:
+            hidden = backbone(backbone.input)
+            logits = backbone.token_embedding(hidden, reverse=True)
+            super().__init__(inputs=backbone.input, outputs=logits)
+            self.backbone = backbone
+
+    return Plain(small_gemma_backbone())
+
+
+def test_a_language_model_without_a_cache_is_planned_without_rules_for_outputs() -> None:
+    best = plan(without_a_cache, make_setup("2x4", seq_len=16)).best
+    assert best.assignment and not best.n_outputs
+    with pytest.raises(ModelError, match="Plain has no cache"):
+        plan(without_a_cache, make_setup("2x4", seq_len=16, workload="decode"))
 
 
 def twins() -> Any:
@@ -410,5 +436,5 @@ def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning)
 
     found = plan(network, make_setup("8x1"))
     assert found.program.unknown == ()
-    assert ["convolutions" in doubt for doubt in found.doubts()] == [True]
-    assert list(gemma.doubts()) == []
+    assert ["convolutions" in doubt for doubt in found.doubts(())] == [True]
+    assert list(gemma.doubts(())) == []

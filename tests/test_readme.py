@@ -3,24 +3,20 @@
 import ast
 import re
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rivals
 from click import Command
+from tables import compact_table
+from verdicts import Results
 
 from autoshard.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
-
-import rivals  # noqa: E402
-from tables import compact_table  # noqa: E402
-from verdicts import Results  # noqa: E402
 
 
 def commands() -> Iterator[str]:

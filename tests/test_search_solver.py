@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from iopddl import read_iopddl
 
 from autoshard.errors import UsageError
 from autoshard.search import components, reduction, solver
 from autoshard.search.choice_graph import ChoiceGraph
-from autoshard.search.iopddl import read_iopddl
 from autoshard.search.problem import Edge, Node, Problem, cost_of, peak_usage
 from autoshard.search.solver import solve
 

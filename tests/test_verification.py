@@ -191,5 +191,7 @@ def test_attached_devices_become_a_target() -> None:
     h100 = [d for node in (0, 1) for d in seen("NVIDIA H100 80GB HBM3", "gpu", (), (), node=node)]
     assert target_seen(h100) == parse_target("gpu:h100-sxm:2x2")
     assert target_seen(seen("cpu", "cpu", ())) == parse_target("cpu:1")
+    with pytest.raises(XlaError, match="7 devices of gpu:h100-sxm, which make no .*2x3: name"):
+        target_seen([*(2 * h100[:2]), *h100[2:], h100[2]])
     with pytest.raises(UsageError, match="Abacus"):
         target_seen(seen("Abacus", "gpu", ()))

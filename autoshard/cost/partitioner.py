@@ -152,11 +152,11 @@ class _Matmul:
         if not left_over.axes:
             return _Found(choice={}, within={})
         within = dict.fromkeys(left_over.axes, frozenset(left_over.done))
+        matched = self._matched(left_over)
+        if matched is not None:
+            return _Found(choice=matched, within=within)
         # At first only where the devices need not be grouped anew.
         for strict in (True, False):
-            matched = self._matched(left_over)
-            if matched is not None:
-                return _Found(choice=matched, within=within)
             groups = (
                 self._batch(left_over, strict),
                 self._free(left_over, strict),

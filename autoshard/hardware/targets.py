@@ -123,24 +123,22 @@ def check_devices(mesh: Mesh, target: Target) -> None:
     """
     if mesh.n_devices != target.n_devices:
         raise MeshError(
-            f"mesh {mesh} has {mesh.n_devices} devices and target {target} has {target.n_devices}"
+            f"mesh {mesh} has {mesh.n_devices} devices and target {target} has "
+            f"{target.n_devices}: name a target of {mesh.n_devices} devices, or another mesh"
         )
 
 
-def default_target(mesh: Mesh) -> Target:
-    """The target of a mesh for which none was named: the smallest slice of TPU v5e.
+def default_target(n_devices: int) -> Target:
+    """The target of so many devices where none was named: the smallest slice of TPU v5e.
 
-    Where no slice on offer has as many devices as the mesh, more than the largest become several
+    Where no slice on offer has as many, more than the largest become several
     slices, and fewer (2, 3, 6, 12, ...) the most nearly square slice: nobody rents it out, but
     costs are defined and its compiler compiles for it.
 
-    Args:
-        mesh: the mesh.
-
-    >>> [str(default_target(Mesh(shape=(n,), axis_names=("model",)))) for n in (1, 8, 6, 512)]
+    >>> [str(default_target(n_devices)) for n_devices in (1, 8, 6, 512)]
     ['tpu:v5e:1x1', 'tpu:v5e:2x4', 'tpu:v5e:2x3', 'tpu:v5e:16x16:2']
     """
-    return target_of(get_chip(_DEFAULT_CHIP), mesh.n_devices)
+    return target_of(get_chip(_DEFAULT_CHIP), n_devices)
 
 
 def target_of(chip: Chip, n_devices: int) -> Target:

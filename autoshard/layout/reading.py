@@ -41,10 +41,12 @@ def read_layout(
         unreadable: as for `parse_layout`.
 
     Raises:
-        UsageError: there is no such file, or `kerashub` without a backbone.
+        UsageError: it is no layout, there is no such file, or `kerashub` without a backbone.
         PlanFileError: the file cannot be read.
         LayoutError: the source holds no map, or a rule that cannot be read.
     """
+    if not isinstance(layout, str | os.PathLike):
+        raise UsageError(f"the layout is {layout!r}; give a path, Python source or 'kerashub'")
     if layout == "kerashub":
         return kerashub_rules(backbone, mesh)
     if is_source(layout):

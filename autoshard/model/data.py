@@ -117,10 +117,10 @@ def targets_of(model: AbstractModel, data: Any, seed: int) -> Targets:
 
 
 def _filled(shape: tuple[int | None, ...], batch: int, data: Any) -> tuple[int, ...]:
-    """The shape of an output: what it leaves open is the batch, then the sequence."""
+    """The shape of an output: what it leaves open is the batch, then the sequence or 1."""
     keras = import_keras()
     lengths = [array.shape[1] for array in keras.tree.flatten(data) if array.ndim == 2]
-    return (batch, *(size or lengths[0] for size in shape[1:]))
+    return (batch, *(size or next(iter(lengths), 1) for size in shape[1:]))
 
 
 def _drawn(data: Input, draw: np.random.Generator, n_tokens: int, alone: bool) -> Any:

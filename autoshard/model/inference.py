@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from autoshard.errors import ModelError, UsageError
+from autoshard.errors import ModelError
 from autoshard.model.abstract import recording_scope
 from autoshard.model.inputs import model_inputs, output_structure
 from autoshard.model.keras_import import import_keras
@@ -59,11 +59,11 @@ def decode_step(model: AbstractModel, workload: Workload) -> Step:
     as an argument, and the sampler replaced by one call of its `next`.
 
     Raises:
-        UsageError: the model has no cache.
+        ModelError: the model has no cache.
     """
     keras = import_keras()
-    if not model.generates or not hasattr(model.model, "_build_cache"):
-        raise UsageError(
+    if not (model.generates and hasattr(model.model, "_build_cache")):
+        raise ModelError(
             f"{model.task} has no cache to decode with, as a KerasHub CausalLM has: take another "
             "workload"
         )

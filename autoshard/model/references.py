@@ -48,10 +48,10 @@ def recipe_of(
     if "://" in reference:
         return _from_preset(reference, dtype, lora_rank)
     path = Path(reference)
-    if reference and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"the folder '{reference}' is no preset: it has no config.json")
+    if (path / "config.json").is_file():
         return _from_preset(reference, dtype, lora_rank)
+    if reference and path.is_dir() and reference not in catalogue.names():
+        raise ModelError(f"the folder '{reference}' is no preset: it has no config.json")
     if path.suffix in (".keras", ".json"):
         return _from_file(path, dtype, lora_rank)
     if path.suffix == ".py":

@@ -91,7 +91,7 @@ class Workload:
     @property
     def is_still(self) -> bool:
         """Whether the step moves no weight: Adam's `beta_2` of 0.999 is 1 in bfloat16."""
-        rounds = self.dtype == "bfloat16" and self.optimizer in ("adam", "adamw")
+        rounds = self.policy == "bfloat16" and self.optimizer in ("adam", "adamw")
         return self.kind == "train" and rounds
 
     @property

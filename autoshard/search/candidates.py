@@ -32,7 +32,7 @@ __all__ = [
     "legal_specs",
     "output_choices",
     "split_by_hand",
-    "all_whole",
+    "first_specs",
     "asked_layouts",
 ]
 
@@ -144,8 +144,8 @@ def _unread(program: Program) -> set[str]:
     return unread - read
 
 
-def all_whole(families: Sequence[Choices]) -> dict[str, Spec]:
-    """Each family with its first spec: weights whole, outputs without a rule."""
+def first_specs(families: Sequence[Choices]) -> dict[str, Spec]:
+    """Each family with its first spec: whole where it has a choice, outputs without a rule."""
     return {choices.name: choices.specs[0] for choices in families}
 
 

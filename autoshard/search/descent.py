@@ -27,8 +27,8 @@ from autoshard.mesh import Mesh, Spec, shard_shape
 from autoshard.search.candidates import (
     NO_RULE,
     Choices,
-    all_whole,
     asked_layouts,
+    first_specs,
     fixed_layouts,
     split_by_hand,
 )
@@ -241,7 +241,7 @@ def starting_points(
         )
         for choices in families
     }
-    return {**all_whole(families), **relaxed}, smallest, split_by_hand(families, mesh)
+    return {**first_specs(families), **relaxed}, smallest, split_by_hand(families, mesh)
 
 
 def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec] | None:
@@ -254,7 +254,7 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
         A further start; None where there are no two groups, or where whole weights do not fit:
         what a descent makes of the mixture XLA propagates otherwise than we do.
     """
-    unlaid = all_whole(families)
+    unlaid = first_specs(families)
     groups = sibling_groups(choices for choices in families if choices.is_output)
     if len(groups) < 2 or scorer.score(unlaid).excess_bytes:
         return None

@@ -41,7 +41,7 @@ from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import splits_evenly
 from autoshard.graph.tying import tie_blocks
 from autoshard.mesh import Mesh, Spec
-from autoshard.search.candidates import Choices, all_whole, fixed_layouts
+from autoshard.search.candidates import Choices, first_specs, fixed_layouts
 from autoshard.search.problem import Edge, Node, Problem
 from autoshard.search.solver import solve
 
@@ -119,7 +119,7 @@ class _Builder:
 
     def add_arguments(self, families: Sequence[Choices], mesh: Mesh) -> None:
         """One node a family; its groups (blocks, slots) follow it. Other arguments are fixed."""
-        base = all_whole(families)
+        base = first_specs(families)
         family_of = {
             self.stands_for[argument.group]: argument.family
             for argument in self.program.arguments

@@ -28,7 +28,7 @@ Table = tuple[tuple[float, ...], ...]
 
 
 class Infeasible(Exception):
-    """A problem of which no choice keeps the limits; a solver's own, its answer says so."""
+    """No choice keeps the limits. Raised inside the solver: `solve` says so in its `Solution`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +124,8 @@ class Solution:
     gap: float
     proven: bool
     feasible: bool
-    n_reduced_nodes: int
-    n_reduced_edges: int
+    n_reduced_nodes: int = 0
+    n_reduced_edges: int = 0
 
     @property
     def status(self) -> str:

@@ -10,8 +10,8 @@ from autoshard.search.candidates import (
     NO_RULE,
     Choices,
     Shapes,
-    all_whole,
     family_choices,
+    first_specs,
     output_choices,
 )
 from autoshard.search.descent import (
@@ -121,8 +121,8 @@ def search(
     free = output_choices(program, mesh, unbound_outputs or {})
     origins = [dict(best.assignment), _only(best, names), smallest]
     beyond = descend(scorer, [*families, *free], origins, n_shakes=0) if free else None
-    # Whole weights, which any map can tell, are among what is chosen from.
-    scorer.score(all_whole(everything))
+    # What nothing splits, which any map can tell, is among what is chosen from.
+    scorer.score(first_specs(everything))
     first = min(_worthy(scorer, everything, tied), key=lambda scored: scored.rank)
     _walk(scorer, everything, first)
     worthy = _worthy(scorer, everything, tied)

@@ -79,7 +79,7 @@ def solve(
     ((1, 1), 3.0, 'optimal')
     """
     if not problem.nodes:
-        return _Search(problem, gap, None).solution()
+        return Solution(choices=(), cost=0.0, bound=0.0, gap=0.0, proven=True, feasible=True)
     search = _Search(problem, gap, time_limit)
     try:
         graph = ChoiceGraph.of(problem)
@@ -106,9 +106,8 @@ class _Search:
         self.problem = problem
         self.gap = gap
         self.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-        self.choices: tuple[int, ...] | None = None if problem.nodes else ()
-        self.cost = math.inf if problem.nodes else 0.0
-        self.bound = -math.inf if problem.nodes else 0.0
+        self.choices: tuple[int, ...] | None = None
+        self.cost, self.bound = math.inf, -math.inf
         self.state: State | None = None
         self.weights: Floats | None = None
         self.n_nodes = self.n_edges = 0
@@ -259,7 +258,6 @@ class _Search:
         if not state.feasible:
             state.descend(self.until(0.5))
         self.offer(state)
-        self.raise_bound(bound)
         if self.left() < math.inf and self.relative_gap() > self.gap:
             self.polish(self.until(1.0))
 

@@ -71,7 +71,7 @@ def target_seen(devices: Sequence[Seen]) -> Target:
 
     Raises:
         UsageError: the chip table does not know them.
-        XlaError: their coordinates are no box.
+        XlaError: their coordinates are no box, or their nodes have not equally many.
     """
     if devices[0].platform == "cpu":
         chip = next(chip for chip in known_chips() if chip.kind == "cpu")
@@ -84,10 +84,14 @@ def target_seen(devices: Sequence[Seen]) -> Target:
             "know; name a target (autoshard chips lists the chips)"
         )
     chip, n_nodes = found[0], len({device.node for device in devices})
-    if chip.kind == "gpu":
-        return Target(chip=chip, topology=(len(devices) // n_nodes,), n_slices=n_nodes)
-    extents = tuple(len({d.coordinates[i] for d in devices}) for i in range(chip.torus_dimensions))
-    target = Target(chip=chip, topology=extents, n_slices=n_nodes)
+    topology: tuple[int, ...] = (len(devices) // n_nodes,)
+    if chip.kind == "tpu":
+        axes = range(chip.torus_dimensions)
+        topology = tuple(len({device.coordinates[axis] for device in devices}) for axis in axes)
+    target = Target(chip=chip, topology=topology, n_slices=n_nodes)
     if target.n_devices != len(devices):
-        raise XlaError(f"JAX shows {len(devices)} devices of {chip.name}, which make no {target}")
+        raise XlaError(
+            f"JAX shows {len(devices)} devices of {chip.name}, which make no {target}: name the "
+            "target that is meant"
+        )
     return target

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from platformdirs import user_cache_dir
 
 from autoshard.codec import from_record, to_record
 from autoshard.errors import AutoshardError, OutOfMemoryError
+from autoshard.files import write_whole
 from autoshard.installed import installed_version
 from autoshard.model.recipe import AbstractModel
 from autoshard.xla.compiled import CompiledStep, CompileRequest
@@ -76,10 +76,7 @@ class VerdictCache:
         path = self._path(request)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as beside:
-                written = Path(beside) / path.name
-                written.write_text(json.dumps(entry), encoding="utf-8")
-                os.replace(written, path)
+            write_whole(path, json.dumps(entry))
 
     def _path(self, request: CompileRequest) -> Path:
         question = to_record(request) | {"model": self.model_key, "installed": _installed()}

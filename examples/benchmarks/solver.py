@@ -10,10 +10,10 @@ import argparse
 import time
 from pathlib import Path
 
+from iopddl import read_iopddl
 from tabulate import tabulate
 
 from autoshard.errors import AutoshardError
-from autoshard.search.iopddl import read_iopddl
 from autoshard.search.solver import solve
 
 HEADERS = (
