@@ -16,8 +16,8 @@ from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.planning import make_program
-from autoshard.pricing import refused_outputs
+from autoshard.planner.pricing import refused_outputs
+from autoshard.planner.tracing import make_program
 from autoshard.sharding_plan import Plan, plan_of
 from autoshard.units import whole
 

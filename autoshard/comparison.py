@@ -15,12 +15,14 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import MeshLike
 from autoshard.model.paths import tails
 from autoshard.model.variables import ModelTable
-from autoshard.planning import Stopwatch, TracedModel, run_planner, trace_model
-from autoshard.pricing import make_pricer, score_rules
+from autoshard.planner.planning import run_planner
+from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.setup import Setup, make_setup
+from autoshard.planner.stopwatch import Stopwatch
+from autoshard.planner.tracing import TracedModel, trace_model
 from autoshard.records.comparison import ComparedLayout, Comparison, CostlyCollective
 from autoshard.records.parts import Prediction, Versions
 from autoshard.search.descent import Scorer
-from autoshard.setup import Setup, make_setup
 from autoshard.sharding_plan import GENERATE_GIVEN_UP, Plan, is_json, plan_of
 
 __all__ = ["compare"]
@@ -71,8 +73,7 @@ def compare(
         (name, *_read(layout, traced, setup, on_progress))
         for name, layout in zip(_names(layouts), layouts, strict=True)
     ]
-    pricer = make_pricer(traced.program, setup)
-    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
+    scorer = make_scorer(traced.program, setup)
     compared = [_compared(*one, table, scorer) for one in read]
     return Comparison(
         model=table.name,

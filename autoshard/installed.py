@@ -2,7 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["installed_version"]
+__all__ = ["COMPILERS", "installed_version"]
+
+# Kind of chip -> the package that its compiler comes in.
+COMPILERS = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
 
 def installed_version(package: str) -> str:

@@ -9,11 +9,16 @@ from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.hardware.targets import Target
 from autoshard.layout.causes import Causes
 from autoshard.mesh import MeshLike
-from autoshard.mesh_shapes import make_setups, plan_shapes
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
-from autoshard.planning import Planning, Stopwatch, trace_model
-from autoshard.pricing import Candidate
+from autoshard.planner.mesh_shapes import make_setups, plan_shapes
+from autoshard.planner.planning import Planning
+from autoshard.planner.pricing import Candidate
+from autoshard.planner.remedies import Remedy, remedies
+from autoshard.planner.settling import Verdict, compiler_for, settle
+from autoshard.planner.setup import make_setup
+from autoshard.planner.stopwatch import Stopwatch
+from autoshard.planner.tracing import trace_model
 from autoshard.records.parts import (
     Alternative,
     Compiled,
@@ -23,12 +28,9 @@ from autoshard.records.parts import (
     Reason,
     Versions,
 )
-from autoshard.remedies import Remedy, remedies
 from autoshard.search.candidates import NO_RULE
 from autoshard.search.descent import Scored
 from autoshard.search.ranking import SearchResult
-from autoshard.settling import Verdict, compiler_for, settle
-from autoshard.setup import make_setup
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes
 from autoshard.xla.compiled import CompiledStep

@@ -10,8 +10,8 @@ from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.model.build import build
 from autoshard.model.recipe import AbstractModel
+from autoshard.planner.setup import Setup, limit_bytes, make_setup, named_target
 from autoshard.records.parts import Prediction
-from autoshard.setup import Setup, limit_bytes, make_setup, named_target
 from autoshard.sharding_plan import Plan, plan_of
 
 __all__ = ["Subject", "subject_of"]

@@ -11,12 +11,14 @@ from typing import Any
 from autoshard.errors import OutOfMemoryError
 from autoshard.hardware.targets import Target
 from autoshard.host import available_bytes
-from autoshard.installed import installed_version
+from autoshard.installed import COMPILERS, installed_version
 from autoshard.layout.causes import Causes
 from autoshard.model.fold import fold
 from autoshard.model.folding import Folding
-from autoshard.planning import make_program
-from autoshard.pricing import make_pricer, score_rules
+from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.setup import Setup
+from autoshard.planner.tracing import make_program
+from autoshard.processes.child import Child, child_environment
 from autoshard.records.parts import Prediction, Versions
 from autoshard.records.verification import (
     MemoryUse,
@@ -24,11 +26,8 @@ from autoshard.records.verification import (
     Verification,
     VerifiedCollective,
 )
-from autoshard.search.descent import Scorer
-from autoshard.setup import Setup
 from autoshard.subject import Subject, subject_of
 from autoshard.xla.cache import verdict_cache
-from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
@@ -37,7 +36,6 @@ __all__ = ["verify"]
 
 # Who asks for one program waits longer than who asks for several.
 _PATIENCE_SECONDS = 1800.0
-_COMPILER_PACKAGES = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
 
 def verify(
@@ -108,8 +106,7 @@ def _predict(subject: Subject, blocks: int | None) -> Prediction | None:
     if blocks:
         # The copy stands for itself alone, as it does for the compiler.
         model = folded = replace(folded, folding=Folding())
-    pricer = make_pricer(make_program(folded, setup.workload, setup.target.chip), setup)
-    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
+    scorer = make_scorer(make_program(folded, setup.workload, setup.target.chip), setup)
     scored = score_rules("the map", subject.rules, model.table(), scorer).scored
     return Prediction.of(scored.cost) if scored else None
 
@@ -202,5 +199,5 @@ def _collectives(subject: Subject, step: CompiledStep) -> Sequence[VerifiedColle
 
 
 def _compiler(target: Target) -> str:
-    package = _COMPILER_PACKAGES[target.chip.kind]
+    package = COMPILERS[target.chip.kind]
     return f"{package} {installed_version(package)}".rstrip()

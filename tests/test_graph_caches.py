@@ -13,7 +13,7 @@ from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.step import make_step
 from autoshard.model.workload import Workload
-from autoshard.planning import make_program
+from autoshard.planner.tracing import make_program
 
 DECODE = Workload(kind="decode", batch=2, seq_len=64)
 ALL = 10**6  # periods: more than any model has

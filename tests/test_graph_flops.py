@@ -13,7 +13,7 @@ from autoshard.model.folding import Folding
 from autoshard.model.keras_import import import_keras
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import Workload
-from autoshard.planning import make_program
+from autoshard.planner.tracing import make_program
 
 
 def flops(function, *shapes):

@@ -7,10 +7,10 @@ from test_end_to_end import small_gemma_backbone
 
 from autoshard.errors import MeshError, UsageError
 from autoshard.mesh import Mesh, as_mesh
-from autoshard.mesh_shapes import make_setups, mesh_shapes, tradeoffs
 from autoshard.model.keras_import import import_keras
 from autoshard.pipeline import PlanOutcome, make_plan
-from autoshard.setup import make_setup
+from autoshard.planner.mesh_shapes import make_setups, mesh_shapes, tradeoffs
+from autoshard.planner.setup import make_setup
 
 STEP = {"dtype": "float32", "seq_len": 16}
 

@@ -15,7 +15,7 @@ from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import Workload
 from autoshard.pipeline import plan
-from autoshard.planning import trace_model
+from autoshard.planner.tracing import trace_model
 
 SMALL: dict[str, Any] = {
     "vocabulary_size": 32,

@@ -18,13 +18,14 @@ from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
 from autoshard.model.keras_import import import_keras, import_keras_hub
-from autoshard.planning import Planning, run_planner, trace_model
-from autoshard.pricing import make_pricer, score_rules
+from autoshard.planner.planning import Planning, run_planner
+from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.setup import Setup, make_setup
+from autoshard.planner.tracing import trace_model
 from autoshard.search.candidates import family_choices
 from autoshard.search.descent import Scorer, descend, exhaust, n_assignments, starting_points
 from autoshard.search.lower_bound import relax
 from autoshard.search.ranking import _holds, _output_groups
-from autoshard.setup import Setup, make_setup
 
 
 def plan(model: Any, setup: Setup) -> Planning:
@@ -117,8 +118,7 @@ def residual_rules(*spec: str | None) -> LayoutRules:
 def test_a_rule_for_an_output_turns_all_reduces_into_reduce_scatters() -> None:
     setup = make_setup("1x8", workload="prefill")
     traced = trace_model("gemma_7b_en", setup.workload, setup.target.chip)
-    mesh, pricer = setup.mesh, make_pricer(traced.program, setup)
-    scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=None)
+    scorer = make_scorer(traced.program, setup)
     rules = residual_rules("batch", None, "model")
     scored = score_rules("hidden", rules, traced.table, scorer).scored
     assert scored is not None
@@ -264,8 +264,7 @@ def test_a_rule_for_outputs_is_priced_where_it_can_be(
 ) -> None:
     setup = make_setup("1x8", workload="prefill")
     traced = trace_model("gemma_7b_en", setup.workload, setup.target.chip)
-    pricer = make_pricer(traced.program, setup)
-    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
+    scorer = make_scorer(traced.program, setup)
     rules = (Rule(pattern=pattern, spec=spec),)
     candidate = score_rules("the map", rules, traced.table, scorer)
     assert words in candidate.failure

@@ -8,8 +8,8 @@ from test_end_to_end import small_gemma_backbone
 
 from autoshard.errors import NothingFitsError
 from autoshard.pipeline import make_plan, plan
-from autoshard.remedies import _more_devices
-from autoshard.setup import make_setup
+from autoshard.planner.remedies import _more_devices
+from autoshard.planner.setup import make_setup
 
 # On a GPU: a TPU's core would hold all activations of so small a model beside its memory.
 REQUEST = {

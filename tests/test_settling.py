@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 from test_planning import plan
 
-import autoshard.settling as settling
+import autoshard.planner.settling as settling
 from autoshard.errors import ChildError, OutOfMemoryError, XlaError
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules
 from autoshard.pipeline import make_plan
-from autoshard.planning import Planning
+from autoshard.planner.planning import Planning
+from autoshard.planner.settling import Verdict, settle, worth_compiling
+from autoshard.planner.setup import make_setup
 from autoshard.report.plan import plan_text
-from autoshard.settling import Verdict, settle, worth_compiling
-from autoshard.setup import make_setup
 from autoshard.sharding_plan import Plan
 from autoshard.xla.clock import step_time
 from autoshard.xla.collectives import Collective

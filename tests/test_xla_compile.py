@@ -14,7 +14,7 @@ from autoshard.layout.rules import Rule
 from autoshard.mesh import parse_mesh
 from autoshard.model.folding import BlockStack
 from autoshard.model.workload import Workload
-from autoshard.xla.children import Child, child_environment
+from autoshard.processes.child import Child, child_environment
 from autoshard.xla.clock import collective_seconds, link_of, step_time
 from autoshard.xla.collectives import Collective, merge_collectives
 from autoshard.xla.compile import _temporary_bytes, compile_deep, compile_in

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoshard.hardware.chips import Chip
-from autoshard.hardware.targets import HOST_EDGE, Target, check_devices
+from autoshard.hardware.targets import Target, check_devices
 from autoshard.mesh import Mesh
 
 __all__ = ["AxisLink", "device_coordinates", "group_link", "ring_link"]
@@ -135,7 +135,7 @@ def device_coordinates(target: Target) -> tuple[_Place, ...]:
     """
     chips = sorted(
         itertools.product(*(range(size) for size in target.topology)),
-        key=lambda spot: (_host(spot, target.topology)[::-1], spot[::-1]),
+        key=lambda spot: (target.host_of(spot)[::-1], spot[::-1]),
     )
     return tuple(
         (index, spot, core)
@@ -143,13 +143,6 @@ def device_coordinates(target: Target) -> tuple[_Place, ...]:
         for spot in chips
         for core in range(target.chip.devices_per_chip)
     )
-
-
-def _host(spot: tuple[int, ...], topology: tuple[int, ...]) -> tuple[int, ...]:
-    # A slice that hosts of 2x2 chips do not tile has one chip a host: see `xla/topology.py`.
-    if len(topology) < 2 or any(size % HOST_EDGE for size in topology[:2]):
-        return ()
-    return (spot[0] // HOST_EDGE, spot[1] // HOST_EDGE, *spot[2:])
 
 
 def _first_group(axes: Sequence[str], mesh: Mesh, target: Target) -> list[_Place]:

@@ -15,11 +15,11 @@ from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.chips import Chip, get_chip
 from autoshard.mesh import Mesh
 
-__all__ = ["HOST_EDGE", "Target", "check_devices", "default_target", "parse_target", "target_of"]
+__all__ = ["Target", "check_devices", "default_target", "parse_target", "target_of"]
 
 _DEFAULT_CHIP = "tpu:v5e"
-HOST_EDGE = 2
-"""Chips of one host on each of the first two torus axes, unless the compiler is told."""
+# Chips of one host on each of the first two torus axes, unless the compiler is told.
+_HOST_EDGE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,16 @@ class Target:
     def devices_per_slice(self) -> int:
         """Devices of one slice or node."""
         return math.prod(self.topology) * self.chip.devices_per_chip
+
+    @property
+    def has_square_hosts(self) -> bool:
+        """Whether hosts of 2x2 chips tile a slice; else each chip has a host of its own."""
+        return len(self.topology) > 1 and not any(size % _HOST_EDGE for size in self.topology[:2])
+
+    def host_of(self, spot: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the host of a chip sits among the hosts, by the chip's torus coordinates."""
+        edge = _HOST_EDGE if self.has_square_hosts else 1
+        return (*(place // edge for place in spot[:2]), *spot[2:])
 
 
 def parse_target(text: str) -> Target:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh
+from autoshard.model.paths import block_pattern
 
 __all__ = ["Causes"]
 
@@ -57,7 +58,7 @@ class Causes:
         """The layer's own variables and output; those of the layers inside it where it has none."""
         if not layer:
             return []
-        start = re.escape(layer).replace(r"_\*", r"(?:_\d+)?")
+        start = block_pattern(layer)
         own = re.compile(rf"(?:.+/)?{start}/[^/]+")
         inside = re.compile(rf"(?:.+/)?{start}/.+")
         found = [path for path in self.paths if own.fullmatch(path)]

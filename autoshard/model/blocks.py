@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from autoshard.model.keras_import import import_keras
-from autoshard.model.paths import PathNames, number_of
+from autoshard.model.paths import PathNames, block_pattern, number_of
 from autoshard.model.recipe import AbstractModel, inner_layers, layers_by_path
 
 __all__ = ["Stack", "blocks_like", "elsewhere", "find_stacks"]
@@ -39,11 +39,11 @@ class Stack:
 
 
 def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
-    """The outermost stacks whose blocks are layers, and hold weights that are told to be theirs.
+    """The outermost stacks whose blocks are layers, each weight of which is told to be a block's.
 
-    Those are under a block's own path, or under one that all blocks share (SmolLM3 names a layer so
-    by mistake). A block of a kind of its own may hold any: it stands for no other (the first block
-    of T5 has the positions of all).
+    It is by its path: under that of the block, or under one that all blocks share (SmolLM3 names a
+    layer so by mistake). A block of a kind of its own may hold any: it stands for no other (the
+    first block of T5 has the positions of all).
     """
     layers = layers_by_path(model.model)
     templates = PathNames.of([f"{path}/output" for path in layers]).templates
@@ -72,11 +72,11 @@ def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
 
 def blocks_like(stack: Stack, model: AbstractModel) -> tuple[tuple[Any, ...], tuple[Hashable, ...]]:
     """The blocks that another model has in this stack's place, perhaps a single one, and kinds."""
-    base = re.escape(stack.template.removesuffix("_*"))
+    pattern = re.compile(block_pattern(stack.template))
     blocks = {
         number_of(path): layer
         for path, layer in layers_by_path(model.model).items()
-        if re.fullmatch(rf"{base}(_\d+)?", path)
+        if pattern.fullmatch(path)
     }
     in_order = tuple(blocks[number] for number in sorted(blocks))
     return in_order, tuple(_kind(dict(_facts(block, "")), stack.indices) for block in in_order)

@@ -17,6 +17,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from autoshard.model.paths import block_pattern
+
 __all__ = ["BlockStack", "Folding", "find_repetition"]
 
 
@@ -97,8 +99,7 @@ class Folding:
 
 
 def _block_of(path: str, stack: BlockStack) -> int | None:
-    base = stack.template.removesuffix("_*")
-    match = re.match(rf"{re.escape(base)}(?:_(\d+))?(?=/|$)", path)
+    match = re.match(rf"{block_pattern(stack.template)}(?=/|$)", path)
     return int(match[1] or 0) - stack.start if match else None
 
 

@@ -18,6 +18,7 @@ __all__ = ["MARK", "OutputShapes", "marking_scope"]
 MARK = "layer_output"
 
 Shape = tuple[int, ...]
+# Template of a layer output -> the shapes of the arrays there, which a rule for it would hit.
 OutputShapes = dict[str, set[Shape]]
 
 

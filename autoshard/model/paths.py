@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["PathNames", "number_of", "ranked", "tails"]
+__all__ = ["PathNames", "block_pattern", "number_of", "ranked", "tails"]
 
 _NUMBERED = re.compile(r"(.+?)_(\d+)")
 # Fewer may be any layers: of a chain of two kinds, such as `dense_0` and `norm_0`, each may want a
@@ -152,6 +152,15 @@ def tails(path: str) -> Iterator[str]:
     """
     parts = path.split("/")
     return ("/".join(parts[start:]) for start in range(len(parts)))
+
+
+def block_pattern(template: str) -> str:
+    """A regex for what a template stands for, with the number in a group: the first has none.
+
+    >>> [re.fullmatch(block_pattern("block_*"), path)[1] for path in ("block_3", "block")]
+    ['3', None]
+    """
+    return re.escape(template).replace(r"_\*", r"(?:_(\d+))?")
 
 
 def number_of(path: str) -> int:

@@ -10,12 +10,12 @@ from autoshard.hardware.targets import parse_target
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, format_rules, rules_text
 from autoshard.mesh import format_spec
-from autoshard.mesh_shapes import tradeoffs
 from autoshard.pipeline import PlanOutcome
-from autoshard.pricing import Candidate
+from autoshard.planner.mesh_shapes import tradeoffs
+from autoshard.planner.pricing import Candidate
+from autoshard.planner.settling import Verdict
 from autoshard.records.parts import Reason
 from autoshard.search.candidates import legal_specs
-from autoshard.settling import Verdict
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_seconds, option_bytes, spell_count
 from autoshard.xla.collectives import Collective

@@ -21,19 +21,19 @@ import networkx as nx
 from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
 from autoshard.mesh import Mesh, Spec, divides, shard_shape
+from autoshard.model.outputs import OutputShapes
 
 __all__ = [
     "NO_RULE",
     "Assignment",
     "Choices",
-    "Shapes",
+    "asked_layouts",
     "family_choices",
+    "first_specs",
     "fixed_layouts",
     "legal_specs",
     "output_choices",
     "split_by_hand",
-    "first_specs",
-    "asked_layouts",
 ]
 
 Assignment = Mapping[str, Spec]
@@ -44,9 +44,6 @@ _NEGLIGIBLE_SHARE = 1e-3
 
 # What stands for a layer output that no rule names.
 NO_RULE: Spec = ()
-
-# Template of a layer output -> the shapes of all arrays that a rule for it would hit.
-Shapes = Mapping[str, Collection[tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +166,7 @@ def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
     return assignment
 
 
-def output_choices(program: Program, mesh: Mesh, shapes: Shapes) -> tuple[Choices, ...]:
+def output_choices(program: Program, mesh: Mesh, shapes: OutputShapes) -> tuple[Choices, ...]:
     """The layer outputs that a rule may lay out, with the specs that every array there can bear.
 
     Data stays on the data axis: a rule that did not say so would gather it.

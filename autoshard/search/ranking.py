@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from autoshard.cost.step import StepPricer
 from autoshard.mesh import Mesh, Spec
+from autoshard.model.outputs import OutputShapes
 from autoshard.search.candidates import (
     NO_RULE,
     Choices,
-    Shapes,
     family_choices,
     first_specs,
     output_choices,
@@ -88,8 +88,8 @@ def search(
     *,
     top: int = 5,
     starts: Sequence[Mapping[str, Spec]] = (),
-    outputs: Shapes | None = None,
-    unbound_outputs: Shapes | None = None,
+    outputs: OutputShapes | None = None,
+    unbound_outputs: OutputShapes | None = None,
     tied: Sequence[Collection[str]] = (),
 ) -> SearchResult:
     """Find the layouts with the fastest step within the memory limit.

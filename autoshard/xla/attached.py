@@ -7,7 +7,7 @@ from typing import Any
 from autoshard.errors import UsageError, XlaError
 from autoshard.hardware.chips import known_chips
 from autoshard.hardware.targets import Target
-from autoshard.xla.children import Child
+from autoshard.processes.child import Child
 
 __all__ = ["Seen", "attached_target", "devices_seen", "target_seen"]
 

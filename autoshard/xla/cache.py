@@ -23,13 +23,13 @@ from platformdirs import user_cache_dir
 from autoshard.codec import from_record, to_record
 from autoshard.errors import AutoshardError, OutOfMemoryError
 from autoshard.files import write_whole
-from autoshard.installed import installed_version
+from autoshard.installed import COMPILERS, installed_version
 from autoshard.model.recipe import AbstractModel
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 
 __all__ = ["VerdictCache", "verdict_cache"]
 
-_PACKAGES = ("keras", "keras-hub", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
+_PACKAGES = ("keras", "keras-hub", "jax", *COMPILERS.values())
 _SETTINGS = ("JAX_", "KERAS_", "LIBTPU_", "XLA_")
 _FORMAT = 1
 

@@ -19,8 +19,8 @@ from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Step
 from autoshard.model.step import make_step
 from autoshard.model.workload import Workload
+from autoshard.processes.child import Child
 from autoshard.xla.cache import VerdictCache
-from autoshard.xla.children import Child
 from autoshard.xla.collectives import estimated_cycles, read_collectives
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.exhausted import exhausted_sentence

@@ -8,7 +8,7 @@ the last part is the primitive. Instructions that XLA merged carry `prefix/(a/ad
 import re
 from collections.abc import Collection, Mapping
 
-from autoshard.model.paths import PathNames
+from autoshard.model.paths import PathNames, block_pattern
 
 __all__ = ["alternatives", "layer_of", "layer_paths", "phase_of", "template"]
 
@@ -125,8 +125,6 @@ def template(layer: str, blocks: Collection[str]) -> str:
     'decoder_block_*/ffw_gating_2'
     """
     for block in blocks:
-        # Keras leaves the number of the first layer of a name out.
-        base = re.escape(block.removesuffix("_*"))
-        if match := re.match(rf"{base}(?:_\d+)?(?=/|$)", layer):
+        if match := re.match(rf"{block_pattern(block)}(?=/|$)", layer):
             return block + layer[match.end() :]
     return layer

@@ -7,7 +7,7 @@ in NVIDIA's CUDA C++ programming guide. The proto is XLA's
 """
 
 from autoshard.hardware.chips import Chip
-from autoshard.hardware.targets import HOST_EDGE, Target
+from autoshard.hardware.targets import Target
 
 __all__ = ["gpu_target_config", "topology_options"]
 
@@ -57,7 +57,7 @@ def topology_options(target: Target) -> dict[str, object]:
     }
     if target.n_slices > 1:
         options["num_slices"] = target.n_slices
-    if any(size % HOST_EDGE for size in target.topology[:2]):
+    if not target.has_square_hosts:
         options["chips_per_host_bounds"] = (1, 1, 1)
     return options
 

@@ -18,10 +18,10 @@ from autoshard.mesh import Mesh, shard_shape
 from autoshard.model.build import build
 from autoshard.model.folding import Folding
 from autoshard.model.variables import ModelTable, dtype_bytes
-from autoshard.planning import make_program
-from autoshard.pricing import make_pricer, score_rules
+from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.setup import Setup, make_setup
+from autoshard.planner.tracing import make_program
 from autoshard.search.descent import Scorer
-from autoshard.setup import Setup, make_setup
 
 __all__ = ["held_bytes", "predicted_cost", "setup_of", "copy_scorer"]
 
@@ -43,11 +43,11 @@ def copy_scorer(
     copy = build(model, dtype=setup.workload.dtype, periods=PERIODS[workload])
     copy = replace(copy, folding=Folding())
     chip = None if as_partitioned else setup.target.chip
-    pricer = make_pricer(make_program(copy, setup.workload, chip), setup)
+    scorer = make_scorer(make_program(copy, setup.workload, chip), setup)
     if as_partitioned:
-        machine = replace(pricer.machine, as_partitioned=True)
-        pricer = StepPricer(pricer.program, machine)
-    return copy.table(), Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=None)
+        machine = replace(scorer.pricer.machine, as_partitioned=True)
+        scorer = replace(scorer, pricer=StepPricer(scorer.pricer.program, machine))
+    return copy.table(), scorer
 
 
 def predicted_cost(

@@ -56,7 +56,7 @@ from autoshard.model.build import build
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
 from autoshard.pipeline import make_plan
-from autoshard.settling import worth_compiling
+from autoshard.planner.settling import worth_compiling
 from autoshard.xla.clock import step_time
 from autoshard.xla.compiled import CompiledStep
 from autoshard.xla.partitioned import partitioned_seconds

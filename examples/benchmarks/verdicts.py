@@ -24,7 +24,7 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import parse_mesh
 from autoshard.model.keras_import import PLANNING_ONLY
 from autoshard.model.workload import Workload
-from autoshard.xla.children import Child, child_environment
+from autoshard.processes.child import Child, child_environment
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 

@@ -1,63 +1,33 @@
-"""The planner's stages one after the other: trace, graph, search, rules. No compiler runs here."""
+"""Plans a traced model on one mesh: search, then rules. No compiler runs here."""
 
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from autoshard.errors import LayoutError, ModelError
-from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
-from autoshard.hardware.chips import Chip
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
-from autoshard.model.build import build
-from autoshard.model.fold import fold
 from autoshard.model.outputs import OutputShapes
-from autoshard.model.paths import tails
 from autoshard.model.recipe import AbstractModel
-from autoshard.model.step import generate_shapes, make_step, trace
+from autoshard.model.step import generate_shapes
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import Workload
-from autoshard.pricing import Candidate, make_pricer, published_maps
+from autoshard.planner.pricing import Candidate, make_scorer, published_maps
+from autoshard.planner.setup import Setup
+from autoshard.planner.stopwatch import Stopwatch
+from autoshard.planner.tracing import TracedModel
 from autoshard.search.candidates import split_by_hand
 from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
-from autoshard.setup import Setup
 
 __all__ = [
     "Planning",
-    "Stopwatch",
-    "TracedModel",
-    "make_program",
     "run_planner",
-    "trace_model",
 ]
 
 # Of all floating point operations; cutting pictures into patches takes a hundredth.
 _MANY_CONVOLUTIONS = 0.1
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Seconds spent in each stage, measured."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    progress: Callable[[str], None] = lambda stage: None
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one stage and announce it."""
-        self.progress(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,52 +100,6 @@ class Planning:
         return tuple(_cache_specs(self.result.scorer, scored))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TracedModel:
-    """A model whose step is traced: all of it that no mesh changes.
-
-    Attributes:
-        whole: the model.
-        table: its variables.
-        folded: the copy with fewer blocks that was traced.
-        workload: the step, with the model's dtype.
-        program: the op graph of the copy's step.
-    """
-
-    whole: AbstractModel
-    table: ModelTable
-    folded: AbstractModel
-    workload: Workload
-    program: Program
-
-
-def trace_model(
-    model: Any, workload: Workload, chip: Chip | None = None, watch: Stopwatch | None = None
-) -> TracedModel:
-    """Build a model and trace its step.
-
-    Args:
-        model: what `autoshard.plan` takes.
-        workload: the step.
-        chip: see `make_program`.
-        watch: measures the stages.
-    """
-    watch = watch or Stopwatch()
-    with watch.stage("build the model"):
-        whole = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
-        table = whole.table()
-        # Two periods price exactly as more do: nothing but the count of what repeats differs.
-        folded = fold(whole, periods=2)
-    workload = whole.own(workload)
-    return TracedModel(
-        whole=whole,
-        table=table,
-        folded=folded,
-        workload=workload,
-        program=make_program(folded, workload, chip, watch),
-    )
-
-
 def run_planner(
     traced: TracedModel, setup: Setup, *, top: int = 5, watch: Stopwatch | None = None
 ) -> Planning:
@@ -190,12 +114,12 @@ def run_planner(
     watch = watch or Stopwatch()
     table, folded = traced.table, traced.folded
     with watch.stage("search"):
-        pricer = make_pricer(traced.program, setup)
-        rivals = tuple(published_maps(traced.whole, table, setup, pricer))
+        scorer = make_scorer(traced.program, setup)
+        rivals = tuple(published_maps(traced.whole, scorer))
         starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
-        shapes = pricer.program.output_shapes()
+        shapes = traced.program.output_shapes()
         result = search(
-            pricer,
+            scorer.pricer,
             setup.mesh,
             setup.memory_limit,
             top=2 * top,
@@ -243,29 +167,6 @@ def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:
         yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)
 
 
-def make_program(
-    folded: AbstractModel,
-    workload: Workload,
-    chip: Chip | None = None,
-    watch: Stopwatch | None = None,
-) -> Program:
-    """The op graph of a model's step.
-
-    Args:
-        folded: the model, with fewer blocks.
-        workload: the step.
-        chip: the target's: TPU compilers rewrite a step before they partition it; None for no
-            rewriting.
-        watch: measures the stages.
-    """
-    watch = watch or Stopwatch()
-    with watch.stage("trace the step"):
-        step = make_step(folded, workload)
-        closed = trace(step)
-    with watch.stage("build the op graph"):
-        return _program(closed, step, folded, for_tpu=chip is not None and chip.kind == "tpu")
-
-
 def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> OutputShapes:
     """With the shapes that the same outputs have in `generate`, where that has to run."""
     if not (setup.generate and folded.generates):
@@ -276,45 +177,6 @@ def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> Outpu
         return OutputShapes()
     both = {*shapes, *generated}
     return {name: shapes.get(name, set()) | generated.get(name, set()) for name in both}
-
-
-def _program(closed: Any, step: Any, folded: AbstractModel, *, for_tpu: bool) -> Program:
-    """The op graph of the traced copy, each op and argument with its count in the real model."""
-    folded_table = folded.table()
-    variables = folded_table.variables
-    families: dict[str, dict[tuple[int, ...], str]] = {}
-    for variable in variables:
-        families.setdefault(variable.path, {})[variable.shape] = variable.family
-    trainable = {variable.path for variable in variables if variable.trainable}
-    multiplicity = folded.folding.multiplicity
-    inputs = [
-        StepInput(
-            role=argument.role,
-            family=_family(families.get(argument.layout_path or "", {}), argument.shape),
-            count=multiplicity(argument.layout_path or argument.path),
-            trainable=argument.path in trainable and argument.role == "weight",
-        )
-        for argument in step.arguments
-    ]
-    replaces = [result.argument for result in step.results]
-    return build_program(
-        closed,
-        inputs,
-        replaces,
-        lambda layer: _layer_count(layer, multiplicity),
-        folded_table.templates,
-        for_tpu=for_tpu,
-    )
-
-
-def _family(families: Mapping[tuple[int, ...], str], shape: tuple[int, ...]) -> str | None:
-    """The family of an argument, of those under its path by shape; two weights may share a path."""
-    return next(iter(families.values())) if len(families) == 1 else families.get(shape)
-
-
-def _layer_count(layer: str, multiplicity: Callable[[str], int | Fraction]) -> int:
-    """How many layers of the real model the layer of a traced op stands for."""
-    return next((int(count) for count in map(multiplicity, tails(layer)) if count != 1), 1)
 
 
 def _by_hand(table: ModelTable, result: SearchResult, mesh: Mesh) -> Candidate | None:

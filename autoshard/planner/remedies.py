@@ -8,8 +8,10 @@ from autoshard.errors import ModelError, UsageError
 from autoshard.hardware.targets import target_of
 from autoshard.mesh import Mesh, round_up
 from autoshard.model.workload import DEFAULT_LORA_RANK
-from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner, trace_model
-from autoshard.setup import Setup
+from autoshard.planner.planning import Planning, run_planner
+from autoshard.planner.setup import Setup
+from autoshard.planner.stopwatch import Stopwatch
+from autoshard.planner.tracing import TracedModel, trace_model
 
 __all__ = ["Remedy", "remedies"]
 

@@ -19,11 +19,11 @@ from autoshard.errors import (
 )
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.host import available_bytes
-from autoshard.planning import Planning
-from autoshard.pricing import Candidate
-from autoshard.setup import Setup
+from autoshard.planner.planning import Planning
+from autoshard.planner.pricing import Candidate
+from autoshard.planner.setup import Setup
+from autoshard.processes.child import Child, child_environment
 from autoshard.units import format_bytes
-from autoshard.xla.children import Child, child_environment
 from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest

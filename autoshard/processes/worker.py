@@ -1,4 +1,4 @@
-"""The child's side of `autoshard.xla.children`: `python -m autoshard.xla.worker FD`.
+"""The child's side of `autoshard.processes.child`: `python -m autoshard.processes.worker FD`.
 
 Requests come on standard input and replies leave on the file descriptor FD, both as pickled frames
 with their length before them; what libraries print cannot get between them. The process ends with

@@ -11,7 +11,7 @@ import pytest
 
 from autoshard.errors import ChildError, ChildTimeoutError, UnknownNameError, XlaError
 from autoshard.hardware.targets import parse_target
-from autoshard.xla.children import Child, child_environment
+from autoshard.processes.child import Child, child_environment
 
 # What the children run. They import this file as a module, by the parent's sys.path.
 
@@ -193,7 +193,7 @@ def _parent_of_a_hanging_child(note):
     """Run as a program: a parent that waits for a child that hangs."""
     return (
         "import sys; sys.path[:0] = [sys.argv[1]]\n"
-        "from autoshard.xla.children import Child\n"
+        "from autoshard.processes.child import Child\n"
         "with Child() as child:\n"
         f"    child.call('{HERE}:_hang', {note!r}, timeout_seconds=60)\n"
     )

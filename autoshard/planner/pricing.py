@@ -14,16 +14,16 @@ from autoshard.layout.references import ANNOUNCEMENT_MAP
 from autoshard.layout.resolve import FindingKind, resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, Spec, divides, format_spec
+from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import QUANTIZED
-from autoshard.search.candidates import Shapes
+from autoshard.planner.setup import Setup
 from autoshard.search.descent import Scored, Scorer
-from autoshard.setup import Setup
 
 __all__ = [
     "Candidate",
-    "make_pricer",
+    "make_scorer",
     "published_maps",
     "refused_outputs",
     "score_rules",
@@ -59,8 +59,8 @@ class Candidate:
         return self.scored.cost.step_seconds if self.scored else math.inf
 
 
-def make_pricer(program: Program, setup: Setup) -> StepPricer:
-    """What prices layouts of a program on the mesh and chips of a setup."""
+def make_scorer(program: Program, setup: Setup) -> Scorer:
+    """What scores layouts of a program on the mesh and chips of a setup, within its memory."""
     policy = setup.workload.policy
     machine = Machine.of(
         setup.mesh,
@@ -68,23 +68,20 @@ def make_pricer(program: Program, setup: Setup) -> StepPricer:
         _MATMUL_DTYPES.get(policy, policy),
         AxisParts.of(program, [setup.mesh.sizes[axis] for axis in setup.mesh.parallel_axes]),
     )
-    return StepPricer(program, machine)
+    pricer = StepPricer(program, machine)
+    return Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
 
 
-def published_maps(
-    model: AbstractModel, table: ModelTable, setup: Setup, pricer: StepPricer
-) -> Iterator[Candidate]:
+def published_maps(model: AbstractModel, scorer: Scorer) -> Iterator[Candidate]:
     """The maps that others published for this class of models, priced as they are.
 
     Args:
-        model: the model.
-        table: its variables.
-        setup: mesh, target, workload, memory.
-        pricer: prices the step.
+        model: the whole model.
+        scorer: prices assignments.
     """
-    scorer = Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
+    table = model.table()
     published: list[tuple[str, Callable[[], LayoutRules]]] = [
-        ("KerasHub's own map", lambda: kerashub_rules(model.backbone, setup.mesh))
+        ("KerasHub's own map", lambda: kerashub_rules(model.backbone, scorer.mesh))
     ]
     if type(model.backbone).__name__ == "GemmaBackbone":
         published.append(("the announcement's map", lambda: ANNOUNCEMENT_MAP))
@@ -121,7 +118,7 @@ def score_rules(name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer
 
 
 def refused_outputs(
-    outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, shapes: Shapes
+    outputs: Mapping[str, Spec], table: ModelTable, mesh: Mesh, shapes: OutputShapes
 ) -> dict[str, tuple[FindingKind, str]]:
     """The layer outputs that JAX cannot lay out evenly as a map says, and why, each in one line.
 

@@ -26,19 +26,17 @@ from typing import IO, Any
 from autoshard import errors
 from autoshard.errors import AutoshardError, ChildError, ChildTimeoutError, XlaError
 from autoshard.hardware.targets import Target
+from autoshard.installed import COMPILERS
 from autoshard.model.keras_import import PLANNING_ONLY
+from autoshard.processes.worker import read_frame, write_frame
 from autoshard.units import format_bytes
-from autoshard.xla.worker import read_frame, write_frame
 
 __all__ = ["Child", "child_environment"]
 
 _POLL_SECONDS = 0.1
 _KEPT_WORDS = 400
-# Kind of chip -> the module that its compiler comes in, and what to do without it.
-_COMPILERS = {
-    "tpu": ("libtpu", 'pip install "jax[tpu]"'),
-    "gpu": ("jax_cuda12_plugin", 'pip install "jax[cuda12]"'),
-}
+# Kind of chip -> what of JAX brings its compiler.
+_EXTRAS = {"tpu": "jax[tpu]", "gpu": "jax[cuda12]"}
 
 
 def child_environment(target: Target) -> dict[str, str]:
@@ -57,11 +55,11 @@ def child_environment(target: Target) -> dict[str, str]:
         flags = os.environ.get("XLA_FLAGS", "")
         count = f"--xla_force_host_platform_device_count={target.n_devices}"
         return environment | {"XLA_FLAGS": f"{flags} {count}".strip()}
-    module, advice = _COMPILERS[target.chip.kind]
-    if importlib.util.find_spec(module) is None:
-        kind = target.chip.kind.upper()
-        raise XlaError(f"the {kind} compiler is not installed; {advice}")
-    if target.chip.kind == "gpu":
+    kind = target.chip.kind
+    if importlib.util.find_spec(COMPILERS[kind].replace("-", "_")) is None:
+        advice = f'pip install "{_EXTRAS[kind]}"'
+        raise XlaError(f"the {kind.upper()} compiler is not installed; {advice}")
+    if kind == "gpu":
         return environment
     return environment | {
         # Without these libtpu asks the cloud's metadata server what it runs on, and a second
@@ -169,7 +167,7 @@ class Child:
         try:
             self._process = subprocess.Popen(
                 # -P: what lies in the current folder is imported only if it is on the path below.
-                [sys.executable, "-P", "-m", "autoshard.xla.worker", str(writer)],
+                [sys.executable, "-P", "-m", "autoshard.processes.worker", str(writer)],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=self._log,

@@ -11,9 +11,11 @@ from autoshard.errors import MeshError
 from autoshard.hardware.targets import Target
 from autoshard.mesh import Mesh, parse_mesh, round_up
 from autoshard.model.workload import DEFAULT_BATCH
-from autoshard.planning import Planning, Stopwatch, TracedModel, run_planner
+from autoshard.planner.planning import Planning, run_planner
+from autoshard.planner.setup import Setup, make_setup, named_target
+from autoshard.planner.stopwatch import Stopwatch
+from autoshard.planner.tracing import TracedModel
 from autoshard.search.descent import Scored
-from autoshard.setup import Setup, make_setup, named_target
 from autoshard.units import whole
 
 __all__ = ["Tradeoff", "make_setups", "mesh_shapes", "plan_shapes", "tradeoffs"]

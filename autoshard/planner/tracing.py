@@ -1,0 +1,128 @@
+"""A model's step as an op graph: all of planning that no mesh changes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.program import Program
+from autoshard.hardware.chips import Chip
+from autoshard.model.build import build
+from autoshard.model.fold import fold
+from autoshard.model.paths import tails
+from autoshard.model.recipe import AbstractModel
+from autoshard.model.step import make_step, trace
+from autoshard.model.variables import ModelTable
+from autoshard.model.workload import Workload
+from autoshard.planner.stopwatch import Stopwatch
+
+__all__ = ["TracedModel", "make_program", "trace_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedModel:
+    """A model whose step is traced: all of it that no mesh changes.
+
+    Attributes:
+        whole: the model.
+        table: its variables.
+        folded: the copy with fewer blocks that was traced.
+        workload: the step, with the model's dtype.
+        program: the op graph of the copy's step.
+    """
+
+    whole: AbstractModel
+    table: ModelTable
+    folded: AbstractModel
+    workload: Workload
+    program: Program
+
+
+def trace_model(
+    model: Any, workload: Workload, chip: Chip | None = None, watch: Stopwatch | None = None
+) -> TracedModel:
+    """Build a model and trace its step.
+
+    Args:
+        model: what `autoshard.plan` takes.
+        workload: the step.
+        chip: see `make_program`.
+        watch: measures the stages.
+    """
+    watch = watch or Stopwatch()
+    with watch.stage("build the model"):
+        whole = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+        table = whole.table()
+        # Two periods price exactly as more do: nothing but the count of what repeats differs.
+        folded = fold(whole, periods=2)
+    workload = whole.own(workload)
+    return TracedModel(
+        whole=whole,
+        table=table,
+        folded=folded,
+        workload=workload,
+        program=make_program(folded, workload, chip, watch),
+    )
+
+
+def make_program(
+    folded: AbstractModel,
+    workload: Workload,
+    chip: Chip | None = None,
+    watch: Stopwatch | None = None,
+) -> Program:
+    """The op graph of a model's step.
+
+    Args:
+        folded: the model, with fewer blocks.
+        workload: the step.
+        chip: the target's: TPU compilers rewrite a step before they partition it; None for no
+            rewriting.
+        watch: measures the stages.
+    """
+    watch = watch or Stopwatch()
+    with watch.stage("trace the step"):
+        step = make_step(folded, workload)
+        closed = trace(step)
+    with watch.stage("build the op graph"):
+        return _program(closed, step, folded, for_tpu=chip is not None and chip.kind == "tpu")
+
+
+def _program(closed: Any, step: Any, folded: AbstractModel, *, for_tpu: bool) -> Program:
+    """The op graph of the traced copy, each op and argument with its count in the real model."""
+    folded_table = folded.table()
+    variables = folded_table.variables
+    families: dict[str, dict[tuple[int, ...], str]] = {}
+    for variable in variables:
+        families.setdefault(variable.path, {})[variable.shape] = variable.family
+    trainable = {variable.path for variable in variables if variable.trainable}
+    multiplicity = folded.folding.multiplicity
+    inputs = [
+        StepInput(
+            role=argument.role,
+            family=_family(families.get(argument.layout_path or "", {}), argument.shape),
+            count=multiplicity(argument.layout_path or argument.path),
+            trainable=argument.path in trainable and argument.role == "weight",
+        )
+        for argument in step.arguments
+    ]
+    replaces = [result.argument for result in step.results]
+    return build_program(
+        closed,
+        inputs,
+        replaces,
+        lambda layer: _layer_count(layer, multiplicity),
+        folded_table.templates,
+        for_tpu=for_tpu,
+    )
+
+
+def _family(families: Mapping[tuple[int, ...], str], shape: tuple[int, ...]) -> str | None:
+    """The family of an argument, of those under its path by shape; two weights may share a path."""
+    return next(iter(families.values())) if len(families) == 1 else families.get(shape)
+
+
+def _layer_count(layer: str, multiplicity: Callable[[str], int | Fraction]) -> int:
+    """How many layers of the real model the layer of a traced op stands for."""
+    return next((int(count) for count in map(multiplicity, tails(layer)) if count != 1), 1)
