@@ -27,6 +27,7 @@ from autoshard.layout.rules import format_rules
 from autoshard.mesh import parse_mesh
 from autoshard.model.build import build
 from autoshard.model.data import run_data, targets_of
+from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.loading import sharded_loading
 from autoshard.model.workload import Workload
@@ -245,7 +246,7 @@ def test_a_run_past_its_limit_is_stopped() -> None:
 def test_what_the_machine_cannot_hold_is_run_as_deep_as_it_can(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = build("gemma_7b_en", periods=5)
+    model = fold(build("gemma_7b_en"), periods=5)
     needed = needed_bytes(model, "predict", running_workload("predict"), (), None)
     monkeypatch.setattr(running, "available_bytes", lambda: needed)
     asked_for: list[Any] = []

@@ -82,7 +82,7 @@ def test_building_leaves_keras_counters_as_they_were() -> None:
     keras = import_keras()
     keras.layers.Dense(1)
     before = keras.layers.Dense(1).name
-    build("mixtral_8_7b_en", periods=1)
+    fold(build("mixtral_8_7b_en"), periods=1)
     after = keras.layers.Dense(1).name
     assert int(after.removeprefix("dense_")) == int(before.removeprefix("dense_")) + 1
 
@@ -91,7 +91,7 @@ def test_outputs_that_keras_asks_the_map_for_are_in_the_table() -> None:
     """Compared with what Keras asks during a real trace."""
     from autoshard.model.abstract import recording_scope
 
-    model = build("gemma_2b_en", periods=3)
+    model = fold(build("gemma_2b_en"), periods=3)
     with recording_scope() as recorder:
         step = make_step(model, Workload(kind="prefill", batch=1, seq_len=4))
         import jax
@@ -290,7 +290,7 @@ from autoshard.model.keras_import import import_keras_hub
 import_keras_hub()
 import keras
 from autoshard.model.build import build
-build("gemma_2b_en", periods=1)
+build("gemma_2b_en")
 print(keras.config.backend(), "tensorflow" in sys.modules, sys.meta_path[:1] == before[:1])
 print(keras.src.utils.module_utils.tensorflow._available)
 """

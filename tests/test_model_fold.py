@@ -79,7 +79,7 @@ def test_periods_are_found_and_multiplicities_add_up(
 
 
 def test_k_and_2k_periods_can_be_built() -> None:
-    one, two = (build("mixtral_8_7b_en", periods=k).table() for k in (1, 2))
+    one, two = (fold(build("mixtral_8_7b_en"), periods=k).table() for k in (1, 2))
     # Each of the 32 blocks adds ten variables.
     assert len(two.variables) - len(one.variables) == 10
     whole = build("mixtral_8_7b_en").table()

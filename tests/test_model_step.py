@@ -8,6 +8,7 @@ from autoshard.errors import ModelError
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras
+from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Step
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import OPTIMIZERS, Workload
@@ -25,8 +26,13 @@ def assert_aligned(step: Step, jaxpr: Any) -> None:
             assert (argument.shape, argument.dtype) == (aval.shape, str(aval.dtype))
 
 
+def shallow(name: Any, **options: Any) -> AbstractModel:
+    """Three periods of a model."""
+    return fold(build(name, **options), periods=3)
+
+
 def test_training_returns_every_variable_and_the_loss() -> None:
-    model = build("gemma_7b_en", periods=3)
+    model = shallow("gemma_7b_en")
     step = make_step(model, Workload(kind="train", batch=8, seq_len=512))
     jaxpr = trace(step)
     assert_aligned(step, jaxpr)
@@ -42,7 +48,7 @@ def test_training_returns_every_variable_and_the_loss() -> None:
 
 
 def test_name_stacks_tell_layer_and_phase() -> None:
-    step = make_step(build("gemma_7b_en", periods=3), Workload(kind="train", batch=1, seq_len=8))
+    step = make_step(shallow("gemma_7b_en"), Workload(kind="train", batch=1, seq_len=8))
     stacks = {str(equation.source_info.name_stack) for equation in trace(step).eqns}
     # An einsum puts its equation behind the layer.
     query = "decoder_block_1/attention/query/btd,ndh->btnh"
@@ -52,7 +58,7 @@ def test_name_stacks_tell_layer_and_phase() -> None:
 
 
 def test_prefill_returns_logits_of_the_vocabulary() -> None:
-    step = make_step(build("gemma_7b_en", periods=3), Workload(kind="prefill", batch=2, seq_len=16))
+    step = make_step(shallow("gemma_7b_en"), Workload(kind="prefill", batch=2, seq_len=16))
     jaxpr = trace(step)
     assert [result.role for result in step.results] == ["logits"]
     assert jaxpr.out_avals[0].shape == (2, 16, 256000)
@@ -60,7 +66,7 @@ def test_prefill_returns_logits_of_the_vocabulary() -> None:
 
 
 def test_lora_freezes_the_base() -> None:
-    model = build("gemma_7b_en", lora_rank=4, periods=3)
+    model = shallow("gemma_7b_en", lora_rank=4)
     step = make_step(model, Workload(kind="lora", batch=1, seq_len=8, lora_rank=4))
     jaxpr = trace(step)
     assert_aligned(step, jaxpr)
@@ -71,7 +77,7 @@ def test_lora_freezes_the_base() -> None:
 
 
 def test_decode_adds_one_token_to_the_cache() -> None:
-    step = make_step(build("gemma_7b_en", periods=3), Workload(kind="decode", batch=4, seq_len=32))
+    step = make_step(shallow("gemma_7b_en"), Workload(kind="decode", batch=4, seq_len=32))
     jaxpr = trace(step)
     assert_aligned(step, jaxpr)
     cache = [a for a in step.arguments if a.role == "cache"]
@@ -83,7 +89,7 @@ def test_decode_adds_one_token_to_the_cache() -> None:
 
 
 def test_decode_of_an_encoder_and_a_decoder_reads_what_the_encoder_left() -> None:
-    step = make_step(build("bart_base_en", periods=3), Workload(kind="decode", batch=4, seq_len=32))
+    step = make_step(shallow("bart_base_en"), Workload(kind="decode", batch=4, seq_len=32))
     assert_aligned(step, trace(step))
     # Hidden states of the encoder; keys and values of the decoder's own and of the encoder's.
     of_blocks = (4, 3, 2, 32, 12, 64)
@@ -92,7 +98,7 @@ def test_decode_of_an_encoder_and_a_decoder_reads_what_the_encoder_left() -> Non
 
 
 def test_seeds_are_state_and_have_no_layout() -> None:
-    step = make_step(build("gpt2_base_en", periods=3), Workload(kind="train", batch=1, seq_len=8))
+    step = make_step(shallow("gpt2_base_en"), Workload(kind="train", batch=1, seq_len=8))
     states = [a for a in step.arguments if a.role == "state"]
     assert states and all("seed_generator" in a.path and a.layout_path is None for a in states)
     assert_aligned(step, trace(step))
@@ -131,7 +137,7 @@ def test_a_sequence_that_the_model_cannot_take_is_one_line() -> None:
 
 def fed(model: str, kind: str) -> dict[str, tuple[int, ...]]:
     """The shapes of what a step is fed, by name."""
-    step = make_step(build(model, periods=3), Workload(kind=kind, batch=2, seq_len=64))
+    step = make_step(shallow(model), Workload(kind=kind, batch=2, seq_len=64))
     return {a.path: a.shape for a in step.arguments if a.role == "data"}
 
 

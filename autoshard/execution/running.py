@@ -52,7 +52,7 @@ class _Job:
 
     def asked_for(self) -> AbstractModel:
         """The model as deep as it was asked for."""
-        return self.model if self.blocks is None else fold(self.model, periods=self.blocks)
+        return fold(self.model, periods=self.blocks)
 
     def needed(self, model: AbstractModel) -> int:
         """Memory for a model of some depth, under the plan and without it."""

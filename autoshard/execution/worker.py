@@ -25,6 +25,7 @@ from autoshard.execution.requests import PartOutcome, RunRequest
 from autoshard.layout.distribution import keras_distribution
 from autoshard.model.build import build
 from autoshard.model.data import prompt_data, run_data, targets_of, token_name
+from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras, without_tensorflow
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.values import with_stored_values, with_values
@@ -63,12 +64,8 @@ def _run(request: RunRequest, progress: Callable[[str], None]) -> PartOutcome:
         )
     progress("build")
     workload = request.workload
-    described = build(
-        request.model,
-        dtype=workload.dtype,
-        lora_rank=workload.lora_rank,
-        periods=request.periods,
-    )
+    whole = build(request.model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    described = fold(whole, periods=request.periods)
     distribution = _distribution(request)
     with distribution.scope() if distribution else contextlib.nullcontext():
         start = time.monotonic()

@@ -8,7 +8,6 @@ from typing import Any
 
 from autoshard.errors import ModelError, UsageError
 from autoshard.model.abstract import abstract_scope
-from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras, import_keras_hub, without_tensorflow
 from autoshard.model.recipe import (
     AbstractModel,
@@ -31,7 +30,6 @@ def build(
     *,
     dtype: str | None = None,
     lora_rank: int | None = None,
-    periods: int | None = None,
 ) -> AbstractModel:
     """Build a model without values.
 
@@ -43,7 +41,6 @@ def build(
             and computes all else in bfloat16. None for the policy that a model, what a callable
             returns, or a file has; bfloat16 for presets.
         lora_rank: give the backbone low-rank factors of this rank and freeze the rest.
-        periods: keep only so many periods of each stack of repeated blocks; all by default.
 
     Raises:
         UnknownNameError: there is no model of that name.
@@ -63,7 +60,7 @@ def build(
         model = _rebuildable(build_recipe(recipe))
         if recipe.has_dtype:
             model = _with_own_dtype(model, dtype)
-    return model if periods is None else fold(model, periods=periods)
+    return model
 
 
 def _quantized(reference: Any, lora_rank: int | None) -> AbstractModel:

@@ -24,12 +24,13 @@ Keys = tuple[str | int, ...]
 Rows = Counter[tuple[Any, ...]]
 
 
-def fold(model: AbstractModel, *, periods: int) -> AbstractModel:
+def fold(model: AbstractModel, *, periods: int | None) -> AbstractModel:
     """Build a model again with fewer blocks.
 
     Args:
         model: the whole model.
-        periods: how many periods of each stack to keep, at least 1.
+        periods: how many periods of each stack to keep, at least 1; None for all, so that the
+            stacks are found and nothing is left out.
 
     Raises:
         UsageError: fewer than 1.
@@ -38,7 +39,7 @@ def fold(model: AbstractModel, *, periods: int) -> AbstractModel:
         The folded model, with `folding` saying what each block stands for; the model itself, with
         its stacks unfolded, where it cannot be rebuilt or has no more periods than that.
     """
-    if periods < 1:
+    if periods is not None and periods < 1:
         raise UsageError(f"{periods} periods of blocks are no model; give 1 or more")
     whole = find_stacks(model)
     wanted = _wanted(whole, periods)
@@ -65,7 +66,7 @@ def _shared(
     return {path: Fraction(real[path], kept[path]) for path in sorted(paths) if kept[path]}
 
 
-def _wanted(stacks: Sequence[Stack], periods: int) -> dict[str, BlockStack]:
+def _wanted(stacks: Sequence[Stack], periods: int | None) -> dict[str, BlockStack]:
     """How far each stack would be folded.
 
     Stacks of one depth may hang on one number, so they are folded alike.
@@ -77,14 +78,15 @@ def _wanted(stacks: Sequence[Stack], periods: int) -> dict[str, BlockStack]:
         numbers: dict[Hashable, int] = {}
         kinds = [numbers.setdefault(kind, len(numbers)) for kind in alike]
         lead, period = find_repetition(kinds)
-        traced = min(n_blocks, lead + periods * period + (n_blocks - lead) % period)
+        remainder = (n_blocks - lead) % period
+        kept = n_blocks if periods is None else lead + periods * period + remainder
         wanted[stack.template] = BlockStack(
             template=stack.template,
             start=stack.start,
             n_blocks=n_blocks,
             lead=lead,
             period=period,
-            traced=traced,
+            traced=min(n_blocks, kept),
         )
     return wanted
 

@@ -14,6 +14,7 @@ from autoshard.graph.flops import matmul_flops
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.mesh import Mesh
 from autoshard.model.build import build
+from autoshard.model.fold import fold
 from autoshard.model.folding import BlockStack
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Step
@@ -34,8 +35,6 @@ __all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step"]
 
 # Steps that a child keeps for the next layout: of one model, shallow, deeper and whole.
 _KEPT_STEPS = 4
-# More than any model has: the stacks are counted, and nothing is left out.
-_ALL_PERIODS = 10**6
 
 
 def compile_in(
@@ -189,9 +188,8 @@ def _temporary_bytes(memory: Any, target: Target) -> int:
 
 @lru_cache(maxsize=_KEPT_STEPS)
 def _built(name: str, workload: Workload, periods: int | None) -> tuple[AbstractModel, Step]:
-    model = build(
-        name, dtype=workload.dtype, lora_rank=workload.lora_rank, periods=periods or _ALL_PERIODS
-    )
+    whole = build(name, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    model = fold(whole, periods=periods)
     return model, make_step(model, workload)
 
 

@@ -16,6 +16,7 @@ from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, shard_shape
 from autoshard.model.build import build
+from autoshard.model.fold import fold
 from autoshard.model.folding import Folding
 from autoshard.model.variables import ModelTable, dtype_bytes
 from autoshard.planner.pricing import make_scorer, score_rules
@@ -40,7 +41,7 @@ def copy_scorer(
 ) -> tuple[ModelTable, Scorer]:
     """The variables of the copy that is compiled, and what scores its layouts."""
     setup = setup_of(mesh, workload)
-    copy = build(model, dtype=setup.workload.dtype, periods=PERIODS[workload])
+    copy = fold(build(model, dtype=setup.workload.dtype), periods=PERIODS[workload])
     copy = replace(copy, folding=Folding())
     chip = None if as_partitioned else setup.target.chip
     scorer = make_scorer(make_program(copy, setup.workload, chip), setup)
