@@ -28,6 +28,7 @@ def test_a_verdict_comes_back_and_only_for_the_same_question(cache: VerdictCache
         request(rules=()),
         request(periods=3),
         request(target="tpu:v5e:2x4"),
+        request(attention="tpu"),
         request(workload=Workload(kind="prefill", batch=8, seq_len=64)),
     ):
         assert cache.get(other) is None

@@ -9,6 +9,7 @@ from autoshard.graph.program import Program
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
+from autoshard.model.attention import attention_of
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes
@@ -172,7 +173,8 @@ def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> Outpu
     if not (setup.generate and folded.generates):
         return shapes
     try:
-        generated = generate_shapes(folded, setup.workload)
+        with attention_of(setup.target.chip.kind):
+            generated = generate_shapes(folded, setup.workload)
     except ModelError:
         return OutputShapes()
     both = {*shapes, *generated}

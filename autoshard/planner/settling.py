@@ -182,6 +182,7 @@ def _verdict(
         mesh=planning.setup.mesh,
         rules=candidate.rules,
         target=str(compiler),
+        attention=planning.setup.target.chip.kind,
     )
     try:
         compiled = compiled_by(request)

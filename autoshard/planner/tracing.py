@@ -8,6 +8,7 @@ from typing import Any
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.hardware.chips import Chip
+from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.paths import tails
@@ -82,7 +83,7 @@ def make_program(
         watch: measures the stages.
     """
     watch = watch or Stopwatch()
-    with watch.stage("trace the step"):
+    with watch.stage("trace the step"), attention_of(chip.kind if chip else "cpu"):
         step = make_step(folded, workload)
         closed = trace(step)
     with watch.stage("build the op graph"):

@@ -13,6 +13,7 @@ from autoshard.errors import OutOfMemoryError, XlaError
 from autoshard.graph.flops import matmul_flops
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.mesh import Mesh
+from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.folding import BlockStack
@@ -118,10 +119,11 @@ def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> Co
         XlaError: the compiler refused the program.
     """
     target = parse_target(request.target)
-    progress("build")
-    model, step = _built(request.model, request.workload, request.periods)
-    progress("lower")
-    lowered, jaxpr = lower(step, request.rules, request.mesh, target)
+    with attention_of(request.attention or target.chip.kind):
+        progress("build")
+        model, step = _built(request.model, request.workload, request.periods)
+        progress("lower")
+        lowered, jaxpr = lower(step, request.rules, request.mesh, target)
     progress("compile")
     compiled = compile_lowered(lowered, request.mesh, target, step, model.folding.blocks)
     return replace(compiled, model_flops=matmul_flops(jaxpr))

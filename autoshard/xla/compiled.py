@@ -23,6 +23,8 @@ class CompileRequest:
         rules: the layout map.
         target: the machine, such as `cpu:8` or `tpu:v5e:2x4`.
         periods: how many periods of each stack of repeated blocks; None for the whole model.
+        attention: the kind of chip whose attention the step takes, `tpu`, `gpu` or `cpu`; None for
+            the target's.
     """
 
     model: str
@@ -31,6 +33,7 @@ class CompileRequest:
     rules: LayoutRules
     target: str
     periods: int | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         if self.periods is not None and self.periods < 1:
