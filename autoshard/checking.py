@@ -6,17 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 from autoshard.errors import ModelError, PlanFileError, UsageError
+from autoshard.hardware.chips import Chip
+from autoshard.hardware.targets import default_target, parse_target
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, FindingKind, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
+from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.planner.pricing import refused_outputs
+from autoshard.planner.pricing import never_asked, refused_outputs
 from autoshard.planner.tracing import make_program
 from autoshard.sharding_plan import Plan, plan_of
 from autoshard.units import whole
@@ -40,8 +43,8 @@ def check(
         model: as for `inspect`.
         layout: a plan file, Python source with `layout_map[...] = ...` lines, or `kerashub`.
         mesh: where given, axis names and divisibility are checked too, those of layer outputs for
-            a training step of 8 x 512 tokens and, unless a plan gave it up, for `generate` with
-            one prompt; a plan file has its own mesh and step.
+            a training step of 8 x 512 tokens on TPUs and, unless a plan gave it up, for `generate`
+            with one prompt; a plan file has its own mesh, chips and step.
         axes: names of the mesh axes.
         seq_len: tokens a sequence of that step, where not 512 or the plan's.
 
@@ -71,7 +74,8 @@ def check(
     workload = replace(abstract.own(workload), batch=batch)
     # A plan that gave `generate` up is not told so.
     generates = abstract.generates and (made is None or made.generate)
-    refused = _refused(abstract, found.outputs, grid, workload, generates=generates)
+    target = parse_target(made.target) if made else default_target(grid.n_devices)
+    refused = _refused(abstract, found.outputs, grid, workload, target.chip, generates=generates)
     every = (*_output_findings(rules, refused), *findings)
     return tuple(sorted(every, key=lambda finding: finding.severity == "warning"))
 
@@ -103,21 +107,25 @@ def _refused(
     outputs: Mapping[str, Spec],
     mesh: Mesh,
     workload: Workload,
+    chip: Chip,
     *,
     generates: bool,
 ) -> dict[str, tuple[FindingKind, str]]:
-    """The layer outputs that cannot be laid out as a map says, in the step or in `generate`.
+    """The layer outputs that are not laid out as a map says, in the step or in `generate`.
 
     Only a trace tells the shapes they have.
     """
     folded, table = fold(model, periods=2), model.table()
-    shapes = make_program(folded, workload).output_shapes()
-    found: dict[str, tuple[FindingKind, str]] = {}
+    shapes = make_program(folded, workload, chip).output_shapes()
+    found: dict[str, tuple[FindingKind, str]] = {
+        path: ("never-asked", reason)
+        for path, reason in never_asked(outputs, table, shapes).items()
+    }
     for path, (kind, reason) in refused_outputs(outputs, table, mesh, shapes).items():
         found[path] = kind, f"with {workload.size}: {reason}"
     if not generates:
         return found
-    with suppress(ModelError):  # a model without a cache
+    with suppress(ModelError), attention_of(chip.kind):  # an error is of a model without a cache
         shapes = generate_shapes(folded, workload)
         for path, (_, reason) in refused_outputs(outputs, table, mesh, shapes).items():
             found.setdefault(

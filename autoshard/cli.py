@@ -141,13 +141,7 @@ def plan(
 
     _check_writable(output)
     with _progress() as announce:
-        outcome = make_plan(
-            model,
-            mesh,
-            axes=_names(axes),
-            on_progress=announce,
-            **options,
-        )
+        outcome = make_plan(model, mesh, axes=_names(axes), on_progress=announce, **options)
     if output:
         outcome.plan.save(output)
     if form == "json":
@@ -385,6 +379,8 @@ def _check_writable(output: str | None) -> None:
     if not output:
         raise UsageError("the name of the output file is empty")
     path = Path(output)
+    if path.suffix == ".py":
+        raise UsageError(f"-o writes JSON: name it {path.stem}.json; source is printed")
     if path.is_dir():
         raise PlanFileError(f"cannot write {output}: it is a directory")
     if not is_stream(path) and not os.access(path.absolute().parent, os.W_OK):

@@ -16,7 +16,7 @@ from autoshard.mesh import MeshLike
 from autoshard.model.paths import tails
 from autoshard.model.variables import ModelTable
 from autoshard.planner.planning import run_planner
-from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.pricing import make_scorer, never_asked, score_rules
 from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, trace_model
@@ -115,6 +115,9 @@ def _read(
         plan = plan_of(layout)
         if plan is not None:
             notes = [finding.message for finding in origin_findings(plan, traced.table)]
+            made_for = f"{plan.mesh.named}, {plan.target}, {plan.workload}"
+            if made_for != f"{setup.mesh.named}, {setup.target}, {setup.workload}":
+                notes.append(f"made for mesh {made_for}")
             return plan.rules, (*notes, *([] if plan.generate else [GENERATE_GIVEN_UP]))
         assert not isinstance(layout, Plan)
         return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh), ()
@@ -144,7 +147,11 @@ def _compared(
         excess_bytes=candidate.scored.excess_bytes,
         whole_bytes=sum(family.n_bytes for family in whole),
         collectives=tuple(_costly(candidate.scored.cost, causes, table)),
-        warnings=(*warnings, *(finding.message for finding in resolution.findings)),
+        warnings=(
+            *warnings,
+            *(finding.message for finding in resolution.findings),
+            *never_asked(resolution.outputs, table, scorer.pricer.program.output_shapes()).values(),
+        ),
     )
 
 

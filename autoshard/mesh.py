@@ -29,6 +29,7 @@ __all__ = [
 Spec = tuple[str | None, ...]
 
 _AXIS_NAMES = {1: ("model",), 2: ("batch", "model")}
+_MOST_DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +111,12 @@ def parse_mesh(text: str, axis_names: Sequence[str] | None = None) -> Mesh:
     >>> parse_mesh("2x4")
     Mesh(shape=(2, 4), axis_names=('batch', 'model'))
     """
-    if not re.fullmatch(r"\d{1,9}([xX]\d{1,9})*", text.strip()):
+    if not re.fullmatch(r"\d+([xX]\d+)*", text.strip()):
         raise MeshError(f"'{text}' is not a mesh; write the devices along each axis, like 1x8")
-    shape = tuple(int(size) for size in re.split("[xX]", text.strip()))
+    sizes = re.split("[xX]", text.strip())
+    if max(map(len, sizes)) > _MOST_DIGITS:
+        raise MeshError(f"mesh '{text}' has more devices than there are; write them like 1x8")
+    shape = tuple(map(int, sizes))
     if axis_names is None and len(shape) not in _AXIS_NAMES:
         raise MeshError(
             f"mesh '{text}' has {len(shape)} axes; name them (axes, --axes), the data axis first"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from autoshard.errors import NothingFitsError, UsageError, XlaError
+from autoshard.errors import MeshError, ModelError, NothingFitsError, UsageError, XlaError
 from autoshard.hardware.targets import Target
 from autoshard.layout.causes import Causes
 from autoshard.mesh import MeshLike
@@ -16,7 +16,7 @@ from autoshard.planner.planning import Planning
 from autoshard.planner.pricing import Candidate
 from autoshard.planner.remedies import Remedy, remedies
 from autoshard.planner.settling import Verdict, compiler_for, settle
-from autoshard.planner.setup import make_setup
+from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import trace_model
 from autoshard.records.parts import (
@@ -38,6 +38,9 @@ from autoshard.xla.compiled import CompiledStep
 __all__ = ["PlanOutcome", "inspect", "make_plan", "plan"]
 
 Verify = Literal["none", "cpu", "target"]
+
+# Each further axis multiplies the layouts of every array.
+_MOST_AXES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,15 +207,11 @@ def make_plan(
             "a compiler runs in a process of its own, which must build the model: pass its name or "
             "'package.module:callable', or verify=\"none\""
         )
-    if (mesh is None) == (devices is None):
-        raise UsageError("give the mesh, such as 1x8, or the number of devices: one of the two")
-    if devices is not None:
-        setups = make_setups(devices, **options)
-    else:
-        assert mesh is not None
-        setups = (make_setup(mesh, **options),)
+    setups = _setups(mesh, devices, **options)
     watch = Stopwatch(progress=on_progress)
     traced = trace_model(model, setups[0].workload, setups[0].target.chip, watch)
+    if not traced.table.variables:
+        raise ModelError(f"{traced.table.name} has no weights: there is nothing to lay out")
     setups = tuple(
         replace(
             setup,
@@ -237,6 +236,22 @@ def make_plan(
     if not advise or outcome.fits:
         return outcome
     return replace(outcome, remedies=remedies(model, traced, planning.setup, watch))
+
+
+def _setups(mesh: MeshLike | None, devices: int | None, **options: Any) -> tuple[Setup, ...]:
+    """What is to be planned for: one mesh, or each shape of so many devices."""
+    if (mesh is None) == (devices is None):
+        raise UsageError("give the mesh, such as 1x8, or the number of devices: one of the two")
+    if mesh is None:
+        assert devices is not None
+        return make_setups(devices, **options)
+    setup = make_setup(mesh, **options)
+    n_axes = len(setup.mesh.parallel_axes)
+    if n_axes > _MOST_AXES:
+        raise MeshError(
+            f"mesh {setup.mesh} splits over {n_axes} axes; plans are made for up to {_MOST_AXES}"
+        )
+    return (setup,)
 
 
 def _verdicts(

@@ -362,6 +362,8 @@ def load(path: str | os.PathLike[str]) -> Plan:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"there is no plan '{os.fspath(path)}'") from None
+    except TypeError:
+        raise UsageError(f"the plan is {path!r}; give the path of a plan file") from None
     except UnicodeDecodeError:
         raise PlanFileError(f"{os.fspath(path)} is not JSON: it is not UTF-8 text") from None
     except OSError as error:

@@ -30,6 +30,12 @@ def leaves() -> None:
     raise SystemExit(2)
 
 
+def empty() -> object:
+    import keras
+
+    return keras.Sequential([keras.Input((8,)), keras.layers.ReLU(name="alone")])
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
 
@@ -61,6 +67,13 @@ def plan_small(*options: str) -> Result:
         (("plan", "mine.py:model", "--mesh", "1x8"), 2, "name its module: mine:model"),
         (("plan", "mine.py", "--mesh", "1x8"), 2, "as in mine:make_model"),
         (("plan", SMALL, "--mesh", "1x8", "-o", ""), 2, "output file is empty"),
+        (("plan", SMALL, "--mesh", "1x8", "-o", "p.py"), 2, "name it p.json"),
+        (("plan", SMALL, "--mesh", "1x9999999999"), 2, "has more devices than there are"),
+        (("plan", SMALL, "--mesh", "2x2x2x2", "--axes", "a,b,c,d"), 2, "for up to 3"),
+        (("plan", SMALL, "--mesh", "1x8", "--batch", str(10**13)), 2, "tokens at most"),
+        (("plan", SMALL, "--mesh", "1x8", "--lora-rank", "4"), 2, "ask for lora"),
+        (("plan", "test_cli:empty", "--mesh", "1x8"), 1, "nothing to lay out"),
+        (("models", "gema_7b"), 2, "unknown preset 'gema_7b'; did you mean"),
         (("inspect", "gemma_2b_en", "--layer", "decoder_blok_0"), 2, "decoder_block_0"),
         (("inspect", "tests"), 1, "it has no config.json"),
         (("verify", "kerashub", "--model", SMALL), 2, "needs its mesh"),
@@ -144,7 +157,8 @@ def test_the_same_plan_has_the_same_bytes_and_reads_back(tmp_path: Path) -> None
     result = plan_small("-o", str(path), "--format", "python")
     assert result.exit_code == 0, result.output
     assert load(path).to_json() == first
-    assert "autoshard: " not in result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("autoshard: ")]
+    assert ["nothing is split" in line for line in said] == [True]  # so small is the model
     assert "keras.distribution.LayoutMap" in result.stdout
 
 

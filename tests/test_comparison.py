@@ -17,10 +17,11 @@ CONTRACTED = r'layout_map[r"decoder_block_\d+/ffw_gating(_2)?/kernel"] = ("model
 
 
 def test_a_plan_its_file_and_the_planner_s_word_are_one_layout(tmp_path: Path) -> None:
-    plan = autoshard.plan(small_gemma_backbone, **OPTIONS)
+    options = {**OPTIONS, "mesh": "2x4"}
+    plan = autoshard.plan(small_gemma_backbone, **options)
     path = tmp_path / "plan.json"
     plan.save(path)
-    found = compare(small_gemma_backbone, [plan, path, "autoshard"], **OPTIONS)
+    found = compare(small_gemma_backbone, [plan, path, "autoshard"], **options)
     assert {layout.rules for layout in found.layouts} == {plan.rules}
     assert {layout.predicted for layout in found.layouts} == {plan.predicted}
 
@@ -63,9 +64,27 @@ def test_a_rule_that_takes_nothing_is_pointed_at() -> None:
 
 
 def test_a_plan_for_another_model_is_said_to_be_one() -> None:
-    plan = autoshard.plan("bert_tiny_en_uncased", mesh="1x8", seq_len=16)
+    plan = autoshard.plan("bert_tiny_en_uncased", mesh="2x4", seq_len=16)
     (layout,) = compare(small_gemma_backbone, [plan], **OPTIONS).layouts
     assert any("bert_tiny_en_uncased" in warning for warning in layout.warnings)
+
+
+def test_a_plan_for_another_mesh_or_step_is_said_to_be_one() -> None:
+    plan = autoshard.plan(small_gemma_backbone, **{**OPTIONS, "mesh": "2x4"})
+    (layout,) = compare(small_gemma_backbone, [plan], **OPTIONS, workload="prefill").layouts
+    assert layout.warnings[0] == (
+        "made for mesh 2x4 (batch, model), tpu:v5e:2x4, train: batch 8 x 16 tokens, float32, adam"
+    )
+
+
+def test_a_rule_for_what_the_chips_do_not_compute_is_said_to_do_nothing() -> None:
+    path = r"decoder_block_\d+/attention/softmax(_\d+)?/output"
+    rule = f'layout_map[r"{path}"] = (None, None, None, None, "model")'
+    said = {}
+    for target in ("tpu:v5e:2x4", "cpu:8"):
+        (layout,) = compare(small_gemma_backbone, [rule], **OPTIONS, target=target).layouts
+        said[target] = any("the rule does nothing" in warning for warning in layout.warnings)
+    assert said == {"tpu:v5e:2x4": True, "cpu:8": False}
 
 
 def test_text_and_json_hold_every_layout() -> None:

@@ -97,7 +97,7 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
         (
             'layout_map[f"block_{k}"] = ("model",)',
             "the layout, line 1: cannot read f'block_{k}': a pattern has to be a string, or a name "
-            "that is one string here",
+            "that is one string here; one regex, as block_\\d+, takes all blocks",
         ),
         (
             'layout_map.update({"a": ("model",)})',

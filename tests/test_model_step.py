@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from autoshard.errors import ModelError
+from autoshard.hardware.chips import get_chip
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras
@@ -12,6 +13,7 @@ from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Step
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import OPTIMIZERS, Workload
+from autoshard.planner.tracing import make_program
 
 
 def assert_aligned(step: Step, jaxpr: Any) -> None:
@@ -109,6 +111,18 @@ def test_every_optimizer_is_traced(optimizer: str) -> None:
     model = fold(build("gemma_2b_en"), periods=1)
     step = make_step(model, Workload(kind="train", batch=1, seq_len=8, optimizer=optimizer))
     assert_aligned(step, trace(step))
+
+
+@pytest.mark.parametrize("preset", ["gemma_2b_en", "gemma2_2b_en", "gemma3_1b", "mixtral_8_7b_en"])
+def test_accelerators_run_attention_as_one_op_of_keras(preset: str) -> None:
+    model, workload = fold(build(preset), periods=1), Workload(kind="prefill", batch=1, seq_len=8)
+    asked = {}
+    for chip in ("tpu:v5e", "cpu"):
+        shapes = make_program(model, workload, get_chip(chip)).output_shapes()
+        asked[chip] = {template for template in shapes if "attention" in template}
+    skipped = asked["cpu"] - asked["tpu:v5e"]
+    assert skipped and all("softmax" in template for template in skipped)
+    assert asked["tpu:v5e"] < asked["cpu"]
 
 
 def test_a_model_without_a_cache_cannot_decode() -> None:

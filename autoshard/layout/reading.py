@@ -229,7 +229,10 @@ class _Source:
             strings = self._strings.get(node.id, [])
             if len(strings) == self._bound[node.id] and len(set(strings)) == 1:
                 return strings[0]
-        raise self._error(node, f"{what} has to be a string, or a name that is one string here")
+        advice = r"; one regex, as block_\d+, takes all blocks" if what == "a pattern" else ""
+        raise self._error(
+            node, f"{what} has to be a string, or a name that is one string here{advice}"
+        )
 
     def _spec(self, node: ast.expr) -> Spec:
         if isinstance(node, ast.Tuple):

@@ -33,6 +33,7 @@ FindingKind = Literal[
     "output-shape",
     "uneven-output",
     "breaks-generate",
+    "never-asked",
     "unreadable",
     "other-model",
 ]
@@ -43,6 +44,7 @@ _WARNINGS = (
     "split-family",
     "uneven-output",
     "breaks-generate",
+    "never-asked",
 )
 
 

@@ -72,7 +72,7 @@ def find(pattern: str | None = None) -> tuple[Preset, ...]:
     """
     found = names(pattern)
     if not found:
-        raise UnknownNameError("model", pattern or "", names())
+        raise UnknownNameError("preset", pattern or "", names(), "(part of a name finds it)")
     return tuple(get(name) for name in found)
 
 

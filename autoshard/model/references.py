@@ -43,6 +43,11 @@ def recipe_of(
     if isinstance(reference, os.PathLike):
         reference = os.fspath(reference)
     if not isinstance(reference, str):
+        if not callable(reference):
+            raise UsageError(
+                f"the model is {reference!r}; give a preset's name, a Keras model, or a callable "
+                "that returns one"
+            )
         name = getattr(reference, "__name__", type(reference).__name__)
         return _from_callable(name, reference, dtype, lora_rank)
     if "://" in reference:

@@ -25,6 +25,8 @@ QUANTIZED = "int8"
 DEFAULT_DTYPE = "bfloat16"
 DEFAULT_BATCH = 8
 DEFAULT_LORA_RANK = 4
+# XLA counts the elements of an array in 64 bits, and each token has many.
+_MOST_TOKENS = 2**40
 DTYPES = (DEFAULT_DTYPE, "float16", "float32", "mixed_bfloat16", QUANTIZED)
 
 
@@ -69,10 +71,17 @@ class Workload:
                 f"a batch of {self.batch} sequences of {self.seq_len} tokens is no work: "
                 "both must be at least 1"
             )
+        if self.batch * self.seq_len > _MOST_TOKENS:
+            raise UsageError(
+                f"a batch of {self.batch} sequences of {self.seq_len} tokens is too large: "
+                f"{_MOST_TOKENS:,} tokens at most"
+            )
         if self.kind == "lora" and self.lora_rank is None:
             raise UsageError("the lora workload needs a rank: give lora_rank, for example 4")
         if self.kind == "train" and self.lora_rank is not None:
-            raise UsageError("training with lora_rank is the lora workload: ask for that")
+            raise UsageError(
+                "training with a LoRA rank is another workload: ask for lora, or leave the rank out"
+            )
         if self.kind == "train" and self.dtype == QUANTIZED:
             raise UsageError("weights in int8 cannot be trained: the lora workload adapts them")
         if self.lora_rank is not None and self.lora_rank < 1:

@@ -80,6 +80,12 @@ class Planning:
                 f"Keras made up {', '.join(numbered)}, and numbers such names as a process "
                 "makes layers: name the layers, or another run may not find them"
             )
+        mesh = self.setup.mesh
+        if not rules and mesh.n_devices > 1 and mesh.sizes[mesh.data_axis] == 1:
+            yield (
+                f"nothing is split: each of the {mesh.n_devices} devices does all the work; on a "
+                f"data axis, as of mesh {mesh.n_devices}x1, each does its part of the batch"
+            )
         if unknown := self.program.unknown:
             yield (
                 f"{', '.join(unknown)}: how layouts pass through this is not known, so that "

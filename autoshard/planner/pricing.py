@@ -24,6 +24,7 @@ from autoshard.search.descent import Scored, Scorer
 __all__ = [
     "Candidate",
     "make_scorer",
+    "never_asked",
     "published_maps",
     "refused_outputs",
     "score_rules",
@@ -144,6 +145,25 @@ def refused_outputs(
                 reason = f"JAX pads {what}, in a compiled call, and refuses it in another"
                 refused.setdefault(path, ("uneven-output", reason))
     return refused
+
+
+def never_asked(
+    outputs: Mapping[str, Spec], table: ModelTable, shapes: OutputShapes
+) -> dict[str, str]:
+    """The layer outputs that a map lays out and a step does not make, and that in one line.
+
+    Args:
+        outputs, table, shapes: as for `refused_outputs`.
+
+    Returns:
+        Path -> the line; of equal blocks the first path.
+    """
+    first = {table.templates[path]: path for path in reversed(list(outputs))}
+    return {
+        path: f"'{template}' is no output of this step on these chips: the rule does nothing"
+        for template, path in first.items()
+        if template not in shapes
+    }
 
 
 def _uneven(outputs: Mapping[str, Spec], table: ModelTable) -> str:

@@ -291,10 +291,12 @@ def _verification(outcome: PlanOutcome) -> Iterator[str]:
         (key[0], key[1], format_bytes(key[2]), predicted[key], found[key], arrays[key])
         for key in keys
     ]
-    yield (
-        f"compiled for {compiled.target} at full depth; collectives of a step\n"
-        + tabulate(rows, headers=("kind", "axis", "size", "predicted", "compiled", "arrays"))
-    )
+    head = f"compiled for {compiled.target} at full depth"
+    if rows:
+        table = tabulate(rows, headers=("kind", "axis", "size", "predicted", "compiled", "arrays"))
+        yield f"{head}; collectives of a step\n{table}"
+    else:
+        yield f"{head}: no collectives in a step, as predicted"
     refined = any(predicted[key] != found[key] for key in keys if key[0] in _REFINED)
     if compiled.on_cpu and refined and outcome.planning.setup.target.chip.kind == "tpu":
         yield (
