@@ -71,7 +71,7 @@ def check(
     if grid is None or not found.outputs or not knows_axes:
         return findings
     batch = round_up(workload.batch, grid.sizes[grid.data_axis])
-    workload = replace(abstract.own(workload), batch=batch)
+    workload = replace(abstract.adapted(workload), batch=batch)
     # A plan that gave `generate` up is not told so.
     generates = abstract.generates and (made is None or made.generate)
     target = parse_target(made.target) if made else default_target(grid.n_devices)

@@ -16,6 +16,7 @@ import click
 from autoshard import __version__
 from autoshard.errors import AutoshardError, PlanFileError, UsageError
 from autoshard.model.keras_import import PLANNING_ONLY
+from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN
 
 __all__ = ["chips", "check", "compare", "explain", "inspect", "main", "models", "plan", "verify"]
 
@@ -71,7 +72,7 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--seq-len",
                 type=click.IntRange(min=1),
-                default=512,
+                default=DEFAULT_SEQ_LEN,
                 show_default=True,
                 help="Tokens each.",
             ),
@@ -81,7 +82,9 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--dtype", help="Keras dtype policy. [default: bfloat16, or what the model has]"
             ),
-            click.option("--optimizer", default="adam", show_default=True, help="Keras optimizer."),
+            click.option(
+                "--optimizer", default=DEFAULT_OPTIMIZER, show_default=True, help="Keras optimizer."
+            ),
             click.option(
                 "--memory-limit", help="Memory a device, like 15GiB. [default: the chip's]"
             ),

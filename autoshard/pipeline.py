@@ -11,6 +11,7 @@ from autoshard.layout.causes import Causes
 from autoshard.mesh import MeshLike
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
+from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN
 from autoshard.planner.mesh_shapes import make_setups, plan_shapes
 from autoshard.planner.planning import Planning
 from autoshard.planner.pricing import Candidate
@@ -102,10 +103,10 @@ def plan(
     slices: int | None = None,
     workload: str = "train",
     batch: int | None = None,
-    seq_len: int = 512,
+    seq_len: int = DEFAULT_SEQ_LEN,
     lora_rank: int | None = None,
     dtype: str | None = None,
-    optimizer: str = "adam",
+    optimizer: str = DEFAULT_OPTIMIZER,
     memory_limit: str | int | None = None,
     generate: bool = True,
     verify: Verify = "none",

@@ -83,7 +83,7 @@ def subject_of(
     workload = setup.workload
     built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
     generate = plan.generate if plan else setup.generate
-    setup = replace(setup, workload=built.own(workload), generate=generate)
+    setup = replace(setup, workload=built.adapted(workload), generate=generate)
     rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
     resolve(rules, built.table(), setup.mesh).checked()
     return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)

@@ -4,7 +4,7 @@ import pytest
 from layout_tables import MESH, gemma_table
 
 from autoshard.errors import LayoutError
-from autoshard.layout.references import ANNOUNCEMENT_MAP
+from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import Rule
 from autoshard.mesh import Mesh, Spec

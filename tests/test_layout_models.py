@@ -12,8 +12,8 @@ from test_end_to_end import small_gemma_backbone
 from autoshard.checking import check
 from autoshard.cost.values import Memory
 from autoshard.errors import UsageError
+from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.reading import kerashub_rules
-from autoshard.layout.references import ANNOUNCEMENT_MAP
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, Rule, match
 from autoshard.layout.synthesis import synthesise, tied_families

@@ -150,7 +150,7 @@ def test_a_dtype_in_which_no_step_is_planned_can_be_read_but_not_planned() -> No
     assert model.dtype == "mixed_float16"
     assert model.table().dtype == "float32"
     with pytest.raises(UsageError, match=r"made with dtype mixed_float16.* one of bfloat16"):
-        model.own(Workload(dtype=None))
+        model.adapted(Workload(dtype=None))
 
 
 def test_a_model_with_weights_in_eight_bits_keeps_them_so() -> None:

@@ -174,6 +174,7 @@ def test_a_model_that_does_not_say_it_is_fed_text_alone() -> None:
 
 def test_only_what_takes_sequences_has_a_length() -> None:
     lengths = [
-        build(f"small_models:{name}").own(Workload(seq_len=64)).seq_len for name in ("vit", "bert")
+        build(f"small_models:{name}").adapted(Workload(seq_len=64)).seq_len
+        for name in ("vit", "bert")
     ]
     assert lengths == [1, 64]

@@ -3,6 +3,7 @@
 import json
 
 from autoshard.model.variables import ModelTable, dtype_bytes, make_table
+from autoshard.report.inspect import INSPECT_FORMATS
 
 ROWS = [
     ("embedding/embeddings", (10, 4), "bfloat16", True),
@@ -43,7 +44,7 @@ def test_the_fingerprint_changes_with_a_shape_and_not_with_the_name() -> None:
 
 
 def test_the_json_names_every_variable() -> None:
-    data = json.loads(json.dumps(make_table("toy", ROWS).to_json()))
+    data = json.loads(INSPECT_FORMATS["json"](make_table("toy", ROWS)))
     assert list(data) == ["model", "parameters", "trainable_parameters", "bytes", "variables"]
     assert data["variables"][0] == {
         "path": "embedding/embeddings",

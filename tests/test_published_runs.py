@@ -1,7 +1,7 @@
 """Predictions beside times that others measured on hardware."""
 
 from autoshard.comparison import compare
-from autoshard.layout.references import ANNOUNCEMENT_MAP
+from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.rules import format_rules
 
 

@@ -69,11 +69,9 @@ class ArgumentPricer:
         if not self._is_table(argument):
             return 0.0
         sizes = self._machine.axis_sizes
-        parts = math.prod(
-            size
-            for dim, size in zip(layout, sizes, strict=True)
-            if dim == argument.dims[-1] is not None
-        )
+        last = argument.dims[-1]
+        splits = zip(layout, sizes, strict=True)
+        parts = math.prod(size for dim, size in splits if last is not None and dim == last)
         columns = argument.shape[-1] // parts
         padded = round_up(columns, TILE_LANES)
         if padded == columns:

@@ -143,7 +143,7 @@ def _parts(subject: Subject) -> tuple[Part, ...]:
 def _job(part: Part, subject: Subject, n_processes: int, blocks: int | None, seed: int) -> _Job:
     own, mesh = subject.setup.workload, subject.setup.mesh
     n_devices = mesh.n_devices
-    workload = subject.model.own(
+    workload = subject.model.adapted(
         replace(
             own,
             kind="lora" if own.lora_rank else "prefill",

@@ -31,7 +31,7 @@ class AxisParts:
 
     @classmethod
     def of(cls, program: Program, axis_sizes: Sequence[int]) -> Self:
-        """Cut an axis where the reshapes of a program ask for it; of several the last.
+        """Cut the last mesh axis that a reshape splits over two factors; leave all others whole.
 
         Not where no other op can split the major part of a dimension, as that of two halves that
         are joined after a rotary embedding.

@@ -54,7 +54,8 @@ class Finding:
 
     Attributes:
         kind: what is wrong.
-        rule: the pattern at fault; where two clash, the later one; None where a rule is missing.
+        rule: the pattern at fault; where two clash, the later one; None where the finding
+            is about no single rule, as of a line that cannot be read.
         message: one line: the value, what was expected, what to do.
     """
 

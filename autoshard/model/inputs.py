@@ -1,4 +1,4 @@
-"""What one step is fed: the model's inputs, the labels, the sample weights."""
+"""What a functional Keras model takes in one step: its inputs, with open sizes filled in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

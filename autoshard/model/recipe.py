@@ -79,7 +79,7 @@ class AbstractModel:
     folding: Folding = field(default_factory=Folding)
     dtype: str | None = None
 
-    def own(self, workload: Workload) -> Workload:
+    def adapted(self, workload: Workload) -> Workload:
         """The workload with the model's own dtype, where it has one, and its own length.
 
         That is 1 for a model that leaves no length open, as one of pictures.

@@ -175,27 +175,6 @@ class ModelTable:
             raise UnknownNameError("layer", layer, known)
         return dataclasses.replace(self, variables=variables)
 
-    def to_json(self) -> dict[str, Any]:
-        """The table as `autoshard inspect --format json` prints it."""
-        return {
-            "model": self.name,
-            "parameters": self.n_parameters,
-            "trainable_parameters": self.n_trainable,
-            "bytes": self.n_bytes,
-            "variables": [
-                {
-                    "path": variable.path,
-                    "shape": list(variable.shape),
-                    "dtype": variable.dtype,
-                    "parameters": variable.n_parameters,
-                    "bytes": variable.n_bytes,
-                    "trainable": variable.trainable,
-                    "family": variable.family,
-                }
-                for variable in self.variables
-            ],
-        }
-
 
 Row = tuple[str, tuple[int, ...], str, bool]
 

@@ -9,6 +9,8 @@ __all__ = [
     "DEFAULT_BATCH",
     "DEFAULT_DTYPE",
     "DEFAULT_LORA_RANK",
+    "DEFAULT_OPTIMIZER",
+    "DEFAULT_SEQ_LEN",
     "DTYPES",
     "KINDS",
     "OPTIMIZERS",
@@ -23,7 +25,9 @@ OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 # Weights in eight bits, all else in bfloat16.
 QUANTIZED = "int8"
 DEFAULT_DTYPE = "bfloat16"
+DEFAULT_OPTIMIZER = "adam"
 DEFAULT_BATCH = 8
+DEFAULT_SEQ_LEN = 512
 DEFAULT_LORA_RANK = 4
 # XLA counts the elements of an array in 64 bits, and each token has many.
 _MOST_TOKENS = 2**40
@@ -49,9 +53,9 @@ class Workload:
 
     kind: Kind = "train"
     batch: int = DEFAULT_BATCH
-    seq_len: int = 512
+    seq_len: int = DEFAULT_SEQ_LEN
     dtype: str | None = DEFAULT_DTYPE
-    optimizer: str = "adam"
+    optimizer: str = DEFAULT_OPTIMIZER
     lora_rank: int | None = None
 
     def __post_init__(self) -> None:

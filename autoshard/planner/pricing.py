@@ -9,8 +9,8 @@ from autoshard.cost.step import StepPricer
 from autoshard.errors import AutoshardError, LayoutError
 from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import Program
+from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.reading import kerashub_rules
-from autoshard.layout.references import ANNOUNCEMENT_MAP
 from autoshard.layout.resolve import FindingKind, resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, Spec, divides, format_spec

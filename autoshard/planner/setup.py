@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
 from autoshard.mesh import Mesh, MeshLike, as_mesh, round_up
-from autoshard.model.workload import DEFAULT_BATCH, DEFAULT_LORA_RANK, Workload
+from autoshard.model.workload import (
+    DEFAULT_BATCH,
+    DEFAULT_LORA_RANK,
+    DEFAULT_OPTIMIZER,
+    DEFAULT_SEQ_LEN,
+    Workload,
+)
 from autoshard.units import parse_bytes, whole
 from autoshard.xla.attached import attached_target
 
@@ -49,10 +55,10 @@ def make_setup(
     slices: int | None = None,
     workload: str = "train",
     batch: int | None = None,
-    seq_len: int = 512,
+    seq_len: int = DEFAULT_SEQ_LEN,
     lora_rank: int | None = None,
     dtype: str | None = None,
-    optimizer: str = "adam",
+    optimizer: str = DEFAULT_OPTIMIZER,
     memory_limit: str | int | None = None,
     generate: bool = True,
 ) -> Setup:

@@ -57,7 +57,7 @@ def trace_model(
         table = whole.table()
         # Two periods price exactly as more do: nothing but the count of what repeats differs.
         folded = fold(whole, periods=2)
-    workload = whole.own(workload)
+    workload = whole.adapted(workload)
     return TracedModel(
         whole=whole,
         table=table,

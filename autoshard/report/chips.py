@@ -1,11 +1,11 @@
 """The table of `autoshard chips`: what each chip can do, and where the numbers come from."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from tabulate import tabulate
 
+from autoshard.codec import dump
 from autoshard.hardware.chips import Chip, source_texts
 from autoshard.units import format_bytes
 
@@ -59,7 +59,7 @@ def chips_json(chips: Sequence[Chip]) -> str:
         chips: the chips to show.
     """
     rows = {chip.name: asdict(chip) for chip in chips}
-    return json.dumps({"chips": rows, "sources": source_texts()}, indent=2)
+    return dump({"chips": rows, "sources": source_texts()})
 
 
 def _row(chip: Chip, marks: dict[str, str]) -> tuple[str, ...]:

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 
 from tabulate import tabulate
 
+from autoshard.codec import dump
 from autoshard.model.variables import ModelTable, Variable
 from autoshard.units import format_bytes, spell_count
 
@@ -60,7 +60,26 @@ def _csv(table: ModelTable) -> str:
 
 
 def _json(table: ModelTable) -> str:
-    return json.dumps(table.to_json(), indent=1)
+    return dump(
+        {
+            "model": table.name,
+            "parameters": table.n_parameters,
+            "trainable_parameters": table.n_trainable,
+            "bytes": table.n_bytes,
+            "variables": [
+                {
+                    "path": variable.path,
+                    "shape": list(variable.shape),
+                    "dtype": variable.dtype,
+                    "parameters": variable.n_parameters,
+                    "bytes": variable.n_bytes,
+                    "trainable": variable.trainable,
+                    "family": variable.family,
+                }
+                for variable in table.variables
+            ],
+        }
+    )
 
 
 INSPECT_FORMATS: Mapping[str, Callable[[ModelTable], str]] = {

@@ -1,6 +1,6 @@
 """Maps that people use today, for the models of the benchmarks.
 
-- `announcement`: the map of Gemma's announcement for Keras (`autoshard.layout.references`).
+- `announcement`: the map of Gemma's announcement for Keras (`autoshard.layout.published`).
 - `kerashub`: the backbone's own `get_layout_map`.
 - `largest dimension`: keras-hub issue 2806: the largest dimension that the model axis divides, the
   later one of two equal; variables of rank 1 and tiny ones stay whole.
@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable, Iterator
 
 from autoshard.errors import LayoutError
+from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.reading import kerashub_rules
-from autoshard.layout.references import ANNOUNCEMENT_MAP
 from autoshard.layout.rules import LayoutRules, Rule, match
 from autoshard.layout.synthesis import synthesise
 from autoshard.mesh import Mesh, Spec, divides
