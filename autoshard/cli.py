@@ -332,12 +332,7 @@ def verify(
     from autoshard.verification import verify as compile_step
 
     with _progress() as announce:
-        found = compile_step(
-            layout,
-            cache=not no_cache,
-            on_progress=announce,
-            **options,
-        )
+        found = compile_step(layout, cache=not no_cache, on_progress=announce, **options)
     click.echo((verification_json if form == "json" else verification_text)(found))
     if found.fits is False:
         sys.exit(1)
