@@ -15,11 +15,12 @@ from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
 from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import generate_shapes
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.planner.pricing import never_asked, refused_outputs
+from autoshard.planner.pricing import idle_rules, refused_outputs
 from autoshard.planner.tracing import make_program
 from autoshard.sharding_plan import Plan, plan_of
 from autoshard.units import whole
@@ -75,8 +76,11 @@ def check(
     # A plan that gave `generate` up is not told so.
     generates = abstract.generates and (made is None or made.generate)
     target = parse_target(made.target) if made else default_target(grid.n_devices)
-    refused = _refused(abstract, found.outputs, grid, workload, target.chip, generates=generates)
-    every = (*_output_findings(rules, refused), *findings)
+    by_step = make_program(fold(abstract, periods=2), workload, target.chip).output_shapes()
+    by_generate = _generated(abstract, workload, target.chip) if generates else OutputShapes()
+    refused = _refused(found.outputs, table, grid, workload, by_step, by_generate)
+    idle = idle_rules(rules, found.outputs, table, by_step | by_generate)
+    every = (*_output_findings(rules, refused, idle), *findings)
     return tuple(sorted(every, key=lambda finding: finding.severity == "warning"))
 
 
@@ -95,40 +99,36 @@ def origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
 
 
 def _output_findings(
-    rules: LayoutRules, refused: Mapping[str, tuple[FindingKind, str]]
+    rules: LayoutRules,
+    refused: Mapping[str, tuple[FindingKind, str]],
+    idle: Mapping[str, str],
 ) -> Iterator[Finding]:
     for path, (kind, reason) in refused.items():
         (rule,) = {rule.pattern for rule in matching_rules(rules, path)}
         yield Finding(kind=kind, rule=rule, message=f"rule '{rule}', {reason}")
+    for rule, message in idle.items():
+        yield Finding(kind="never-asked", rule=rule, message=message)
+
+
+def _generated(model: AbstractModel, workload: Workload, chip: Chip) -> OutputShapes:
+    """The shapes of layer outputs in `generate`; none for a model without a cache."""
+    with suppress(ModelError), attention_of(chip):
+        return generate_shapes(fold(model, periods=2), workload)
+    return OutputShapes()
 
 
 def _refused(
-    model: AbstractModel,
     outputs: Mapping[str, Spec],
+    table: ModelTable,
     mesh: Mesh,
     workload: Workload,
-    chip: Chip,
-    *,
-    generates: bool,
+    by_step: OutputShapes,
+    by_generate: OutputShapes,
 ) -> dict[str, tuple[FindingKind, str]]:
-    """The layer outputs that are not laid out as a map says, in the step or in `generate`.
-
-    Only a trace tells the shapes they have.
-    """
-    folded, table = fold(model, periods=2), model.table()
-    shapes = make_program(folded, workload, chip).output_shapes()
-    found: dict[str, tuple[FindingKind, str]] = {
-        path: ("never-asked", reason)
-        for path, reason in never_asked(outputs, table, shapes).items()
-    }
-    for path, (kind, reason) in refused_outputs(outputs, table, mesh, shapes).items():
+    """The layer outputs that cannot be laid out as a map says, in the step or in `generate`."""
+    found: dict[str, tuple[FindingKind, str]] = {}
+    for path, (kind, reason) in refused_outputs(outputs, table, mesh, by_step).items():
         found[path] = kind, f"with {workload.size}: {reason}"
-    if not generates:
-        return found
-    with suppress(ModelError), attention_of(chip.kind):  # an error is of a model without a cache
-        shapes = generate_shapes(folded, workload)
-        for path, (_, reason) in refused_outputs(outputs, table, mesh, shapes).items():
-            found.setdefault(
-                path, ("breaks-generate", f"while generate answers one prompt: {reason}")
-            )
+    for path, (_, reason) in refused_outputs(outputs, table, mesh, by_generate).items():
+        found.setdefault(path, ("breaks-generate", f"while generate answers one prompt: {reason}"))
     return found

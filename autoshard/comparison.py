@@ -16,7 +16,7 @@ from autoshard.mesh import MeshLike
 from autoshard.model.paths import tails
 from autoshard.model.variables import ModelTable
 from autoshard.planner.planning import run_planner
-from autoshard.planner.pricing import make_scorer, never_asked, score_rules
+from autoshard.planner.pricing import idle_rules, make_scorer, score_rules
 from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, trace_model
@@ -140,6 +140,7 @@ def _compared(
         return layout
     resolution = resolve(rules, table, scorer.mesh)
     whole = resolution.whole(table, scorer.mesh)
+    shapes = scorer.pricer.program.output_shapes()
     causes = Causes(rules=rules, mesh=scorer.mesh, paths=tuple(table.templates))
     return replace(
         layout,
@@ -150,7 +151,7 @@ def _compared(
         warnings=(
             *warnings,
             *(finding.message for finding in resolution.findings),
-            *never_asked(resolution.outputs, table, scorer.pricer.program.output_shapes()).values(),
+            *idle_rules(rules, resolution.outputs, table, shapes).values(),
         ),
     )
 

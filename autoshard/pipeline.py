@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from autoshard.errors import MeshError, ModelError, NothingFitsError, UsageError, XlaError
+from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.hardware.targets import Target
 from autoshard.layout.causes import Causes
 from autoshard.mesh import MeshLike
@@ -40,9 +40,6 @@ __all__ = ["PlanOutcome", "inspect", "make_plan", "plan"]
 
 Verify = Literal["none", "cpu", "target"]
 
-# Each further axis multiplies the layouts of every array.
-_MOST_AXES = 3
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOutcome:
@@ -74,6 +71,19 @@ class PlanOutcome:
         if self.verdicts and self.verdicts[0].fits is not None:
             return self.verdicts[0].fits
         return self.winner.fits
+
+    @property
+    def unforeseen_bytes(self) -> int:
+        """What the plan takes of a device beyond the prediction, by the target's compiler.
+
+        Where that refuses it without a number, as much as to be above the limit.
+        """
+        if not self.verdicts or self.verdicts[0].fits is not False:
+            return 0
+        assert self.winner.scored is not None
+        compiled = self.verdicts[0].compiled
+        taken = compiled.peak_bytes if compiled else self.planning.setup.memory_limit
+        return max(0, taken - self.winner.scored.cost.memory.peak_bytes)
 
 
 def inspect(model: Any, *, lora_rank: int | None = None, dtype: str | None = None) -> ModelTable:
@@ -163,7 +173,7 @@ def plan(
         raise NothingFitsError(
             f"no layout of {outcome.plan.model.name} keeps "
             f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
-            + "".join(f"; {remedy.change} would fit" for remedy in outcome.remedies)
+            + "".join(f"; {remedy.change} would fit, predicted" for remedy in outcome.remedies)
         )
     for doubt in outcome.planning.doubts(outcome.plan.rules):
         warnings.warn(doubt, stacklevel=2)
@@ -211,8 +221,6 @@ def make_plan(
     setups = _setups(mesh, devices, **options)
     watch = Stopwatch(progress=on_progress)
     traced = trace_model(model, setups[0].workload, setups[0].target.chip, watch)
-    if not traced.table.variables:
-        raise ModelError(f"{traced.table.name} has no weights: there is nothing to lay out")
     setups = tuple(
         replace(
             setup,
@@ -234,9 +242,11 @@ def make_plan(
         failure=failure,
         shapes=() if devices is None else shapes,
     )
-    if not advise or outcome.fits:
+    if not advise or failure or outcome.fits:
         return outcome
-    return replace(outcome, remedies=remedies(model, traced, planning.setup, watch))
+    limit = planning.setup.memory_limit - outcome.unforeseen_bytes
+    setup = replace(planning.setup, memory_limit=limit)
+    return replace(outcome, remedies=remedies(model, traced, setup, watch))
 
 
 def _setups(mesh: MeshLike | None, devices: int | None, **options: Any) -> tuple[Setup, ...]:
@@ -246,13 +256,7 @@ def _setups(mesh: MeshLike | None, devices: int | None, **options: Any) -> tuple
     if mesh is None:
         assert devices is not None
         return make_setups(devices, **options)
-    setup = make_setup(mesh, **options)
-    n_axes = len(setup.mesh.parallel_axes)
-    if n_axes > _MOST_AXES:
-        raise MeshError(
-            f"mesh {setup.mesh} splits over {n_axes} axes; plans are made for up to {_MOST_AXES}"
-        )
-    return (setup,)
+    return (make_setup(mesh, **options),)
 
 
 def _verdicts(

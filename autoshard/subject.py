@@ -26,6 +26,7 @@ class Subject:
         model: the model, without values.
         rules: the layout map.
         setup: mesh, target, workload, memory.
+        attention: the chip whose attention the step takes: that of the plan, or of the target.
         predicted: what the plan says of its own target, where the setup has that, or CPU devices,
             whose program has the same collectives but for what a chip's compiler makes of them.
     """
@@ -34,6 +35,7 @@ class Subject:
     model: AbstractModel
     rules: LayoutRules
     setup: Setup
+    attention: str
     predicted: Prediction | None
 
 
@@ -86,7 +88,14 @@ def subject_of(
     setup = replace(setup, workload=built.adapted(workload), generate=generate)
     rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
     resolve(rules, built.table(), setup.mesh).checked()
-    return Subject(name=model, model=built, rules=rules, setup=setup, predicted=None)
+    return Subject(
+        name=model,
+        model=built,
+        rules=rules,
+        setup=setup,
+        attention=setup.target.chip.name,
+        predicted=None,
+    )
 
 
 def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> Subject:
@@ -102,11 +111,12 @@ def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> 
     )
     built = build(plan.model.name, dtype=workload.dtype, lora_rank=workload.lora_rank)
     plan.check_model(built.table())
-    same = asked == own or asked.chip.kind == "cpu"
+    on_cpu = asked.chip.kind == "cpu"
     return Subject(
         name=plan.model.name,
         model=built,
         rules=plan.rules,
         setup=setup,
-        predicted=plan.predicted if same else None,
+        attention=(own if on_cpu else asked).chip.name,
+        predicted=plan.predicted if on_cpu or asked == own else None,
     )

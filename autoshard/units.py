@@ -7,7 +7,7 @@ stand at the border.
 import re
 from collections.abc import Sequence
 from operator import index
-from typing import SupportsIndex, TypeVar
+from typing import TypeVar
 
 from autoshard.errors import UsageError
 
@@ -51,9 +51,12 @@ def whole(name: str, number: _Whole) -> _Whole:
     """
     if number is None:
         return number
-    if isinstance(number, bool) or not isinstance(number, SupportsIndex):
-        raise UsageError(f"{name} is {number!r}; give a whole number")
-    return index(number)
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        return index(number)
+    except TypeError:
+        raise UsageError(f"{name} is {number!r}; give a whole number") from None
 
 
 def parse_bytes(text: str) -> int:

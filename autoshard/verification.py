@@ -84,6 +84,7 @@ def verify(
         rules=subject.rules,
         target=str(setup.target),
         periods=blocks,
+        attention=subject.attention,
     )
     known = verdict_cache(subject.model, reads=cache)
     with Child(child_environment(setup.target), memory_limit_bytes=available_bytes()) as child:

@@ -125,7 +125,7 @@ def test_outputs_that_are_open_in_every_size_are_held_against_targets_of_size_1(
 
 def test_the_peak_of_a_run_is_its_own_and_not_that_of_who_starts_it() -> None:
     code = "from autoshard.execution.worker import _peak_bytes; print(_peak_bytes())"
-    ballast = np.ones(2**28)
+    ballast = np.ones(2**27)
     started = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert int(started.stdout) < ballast.nbytes
 

@@ -21,12 +21,8 @@ from autoshard.hardware.targets import (
     parse_target,
     target_of,
 )
-from autoshard.mesh import Mesh, parse_mesh
+from autoshard.mesh import parse_mesh
 from autoshard.xla.topology import gpu_target_config, topology_options
-
-
-def line(n_devices: int) -> Mesh:
-    return Mesh(shape=(n_devices,), axis_names=("model",))
 
 
 @pytest.mark.parametrize(

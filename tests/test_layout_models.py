@@ -177,6 +177,15 @@ def test_a_rule_that_generate_does_not_keep_is_told_unless_it_was_given_up(tmp_p
     assert "generate" not in wanted.to_python()
 
 
+def test_a_rule_is_idle_where_nothing_that_it_takes_is_made(tmp_path: Path) -> None:
+    path, kinds = tmp_path / "map.py", []
+    for layers in ("softmax", "(softmax|value)"):
+        pattern = rf"decoder_block_\d+/attention/{layers}(_\d+)?/output"
+        path.write_text(f"layout_map[r'{pattern}'] = ('batch',)")
+        kinds.append([f.kind for f in check(small_gemma_backbone, str(path), mesh="1x8")])
+    assert kinds == [["never-asked"], []]
+
+
 def test_nothing_is_given_up_where_no_layer_output_is_laid_out() -> None:
     made = plan(small_gemma_backbone, "1x1", dtype="float32", generate=False)
     assert made.generate

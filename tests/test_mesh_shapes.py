@@ -80,9 +80,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert (type(workload.batch), workload.batch, workload.seq_len) == (int, 16, 4)
 
 
-def test_true_is_no_number() -> None:
-    with pytest.raises(UsageError, match="batch is True; give a whole number"):
-        make_setup("1x8", batch=True)
+@pytest.mark.parametrize("batch", [True, 8.0, np.array([1, 2]), np.array(1.5), jax.numpy.ones(())])
+def test_what_only_looks_like_a_whole_number_is_none(batch: object) -> None:
+    with pytest.raises(UsageError, match="batch is .*; give a whole number"):
+        make_setup("1x8", batch=batch)
 
 
 def test_one_of_mesh_and_devices_is_asked_for() -> None:

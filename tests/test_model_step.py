@@ -6,9 +6,10 @@ import pytest
 
 from autoshard.errors import ModelError
 from autoshard.hardware.chips import get_chip
+from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
-from autoshard.model.keras_import import import_keras
+from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Step
 from autoshard.model.step import make_step, trace
@@ -123,6 +124,30 @@ def test_accelerators_run_attention_as_one_op_of_keras(preset: str) -> None:
     skipped = asked["cpu"] - asked["tpu:v5e"]
     assert skipped and all("softmax" in template for template in skipped)
     assert asked["tpu:v5e"] < asked["cpu"]
+
+
+def softmax_is_called(preset: str, chip: str) -> bool:
+    model, workload = fold(build(preset), periods=1), Workload(kind="prefill", batch=1, seq_len=8)
+    return any(
+        "softmax" in t for t in make_program(model, workload, get_chip(chip)).output_shapes()
+    )
+
+
+def test_gpus_have_the_op_too_but_for_old_ones_and_soft_caps() -> None:
+    assert not softmax_is_called("gemma_2b_en", "gpu:h100-sxm")
+    assert softmax_is_called("gemma_2b_en", "gpu:t4")
+    assert softmax_is_called("gemma2_2b_en", "gpu:h100-sxm")
+
+
+def test_what_a_layer_asks_is_given_back_after_an_error() -> None:
+    layers = import_keras_hub().src.models.gemma.gemma_attention
+    before = layers.running_on_tpu, import_keras().ops.dot_product_attention
+    with pytest.raises(ZeroDivisionError), attention_of(get_chip("tpu:v5e")):
+        assert layers.running_on_tpu()
+        with attention_of(None):
+            assert not layers.running_on_tpu()
+        raise ZeroDivisionError
+    assert (layers.running_on_tpu, import_keras().ops.dot_product_attention) == before
 
 
 def test_a_model_without_a_cache_cannot_decode() -> None:

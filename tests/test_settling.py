@@ -111,6 +111,20 @@ def test_a_winner_that_is_too_big_when_whole_makes_room_for_the_next(
     assert found[-1].compiled is None
 
 
+def test_a_partitioner_on_cpu_devices_is_asked_about_the_attention_of_the_target(
+    planning, compiled_by
+) -> None:
+    asked = []
+
+    def compile_it(request: CompileRequest) -> CompiledStep:
+        asked.append((request.target, request.attention))
+        return program(10**8)
+
+    compiled_by(compile_it, compile_it)
+    settle("gemma_2b_en", planning, parse_target("cpu:8"))
+    assert set(asked) == {("cpu:8", "tpu:v5e")}
+
+
 def test_of_two_that_are_as_fast_the_smaller_wins(planning, verdicts, ranked) -> None:
     memory = {c.rules: c.scored.cost.memory.peak_bytes for c in planning.candidates}
     found = verdicts(lambda _: program(10**8), lambda _: program(10**8))
@@ -215,16 +229,23 @@ def test_runners_up_are_those_compiled_and_then_the_others(planned, compiled_by)
     assert [one.rules for one in made.alternatives] == told + untold
 
 
-def test_what_would_fit_is_said_where_the_compiler_refuses_too(compiled_by) -> None:
+@pytest.mark.parametrize(("limit", "is_foreseen"), [("690MB", True), ("8GiB", False)])
+def test_what_would_fit_is_said_where_the_compiler_refuses_too(
+    limit: str, is_foreseen: bool, compiled_by
+) -> None:
     def full(request: CompileRequest) -> CompiledStep:
         raise OutOfMemoryError("it needs 17 GiB")
 
     compiled_by(full, full)
-    options = {"workload": "prefill", "target": TARGET, "memory_limit": "690MB", "batch": 64}
+    options = {"workload": "prefill", "target": TARGET, "memory_limit": limit, "batch": 64}
     outcome = make_plan("gemma_2b_en", "1x8", verify="target", **options)
     text = plan_text(outcome)
     assert "by the target's compiler: it needs 17 GiB" in text
     assert "  fits with --batch " in text
+    assert outcome.winner.fits != is_foreseen
+    # Where the plan fits by prediction, what would fit has to take less than it.
+    peak = outcome.plan.predicted.peak_bytes_per_device
+    assert all(remedy.peak_bytes <= peak for remedy in outcome.remedies)
 
 
 def test_a_compile_for_cpu_devices_says_nothing_of_the_memory(planning) -> None:

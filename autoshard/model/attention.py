@@ -1,63 +1,75 @@
-"""Attention as KerasHub runs it on the chips that are planned for, not on this machine.
+"""Attention as KerasHub runs it on the chips that are planned for, whatever this machine has.
 
 Some of its layers (Gemma, Mixtral, Qwen-MoE) ask what devices JAX has. On an accelerator they hand
 attention to one op of Keras, and their softmax layer, and with it what a LayoutMap says of its
 output, is never asked.
 """
 
+import functools
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from autoshard.hardware.chips import Chip
 from autoshard.model.keras_import import import_keras, import_keras_hub
 
 __all__ = ["attention_of"]
 
-# The questions that KerasHub's layers ask -> the kind of chip on which the answer is yes.
-_QUESTIONS = {
-    "running_on_tpu": "tpu",
-    "running_on_gpu": "gpu",
-    "gpu_supports_fused_attention_op": "gpu",
+# What KerasHub's layers ask, and how a chip answers.
+_QUESTIONS: dict[str, Callable[[Chip], bool]] = {
+    "running_on_tpu": lambda chip: chip.kind == "tpu",
+    "running_on_gpu": lambda chip: chip.kind == "gpu",
+    "gpu_supports_fused_attention_op": lambda chip: (
+        not any("T4" in device for device in chip.jax_device_kinds)
+    ),
 }
+
+_lock = threading.RLock()
 
 
 @contextmanager
-def attention_of(kind: str) -> Iterator[None]:
+def attention_of(chip: Chip | None) -> Iterator[None]:
     """While a step is traced: KerasHub's layers take this machine for one with such chips.
 
+    Another thread that comes here waits.
+
     Args:
-        kind: of the chips, `tpu`, `gpu` or `cpu`.
+        chip: what the step will run on; None for a CPU.
     """
-    import_keras_hub()
-    ops = import_keras().ops
-    own: list[tuple[Any, str, Any]] = [
-        (module, asked, vars(module)[asked])
-        for name, module in list(sys.modules.items())
-        if name.startswith("keras_hub.src.models.")
-        for asked in _QUESTIONS
-        if asked in vars(module)
-    ]
-    attention = ops.dot_product_attention
-    try:
-        if kind == "tpu":
-            ops.dot_product_attention = _without_soft_cap(attention)
-        for module, asked, _ in own:
-            setattr(module, asked, lambda answer=_QUESTIONS[asked] == kind: answer)
-        yield
-    finally:
-        ops.dot_product_attention = attention
-        for module, name, function in own:
-            setattr(module, name, function)
+    with _lock:
+        import_keras_hub()
+        ops = import_keras().ops
+        attention = ops.dot_product_attention
+        own = [
+            (module, question, vars(module)[question])
+            for name, module in list(sys.modules.items())
+            if name.startswith("keras_hub.src.models.")
+            for question in _QUESTIONS
+            if question in vars(module)
+        ]
+        try:
+            ops.dot_product_attention = _without_kernels(attention)
+            for module, question, _ in own:
+                answer = chip is not None and _QUESTIONS[question](chip)
+                setattr(module, question, lambda answer=answer: answer)
+            yield
+        finally:
+            ops.dot_product_attention = attention
+            for module, question, function in own:
+                setattr(module, question, function)
 
 
-def _without_soft_cap(attention: Any) -> Any:
-    """Keras' op without the soft cap of logits, which it refuses on this machine.
+def _without_kernels(attention: Any) -> Any:
+    """Keras' op as matmuls, without the soft cap of logits, which it refuses on this machine.
 
     On a TPU it gives up its kernel, and the soft cap with it, where the mask is traced.
     """
 
-    def traced(*arrays: Any, attn_logits_soft_cap: float | None = None, **options: Any) -> Any:
-        return attention(*arrays, **options)
+    @functools.wraps(attention)  # KerasHub looks at its signature
+    def traced(*arrays: Any, **options: Any) -> Any:
+        options.pop("attn_logits_soft_cap", None)
+        return attention(*arrays, **{**options, "flash_attention": False})
 
     return traced

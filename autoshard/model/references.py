@@ -53,7 +53,7 @@ def recipe_of(
     if "://" in reference:
         return _from_preset(reference, dtype, lora_rank)
     path = Path(reference)
-    if (path / "config.json").is_file():
+    if reference and (path / "config.json").is_file():
         return _from_preset(reference, dtype, lora_rank)
     if reference and path.is_dir() and reference not in catalogue.names():
         raise ModelError(f"the folder '{reference}' is no preset: it has no config.json")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autoshard.errors import LayoutError, ModelError
+from autoshard.errors import LayoutError, MeshError, ModelError
 from autoshard.graph.program import Program
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
@@ -29,6 +29,9 @@ __all__ = [
 
 # Of all floating point operations; cutting pictures into patches takes a hundredth.
 _MANY_CONVOLUTIONS = 0.1
+
+# Each further axis multiplies the layouts of every array.
+_MOST_AXES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +84,13 @@ class Planning:
                 "makes layers: name the layers, or another run may not find them"
             )
         mesh = self.setup.mesh
-        if not rules and mesh.n_devices > 1 and mesh.sizes[mesh.data_axis] == 1:
-            yield (
-                f"nothing is split: each of the {mesh.n_devices} devices does all the work; on a "
-                f"data axis, as of mesh {mesh.n_devices}x1, each does its part of the batch"
-            )
+        is_split = any(axis for rule in rules for axis in rule.spec)
+        if not is_split and mesh.n_devices > 1 and mesh.sizes[mesh.data_axis] == 1:
+            n_devices, batch = mesh.n_devices, self.setup.workload.batch
+            advice = f"a data axis, as of mesh {n_devices}x1, would split the batch"
+            if batch % n_devices:
+                advice = f"a data axis would split a batch of a multiple of {n_devices}"
+            yield f"nothing is split: each of the {n_devices} devices does all the work; {advice}"
         if unknown := self.program.unknown:
             yield (
                 f"{', '.join(unknown)}: how layouts pass through this is not known, so that "
@@ -117,7 +122,13 @@ def run_planner(
         setup: mesh, target, workload, memory.
         top: how many layouts to keep.
         watch: measures the stages.
+
+    Raises:
+        MeshError: the mesh has too many axes.
+        ModelError: the model has no weights.
+        LayoutError: rules can tell no layout.
     """
+    _check(traced, setup)
     watch = watch or Stopwatch()
     table, folded = traced.table, traced.folded
     with watch.stage("search"):
@@ -163,6 +174,16 @@ def run_planner(
     )
 
 
+def _check(traced: TracedModel, setup: Setup) -> None:
+    n_axes = len(setup.mesh.parallel_axes)
+    if n_axes > _MOST_AXES:
+        raise MeshError(
+            f"mesh {setup.mesh} splits over {n_axes} axes; plans are made for up to {_MOST_AXES}"
+        )
+    if not traced.table.variables:
+        raise ModelError(f"{traced.table.name} has no weights: there is nothing to lay out")
+
+
 def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:
     program, parts = scorer.pricer.program, scorer.pricer.machine.parts
     caches = [argument for argument in program.arguments if argument.role == "cache"]
@@ -179,7 +200,7 @@ def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> Outpu
     if not (setup.generate and folded.generates):
         return shapes
     try:
-        with attention_of(setup.target.chip.kind):
+        with attention_of(setup.target.chip):
             generated = generate_shapes(folded, setup.workload)
     except ModelError:
         return OutputShapes()

@@ -12,7 +12,7 @@ from autoshard.graph.program import Program
 from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.resolve import FindingKind, resolve
-from autoshard.layout.rules import LayoutRules
+from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, Spec, divides, format_spec
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
@@ -23,8 +23,8 @@ from autoshard.search.descent import Scored, Scorer
 
 __all__ = [
     "Candidate",
+    "idle_rules",
     "make_scorer",
-    "never_asked",
     "published_maps",
     "refused_outputs",
     "score_rules",
@@ -147,22 +147,31 @@ def refused_outputs(
     return refused
 
 
-def never_asked(
-    outputs: Mapping[str, Spec], table: ModelTable, shapes: OutputShapes
+def idle_rules(
+    rules: LayoutRules, outputs: Mapping[str, Spec], table: ModelTable, shapes: OutputShapes
 ) -> dict[str, str]:
-    """The layer outputs that a map lays out and a step does not make, and that in one line.
+    """The rules that take nothing but layer outputs which a step does not make.
 
     Args:
-        outputs, table, shapes: as for `refused_outputs`.
+        rules: the map.
+        outputs, table: as for `refused_outputs`.
+        shapes: template of each layer output that the step makes -> shapes.
 
     Returns:
-        Path -> the line; of equal blocks the first path.
+        Pattern -> that in one line.
     """
-    first = {table.templates[path]: path for path in reversed(list(outputs))}
+    working = {rule.pattern for v in table.variables for rule in matching_rules(rules, v.path)}
+    idle: dict[str, str] = {}
+    for path in outputs:
+        template = table.templates[path]
+        for rule in matching_rules(rules, path):
+            idle.setdefault(rule.pattern, template)
+            if template in shapes:
+                working.add(rule.pattern)
     return {
-        path: f"'{template}' is no output of this step on these chips: the rule does nothing"
-        for template, path in first.items()
-        if template not in shapes
+        pattern: f"rule '{pattern}' does nothing here: '{template}' is no output of this step"
+        for pattern, template in idle.items()
+        if pattern not in working
     }
 
 

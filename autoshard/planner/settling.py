@@ -182,7 +182,7 @@ def _verdict(
         mesh=planning.setup.mesh,
         rules=candidate.rules,
         target=str(compiler),
-        attention=planning.setup.target.chip.kind,
+        attention=planning.setup.target.chip.name,
     )
     try:
         compiled = compiled_by(request)

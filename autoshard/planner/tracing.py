@@ -78,12 +78,12 @@ def make_program(
     Args:
         folded: the model, with fewer blocks.
         workload: the step.
-        chip: the target's: TPU compilers rewrite a step before they partition it; None for no
-            rewriting.
+        chip: the target's: it decides how attention runs, and TPU compilers rewrite a step before
+            they partition it; None for a CPU, which takes it as it is.
         watch: measures the stages.
     """
     watch = watch or Stopwatch()
-    with watch.stage("trace the step"), attention_of(chip.kind if chip else "cpu"):
+    with watch.stage("trace the step"), attention_of(chip):
         step = make_step(folded, workload)
         closed = trace(step)
     with watch.stage("build the op graph"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from autoshard.errors import OutOfMemoryError, XlaError
 from autoshard.graph.flops import matmul_flops
+from autoshard.hardware.chips import get_chip
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.mesh import Mesh
 from autoshard.model.attention import attention_of
@@ -119,7 +120,7 @@ def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> Co
         XlaError: the compiler refused the program.
     """
     target = parse_target(request.target)
-    with attention_of(request.attention or target.chip.kind):
+    with attention_of(get_chip(request.attention) if request.attention else target.chip):
         progress("build")
         model, step = _built(request.model, request.workload, request.periods)
         progress("lower")

@@ -23,8 +23,8 @@ class CompileRequest:
         rules: the layout map.
         target: the machine, such as `cpu:8` or `tpu:v5e:2x4`.
         periods: how many periods of each stack of repeated blocks; None for the whole model.
-        attention: the kind of chip whose attention the step takes, `tpu`, `gpu` or `cpu`; None for
-            the target's.
+        attention: the chip whose attention the step takes, such as `tpu:v5e`; None for the
+            target's.
     """
 
     model: str
