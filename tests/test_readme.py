@@ -72,21 +72,16 @@ def test_the_table_of_rivals_is_that_of_the_kept_verdicts(
     assert all(line in shown for line in table.splitlines() if not line.startswith("|"))
 
 
-@pytest.mark.parametrize(
-    ("report", "compiled", "predicted"),
-    [
-        ("tpu-v3-2x2", "8.98", "8.76"),
-        ("tpu-v5e-2x4", "10.43", "9.32"),
-        ("gpu-h100-sxm-8", "12.64", "12.61"),
-    ],
-)
-def test_the_compilers_said_what_readme_says_of_them(
-    report: str, compiled: str, predicted: str
-) -> None:
+@pytest.mark.parametrize("report", ["tpu-v3-2x2", "tpu-v5e-2x4", "gpu-h100-sxm-8"])
+def test_the_compilers_said_what_readme_says_of_them(report: str) -> None:
     text = (ROOT / "examples" / "reports" / f"gemma_7b_en-1x8-train-{report}.txt").read_text()
     told = README.partition("## Reports of the compilers")[2].partition("\n## ")[0]
-    assert compiled in told and predicted in told
-    assert re.search(rf"memory at the peak, a device +{compiled} GiB +{predicted} GiB", text)
+    peak = re.search(r"memory at the peak, a device +([\d.]+) GiB +([\d.]+) GiB", text)
+    assert peak and peak[1] in told and peak[2] in told
     if report == "tpu-v5e-2x4":
         step = re.search(r"\nstep +(\d+) ms +(\d+) ms", text)
-        assert step and f"takes {step[1]} ms by the compiler's cycles, {step[2]} by the" in told
+        assert (
+            step
+            and f"takes {step[1]} ms by the compiler's cycles, {step[2]} by the"
+            in " ".join(told.split())
+        )
