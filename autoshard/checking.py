@@ -1,27 +1,22 @@
 """Says what is wrong with a map that somebody wrote, without pricing it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from autoshard.errors import ModelError, PlanFileError, UsageError
-from autoshard.hardware.chips import Chip
+from autoshard.errors import PlanFileError, UsageError
 from autoshard.hardware.targets import default_target, parse_target
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, FindingKind, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
-from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.outputs import OutputShapes
-from autoshard.model.recipe import AbstractModel
-from autoshard.model.step import generate_shapes
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planner.pricing import idle_rules, refused_outputs
-from autoshard.planner.tracing import make_program
+from autoshard.planner.tracing import make_program, shapes_in_generate
 from autoshard.sharding_plan import Plan, plan_of
 from autoshard.units import whole
 
@@ -76,8 +71,9 @@ def check(
     # A plan that gave `generate` up is not told so.
     generates = abstract.generates and (made is None or made.generate)
     target = parse_target(made.target) if made else default_target(grid.n_devices)
-    by_step = make_program(fold(abstract, periods=2), workload, target.chip).output_shapes()
-    by_generate = _generated(abstract, workload, target.chip) if generates else OutputShapes()
+    traced = fold(abstract, periods=2), workload, target.chip
+    by_step = make_program(*traced).output_shapes()
+    by_generate = (shapes_in_generate(*traced) if generates else None) or OutputShapes()
     refused = _refused(found.outputs, table, grid, workload, by_step, by_generate)
     idle = idle_rules(rules, found.outputs, table, by_step | by_generate)
     every = (*_output_findings(rules, refused, idle), *findings)
@@ -108,13 +104,6 @@ def _output_findings(
         yield Finding(kind=kind, rule=rule, message=f"rule '{rule}', {reason}")
     for rule, message in idle.items():
         yield Finding(kind="never-asked", rule=rule, message=message)
-
-
-def _generated(model: AbstractModel, workload: Workload, chip: Chip) -> OutputShapes:
-    """The shapes of layer outputs in `generate`; none for a model without a cache."""
-    with suppress(ModelError), attention_of(chip):
-        return generate_shapes(fold(model, periods=2), workload)
-    return OutputShapes()
 
 
 def _refused(

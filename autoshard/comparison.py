@@ -115,14 +115,18 @@ def _read(
         plan = plan_of(layout)
         if plan is not None:
             notes = [finding.message for finding in origin_findings(plan, traced.table)]
-            made_for = f"{plan.mesh.named}, {plan.target}, {plan.workload}"
-            if made_for != f"{setup.mesh.named}, {setup.target}, {setup.workload}":
-                notes.append(f"made for mesh {made_for}")
+            if _purpose(plan) != _purpose(setup):
+                notes.append(f"made for {_purpose(plan)}")
             return plan.rules, (*notes, *([] if plan.generate else [GENERATE_GIVEN_UP]))
         assert not isinstance(layout, Plan)
         return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh), ()
     except (LayoutError, PlanFileError) as error:
         return str(error), ()
+
+
+def _purpose(of: Plan | Setup) -> str:
+    """The mesh, the chips and the step, in one line."""
+    return f"mesh {of.mesh.named}, {of.target}, {of.workload}"
 
 
 def _compared(

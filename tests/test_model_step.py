@@ -114,23 +114,23 @@ def test_every_optimizer_is_traced(optimizer: str) -> None:
     assert_aligned(step, trace(step))
 
 
+def attention_outputs(preset: str, chip: str) -> set[str]:
+    """The templates of the layer outputs in attention that a step makes on such chips."""
+    model, workload = fold(build(preset), periods=1), Workload(kind="prefill", batch=1, seq_len=8)
+    shapes = make_program(model, workload, get_chip(chip)).output_shapes()
+    return {template for template in shapes if "attention" in template}
+
+
 @pytest.mark.parametrize("preset", ["gemma_2b_en", "gemma2_2b_en", "gemma3_1b", "mixtral_8_7b_en"])
 def test_accelerators_run_attention_as_one_op_of_keras(preset: str) -> None:
-    model, workload = fold(build(preset), periods=1), Workload(kind="prefill", batch=1, seq_len=8)
-    asked = {}
-    for chip in ("tpu:v5e", "cpu"):
-        shapes = make_program(model, workload, get_chip(chip)).output_shapes()
-        asked[chip] = {template for template in shapes if "attention" in template}
+    asked = {chip: attention_outputs(preset, chip) for chip in ("tpu:v5e", "cpu")}
     skipped = asked["cpu"] - asked["tpu:v5e"]
     assert skipped and all("softmax" in template for template in skipped)
     assert asked["tpu:v5e"] < asked["cpu"]
 
 
 def softmax_is_called(preset: str, chip: str) -> bool:
-    model, workload = fold(build(preset), periods=1), Workload(kind="prefill", batch=1, seq_len=8)
-    return any(
-        "softmax" in t for t in make_program(model, workload, get_chip(chip)).output_shapes()
-    )
+    return any("softmax" in template for template in attention_outputs(preset, chip))
 
 
 def test_gpus_have_the_op_too_but_for_old_ones_and_soft_caps() -> None:

@@ -9,15 +9,13 @@ from autoshard.graph.program import Program
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
-from autoshard.model.attention import attention_of
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
-from autoshard.model.step import generate_shapes
 from autoshard.model.variables import ModelTable
 from autoshard.planner.pricing import Candidate, make_scorer, published_maps
 from autoshard.planner.setup import Setup
 from autoshard.planner.stopwatch import Stopwatch
-from autoshard.planner.tracing import TracedModel
+from autoshard.planner.tracing import TracedModel, shapes_in_generate
 from autoshard.search.candidates import split_by_hand
 from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
@@ -199,10 +197,8 @@ def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> Outpu
     """With the shapes that the same outputs have in `generate`, where that has to run."""
     if not (setup.generate and folded.generates):
         return shapes
-    try:
-        with attention_of(setup.target.chip):
-            generated = generate_shapes(folded, setup.workload)
-    except ModelError:
+    generated = shapes_in_generate(folded, setup.workload, setup.target.chip)
+    if generated is None:
         return OutputShapes()
     both = {*shapes, *generated}
     return {name: shapes.get(name, set()) | generated.get(name, set()) for name in both}

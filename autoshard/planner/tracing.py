@@ -5,20 +5,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from autoshard.errors import ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.program import Program
 from autoshard.hardware.chips import Chip
 from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.outputs import OutputShapes
 from autoshard.model.paths import tails
 from autoshard.model.recipe import AbstractModel
-from autoshard.model.step import make_step, trace
+from autoshard.model.step import generate_shapes, make_step, trace
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planner.stopwatch import Stopwatch
 
-__all__ = ["TracedModel", "make_program", "trace_model"]
+__all__ = ["TracedModel", "make_program", "shapes_in_generate", "trace_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,21 @@ def make_program(
         closed = trace(step)
     with watch.stage("build the op graph"):
         return _program(closed, step, folded, for_tpu=chip is not None and chip.kind == "tpu")
+
+
+def shapes_in_generate(
+    folded: AbstractModel, workload: Workload, chip: Chip
+) -> OutputShapes | None:
+    """The shapes that layer outputs have in `generate`; None for a model without a cache.
+
+    Args:
+        folded, workload, chip: as for `make_program`.
+    """
+    try:
+        with attention_of(chip):
+            return generate_shapes(folded, workload)
+    except ModelError:
+        return None
 
 
 def _program(closed: Any, step: Any, folded: AbstractModel, *, for_tpu: bool) -> Program:

@@ -121,7 +121,7 @@ def search(
     free = output_choices(program, mesh, unbound_outputs or {})
     origins = [dict(best.assignment), _only(best, names), smallest]
     beyond = descend(scorer, [*families, *free], origins, n_shakes=0) if free else None
-    # What nothing splits, which any map can tell, is among what is chosen from.
+    # Whole weights, but for those that no op reads, are among what is chosen from.
     scorer.score(first_specs(everything))
     first = min(_worthy(scorer, everything, tied), key=lambda scored: scored.rank)
     _walk(scorer, everything, first)
