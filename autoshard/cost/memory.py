@@ -8,6 +8,8 @@ What its heap leaves idle between arrays is not foreseen: luck, a few percent of
   each block that the op stands for. Fused ops make nothing (see `autoshard.graph.liveness`).
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
   second copy of a result that is made in pieces.
+- A result that is copied into the order it is returned in is there twice (see
+  `autoshard.cost.results`).
 - A gradient dies at its update, unless it is the first or waits for others to be added to.
 - What fused ops make for a convolution, or for a matmul of a GPU, is written, and held until the
   last that reads it. For a matmul of a TPU it is if the matmul's sums go round in a ring, which
@@ -24,6 +26,7 @@ import numpy as np
 
 from autoshard.cost.lifetimes import Bytes, alive, lifetimes
 from autoshard.cost.machine import Machine
+from autoshard.cost.results import ResultCopies
 from autoshard.cost.strategies import OpCost
 from autoshard.cost.transfers import local_bytes
 from autoshard.cost.values import Memory
@@ -74,6 +77,7 @@ class PeakMemory:
             if op.kind not in FUSED and array.group in self._lifetimes.gradients
         ]
         self._returned = {(out.group, out.n_bytes) for out in program.outputs}
+        self._copies = ResultCopies(program, machine)
         self._held: dict[str, list[_Held]] = {}
         self._rebuilt: list[_Held] = []
         for argument in program.arguments:
@@ -147,6 +151,7 @@ class PeakMemory:
             if cost.is_copied:
                 working += made
             if op.kind in FUSED or (array.group, array.n_bytes) in self._returned:
+                working += self._copies.n_bytes(op, layout)
                 continue
             is_gradient = array.group in self._lifetimes.gradients
             if is_gradient and self._lifetimes.last_read[index] > index:
@@ -155,7 +160,7 @@ class PeakMemory:
             if is_gradient:
                 gradient += shard
             else:
-                left += shard
+                left += shard // cost.n_summed
             working += made if made != shard else 0
         kept, own = self.chained_bytes(index, cost)
         return left, gathered, kept, working + own, gradient

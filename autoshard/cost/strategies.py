@@ -51,12 +51,14 @@ class OpCost:
         compute_seconds: of one run.
         fetch_seconds: of its weights, behind what runs before.
         transfers: its collectives.
+        n_summed: how many results of its batch a device sums as it makes them; 1 for any other op.
     """
 
     choice: Choice
     compute_seconds: float
     fetch_seconds: float
     transfers: tuple[Transfer, ...]
+    n_summed: int = 1
 
     @property
     def is_copied(self) -> bool:
@@ -194,7 +196,8 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     if machine.compiles_for_tpu and op.kind == "contraction":
         transfers = [matrix_transfer(op, layouts, one, machine) for one in transfers]
     seconds = compute_seconds(op, choice, machine)
-    if machine.compiles_for_tpu and _sums_batch(op, choice, transfers, machine):
+    n_summed = _n_summed(op, choice, transfers, machine)
+    if n_summed > 1:
         seconds *= _SUMMED_BATCH
     if machine.decomposes_sums and op.kind == "contraction":
         uses_all = uses_all_devices(choice, machine.axis_sizes)
@@ -208,16 +211,19 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
         compute_seconds=seconds + sum_seconds(op, layouts, machine),
         fetch_seconds=fetch_seconds(op, choice, machine),
         transfers=tuple(transfers),
+        n_summed=n_summed,
     )
 
 
-def _sums_batch(op: Op, choice: Choice, transfers: Sequence[Transfer], machine: Machine) -> bool:
-    """Whether a matmul's result is summed along the batch at once, of which a device has several.
+def _n_summed(op: Op, choice: Choice, transfers: Sequence[Transfer], machine: Machine) -> int:
+    """How many results along the batch a device sums at once, where the TPU compiler does so.
 
     What collectives move first is summed along the batch later, on its own.
     """
-    if op.summed_batch is None or any(transfer.operand is None for transfer in transfers):
-        return False
+    if op.summed_batch is None or not machine.compiles_for_tpu:
+        return 1
+    if any(transfer.operand is None for transfer in transfers):
+        return 1
     split = zip(choice, machine.axis_sizes, strict=True)
     parts = math.prod(n for factor, n in split if factor == op.summed_batch)
-    return op.factor_sizes[op.summed_batch] > parts
+    return op.factor_sizes[op.summed_batch] // parts
