@@ -58,9 +58,9 @@ class ResultCopies:
         """Tiles of a device's copy and rows of each, or None where there is no copy."""
         if op.kind != "contraction" or op.is_convolution or self._machine.chip.kind != "tpu":
             return None
-        result = op.results[0]
-        if (result.group, result.n_bytes) not in self._returned:
+        if not any((array.group, array.n_bytes) in self._returned for array in op.results):
             return None
+        result = op.results[0]
         shape = list(self._program.groups[result.group].sizes)
         for dim, size in zip(layout, self._machine.axis_sizes, strict=True):
             if dim != WHOLE:
