@@ -334,7 +334,7 @@ def verify(
     with _progress() as announce:
         found = compile_step(layout, cache=not no_cache, on_progress=announce, **options)
     click.echo((verification_json if form == "json" else verification_text)(found))
-    if found.fits is False:
+    if found.fits is False or found.wrong:
         sys.exit(1)
 
 

@@ -73,6 +73,12 @@ class PlanOutcome:
         return self.winner.fits
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the plan may not be what it seems, a line each."""
+        is_compiled = bool(self.verdicts)
+        return tuple(self.planning.doubts(self.plan.rules, is_compiled=is_compiled))
+
+    @property
     def unforeseen_bytes(self) -> int:
         """What the plan takes of a device beyond the prediction, by the target's compiler.
 
@@ -175,7 +181,7 @@ def plan(
             f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
             + "".join(f"; {remedy.change} would fit, predicted" for remedy in outcome.remedies)
         )
-    for doubt in outcome.planning.doubts(outcome.plan.rules):
+    for doubt in outcome.doubts:
         warnings.warn(doubt, stacklevel=2)
     return outcome.plan
 

@@ -31,6 +31,7 @@ from autoshard.xla.cache import verdict_cache
 from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.copies import complaint
 
 __all__ = ["verify"]
 
@@ -146,6 +147,7 @@ def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) 
         blocks=sum(stack.traced for stack in step.blocks) or None,
         n_blocks=sum(stack.n_blocks for stack in step.blocks) or None,
         fits=None if unsaid else fits,
+        wrong=complaint(step.sums_of_copies) if step.sums_of_copies else "",
         memory=MemoryUse(
             arguments=step.argument_bytes,
             temporaries=step.temporary_bytes,

@@ -45,6 +45,17 @@ def test_a_convolution_counts_its_filter_at_each_output():
     assert flops(convolve, (1, 3, 8, 8), (6, 3, 5, 5)) == 2 * 6 * 64 * 75
 
 
+def test_the_zeros_in_a_strided_gradient_are_run_but_not_needed():
+    def convolve(image):
+        return jax.lax.conv(image, jnp.ones((6, 3, 4, 4)), (2, 2), "VALID").sum()
+
+    image = jnp.zeros((1, 3, 10, 10))
+    forward = 2 * 6 * 16 * 48
+    closed = jax.make_jaxpr(jax.grad(convolve))(image)
+    assert matmul_flops(closed) - forward == 2 * 3 * 100 * 96 // 4
+    assert matmul_flops(closed, zeros=True) - forward == 2 * 3 * 100 * 96
+
+
 def test_the_op_graph_counts_what_the_traced_program_does() -> None:
     workload = Workload(kind="prefill", batch=2)
     # Pictures come in by a convolution.

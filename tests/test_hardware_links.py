@@ -203,3 +203,11 @@ def test_devices_are_listed_host_by_host() -> None:
     assert spots[:6] == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0)]
     cores = [(spot, core) for _, spot, core in device_coordinates(parse_target("tpu:v3:2x2"))]
     assert cores[:3] == [((0, 0), 0), ((0, 0), 1), ((1, 0), 0)]
+
+
+def test_of_groups_that_are_not_laid_out_alike_the_worst_counts() -> None:
+    uneven = parse_target("gpu:h100-sxm:3x4")
+    link = group_link(("model",), parse_mesh("4x3"), uneven)
+    assert link.kind == "network"  # the second group has two members on one node, one on the next
+    assert link.bytes_per_second == uneven.chip.network_bytes_per_second
+    assert group_link(("model",), parse_mesh("3x4"), uneven).kind == "nvlink"

@@ -49,6 +49,18 @@ def test_a_map_of_another_name_is_found_by_its_construction() -> None:
     assert [rule.spec for rule in parse_layout(both)] == [(None,), ("model",)]
 
 
+def test_another_name_of_a_map_is_that_map() -> None:
+    source = 'lm = LayoutMap(mesh)\nrules = lm\nlm["a"] = ("x",)\nrules["b"] = ("y",)\n'
+    assert [rule.pattern for rule in parse_layout(source)] == ["a", "b"]
+    held = 'layout_map = None\nself.layout_map = layout_map\nlayout_map["a"] = ("x",)\n'
+    assert [rule.pattern for rule in parse_layout(held)] == ["a"]
+
+
+def test_the_main_part_of_a_script_is_no_condition() -> None:
+    source = 'if __name__ == "__main__":\n    layout_map["a"] = ("x",)\n'
+    assert [rule.pattern for rule in parse_layout(source)] == ["a"]
+
+
 @pytest.mark.parametrize("second", ["layout_map", "another"])
 def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
     made = "{0} = keras.distribution.LayoutMap(mesh)\n{0}['a/kernel'] = ('model',)\n"
@@ -108,6 +120,16 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
             'layout_map["a"] = ("model",)\ndel layout_map["a"]',
             "the layout, line 2: cannot read del layout_map['a']: rules are read from "
             "layout_map[...] = (...) lines",
+        ),
+        (
+            'layout_map = Backbone.get_layout_map(mesh)\nlayout_map["a"] = ("model",)',
+            "the layout, line 1: cannot read Backbone.get_layout_map(mesh): the rules that it "
+            "holds are not in this source",
+        ),
+        (
+            'if large:\n    layout_map["a"] = ("model",)\nelse:\n    layout_map["a"] = (None,)',
+            "the layout, line 2: cannot read layout_map['a']: whether it is set depends on a "
+            "condition; give one map",
         ),
         ("x = 1", "the layout holds no map; expected lines like layout_map[...] = (...)"),
         ("layout_map[", "the layout, line 1 is not Python source: '[' was never closed"),

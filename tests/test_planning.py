@@ -439,13 +439,13 @@ def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning)
 
     found = plan(network, make_setup("8x1"))
     assert found.program.unknown == ()
-    assert ["convolutions" in doubt for doubt in found.doubts(())] == [True]
-    assert list(gemma.doubts(gemma.candidates[0].rules)) == []
+    assert ["convolutions" in doubt for doubt in found.doubts((), is_compiled=True)] == [True]
+    assert list(gemma.doubts(gemma.candidates[0].rules, is_compiled=False)) == []
 
 
 def test_devices_that_repeat_each_other_are_told_of(gemma: Planning) -> None:
-    (doubt,) = gemma.doubts(())
+    (doubt,) = gemma.doubts((), is_compiled=False)
     assert "each of the 8 devices does all the work" in doubt and "of mesh 8x1" in doubt
     alone = replace(gemma.setup, workload=replace(gemma.setup.workload, batch=1))
-    (doubt,) = replace(gemma, setup=alone).doubts(())
+    (doubt,) = replace(gemma, setup=alone).doubts((), is_compiled=False)
     assert "a batch of a multiple of 8" in doubt

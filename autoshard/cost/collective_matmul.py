@@ -124,9 +124,14 @@ def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
     return (is_heads and shard > 1) or (is_last and is_odd)
 
 
-def may_be_windowed(op: Op, array: Array, operand: int | None) -> bool:
-    """Whether a matmul may gather an array piece by piece: an operand that the step makes."""
+def may_be_windowed(op: Op, array: Array, operand: int | None, machine: Machine) -> bool:
+    """Whether a matmul may gather an array piece by piece: an operand that the step makes.
+
+    For GPUs XLA's threshold is 100,000 MiB.
+    """
     if op.kind != "contraction" or operand is None or array.is_held:
+        return False
+    if machine.chip.kind == "gpu":
         return False
     return sum(result.n_bytes for result in op.results) >= _WINDOWED_BYTES
 
@@ -155,7 +160,7 @@ def windowed(
         return transfer
     array, size = op.operands[transfer.operand], machine.links[transfer.axis].size
     axis = machine.axis_of(transfer.axis)
-    if size <= 2 or not may_be_windowed(op, array, transfer.operand):
+    if size <= 2 or not may_be_windowed(op, array, transfer.operand, machine):
         return transfer
     (result,) = op.results
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)

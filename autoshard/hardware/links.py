@@ -76,8 +76,16 @@ def group_link(axes: Sequence[str], mesh: Mesh, target: Target) -> AxisLink:
         MeshError: the mesh and the target have different numbers of devices.
     """
     check_devices(mesh, target)
-    chip, name = target.chip, ",".join(axes)
-    places = _first_group(axes, mesh, target)
+    groups = _groups(axes, mesh, target)
+    if target.n_slices == 1:
+        groups = groups[:1]  # the others are laid out alike
+    links = (_link(places, ",".join(axes), target) for places in groups)
+    return min(links, key=lambda link: (link.bytes_per_second, -link.launch_seconds))
+
+
+def _link(places: Sequence[_Place], name: str, target: Target) -> AxisLink:
+    """The links of one group."""
+    chip = target.chip
     if len(places) == 1:
         return AxisLink(
             axis=name,
@@ -86,14 +94,16 @@ def group_link(axes: Sequence[str], mesh: Mesh, target: Target) -> AxisLink:
             latency_seconds=0.0,
             kind="local",
         )
-    n_slices = len({place[0] for place in places})
-    inside = [place for place in places if place[0] == places[0][0]]
-    kind, speed = _inside(inside, target)
+    by_slice: dict[int, list[_Place]] = {}
+    for place in places:
+        by_slice.setdefault(place[0], []).append(place)
+    fewest = min(by_slice.values(), key=len)
+    kind, speed = _inside(fewest, target)
     launch = chip.launch_seconds
-    if n_slices > 1:
-        lanes = len(inside) * chip.network_bytes_per_second
+    if len(by_slice) > 1:
+        lanes = len(fewest) * chip.network_bytes_per_second
         kind, speed = "network", min(lanes, speed)
-        launch += n_slices * chip.network_latency_seconds
+        launch += len(by_slice) * chip.network_latency_seconds
     return AxisLink(
         axis=name,
         size=len(places),
@@ -145,15 +155,14 @@ def device_coordinates(target: Target) -> tuple[_Place, ...]:
     )
 
 
-def _first_group(axes: Sequence[str], mesh: Mesh, target: Target) -> list[_Place]:
-    """The places of the group that holds the first device; the others are laid out alike."""
-    places = device_coordinates(target)
-    ranges = [range(size) if name in axes else range(1) for name, size in mesh.sizes.items()]
-    strides = [math.prod(mesh.shape[i + 1 :]) for i in range(len(mesh.shape))]
-    return [
-        places[sum(index * stride for index, stride in zip(indices, strides, strict=True))]
-        for indices in itertools.product(*ranges)
-    ]
+def _groups(axes: Sequence[str], mesh: Mesh, target: Target) -> list[list[_Place]]:
+    """The places of each group, that of the first device first."""
+    groups: dict[tuple[int, ...], list[_Place]] = {}
+    indices = itertools.product(*map(range, mesh.shape))
+    for index, place in zip(indices, device_coordinates(target), strict=True):
+        outside = tuple(at for at, name in zip(index, mesh.sizes, strict=True) if name not in axes)
+        groups.setdefault(outside, []).append(place)
+    return list(groups.values())
 
 
 def _inside(places: Sequence[_Place], target: Target) -> tuple[str, float]:

@@ -161,7 +161,8 @@ class _Source:
         self._tree = tree
         self._statements = [one for node in ast.walk(tree) for one in _assignments(node)]
         self._statements.sort(key=lambda one: (one[0].lineno, one[0].col_offset))
-        self._maps = {"layout_map"}
+        self._maps = {"layout_map": "layout_map"}
+        self._conditional = {id(inner) for node in ast.walk(tree) for inner in _perhaps_run(node)}
         self._bound = Counter(name for node in ast.walk(tree) for name in _bound_names(node))
         self._strings: dict[str, list[str]] = {}
         for target, value in self._statements:
@@ -169,24 +170,27 @@ class _Source:
         self.makes_map = any(_makes_map(value) for _, value in self._statements)
 
     def _note(self, target: ast.expr, value: ast.expr) -> None:
-        """Remember names that hold a string or a LayoutMap."""
+        """Remember names that hold a string or a LayoutMap; another name of a map is that map."""
         if isinstance(target, ast.Name):
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 self._strings.setdefault(target.id, []).append(value.value)
             elif _makes_map(value):
-                self._maps.add(target.id)
+                self._maps[target.id] = target.id
+            elif _last_name(value) in self._maps:
+                self._maps[target.id] = self._maps[_last_name(value)]
 
     def rules(self, unreadable: list[str]) -> LayoutRules:
         """The rules; why others cannot be read is added to `unreadable`."""
         rules: list[Rule] = []
         first: ast.Subscript | None = None
         is_another = False
+        unreadable.extend(self._made_elsewhere())
         for target, value in self._statements:
             is_another = is_another or (first is not None and _makes_map(value))
             if not self._is_rule(target):
                 continue
             first = first or target
-            if is_another or ast.unparse(target.value) != ast.unparse(first.value):
+            if is_another or self._map_of(target) != self._map_of(first):
                 raise LayoutError(
                     f"{self._name} holds two maps, the first from line {first.lineno} on and "
                     f"another from line {target.lineno} on; give each a file of its own"
@@ -202,6 +206,22 @@ class _Source:
         """Whether it is `layout_map[...]`."""
         return isinstance(node, ast.Subscript) and _last_name(node.value) in self._maps
 
+    def _map_of(self, rule: ast.Subscript) -> str:
+        """Which map a rule is set in."""
+        written = ast.unparse(rule.value)
+        return self._maps.get(written, written)
+
+    def _made_elsewhere(self) -> Iterator[str]:
+        """Where a map comes from what is no LayoutMap of this source, and may hold rules."""
+        for target, value in self._statements:
+            if (
+                _last_name(target) in self._maps
+                and not _makes_map(value)
+                and _last_name(value) not in self._maps
+                and not (isinstance(value, ast.Constant) and value.value is None)
+            ):
+                yield str(self._error(value, "the rules that it holds are not in this source"))
+
     def _otherwise_changed(self) -> Iterator[str]:
         """Where a map is changed by anything but an assignment to one pattern."""
         for node in ast.walk(self._tree):
@@ -216,6 +236,8 @@ class _Source:
                 yield str(self._error(node, "rules are read from layout_map[...] = (...) lines"))
 
     def _rule(self, target: ast.Subscript, value: ast.expr) -> Rule:
+        if id(target) in self._conditional:
+            raise self._error(target, "whether it is set depends on a condition; give one map")
         pattern, spec = self._string(target.slice, "a pattern"), self._spec(value)
         try:
             return Rule(pattern=pattern, spec=spec)
@@ -269,6 +291,13 @@ def _bound_names(node: ast.AST) -> Iterator[str]:
         yield node.asname or node.name
     elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         yield node.name
+
+
+def _perhaps_run(node: ast.AST) -> Iterator[ast.AST]:
+    """What a node of the source runs only on a condition, that of a script's main part apart."""
+    is_main = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+    if isinstance(node, ast.If | ast.Match) and not is_main:
+        yield from ast.walk(node)
 
 
 def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:

@@ -82,6 +82,12 @@ class Folding:
     blocks: tuple[BlockStack, ...] = ()
     shared: Mapping[str, Fraction] = field(default_factory=dict)
 
+    def __contains__(self, path: str) -> bool:
+        """Whether it says of a path, or the beginning of one, for how many it stands."""
+        return path in self.shared or any(
+            _block_of(path, stack) is not None for stack in self.blocks
+        )
+
     def multiplicity(self, path: str) -> int | Fraction:
         """How many layers of the real model a layer, variable or output of this model stands for.
 

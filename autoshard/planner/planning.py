@@ -73,8 +73,13 @@ class Planning:
         assert scored is not None
         return scored
 
-    def doubts(self, rules: LayoutRules) -> Iterator[str]:
-        """Why a plan of these rules may not be what it seems, a line each."""
+    def doubts(self, rules: LayoutRules, *, is_compiled: bool) -> Iterator[str]:
+        """Why a plan of these rules may not be what it seems, a line each.
+
+        Args:
+            rules: of the plan.
+            is_compiled: whether a compiler was asked about it.
+        """
         words = {word for rule in rules for word in re.findall(r"\w+", rule.pattern)}
         if numbered := sorted(words & self.numbered_layers):
             yield (
@@ -93,6 +98,13 @@ class Planning:
             yield (
                 f"{', '.join(unknown)}: how layouts pass through this is not known, so that "
                 "it is taken to need whole operands: time and memory may be far from predicted"
+            )
+        splits_more = mesh.n_devices > mesh.sizes[mesh.data_axis]
+        trains_convolutions = any(op.is_convolution and op.backward for op in self.program.ops)
+        if trains_convolutions and splits_more and not is_compiled:
+            yield (
+                "where devices hold copies XLA's partitioner may make gradients of convolutions "
+                "too large: have the plan compiled, which tells (verify 'cpu')"
             )
         matmuls = [(op.flops * op.count, op.is_convolution) for op in self.program.ops]
         convolved = sum(flops for flops, is_convolution in matmuls if is_convolution)

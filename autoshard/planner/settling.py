@@ -27,6 +27,7 @@ from autoshard.units import format_bytes
 from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.copies import complaint
 from autoshard.xla.partitioned import partitioned_seconds
 
 __all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
@@ -126,7 +127,7 @@ def settle(
     refused = refused or verdicts
     refused.sort(key=lambda verdict: verdict.fits is not False)
     if refused[0].fits is not False:
-        raise XlaError(f"no candidate compiles for {compiler}: {refused[0].error}")
+        raise XlaError(f"no candidate runs on {compiler}: {refused[0].error}")
     return (*refused, *verdicts[len(refused) :])
 
 
@@ -208,7 +209,12 @@ def _failed(candidate: Candidate, error: AutoshardError, fits: bool | None) -> V
 def _judge(
     planning: Planning, candidate: Candidate, compiled: CompiledStep, compiler: Target
 ) -> Verdict:
-    """Time a compiled step, and hold its memory against the limit where that says something."""
+    """Time a compiled step, and hold its memory against the limit where that says something.
+
+    A program that adds up copies is none.
+    """
+    if compiled.sums_of_copies:
+        return _failed(candidate, XlaError(complaint(compiled.sums_of_copies)), fits=None)
     setup = planning.setup
     assert candidate.scored is not None
     cost, on_cpu = candidate.scored.cost, compiler.chip.kind == "cpu"

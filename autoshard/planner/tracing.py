@@ -1,8 +1,7 @@
 """A model's step as an op graph: all of planning that no mesh changes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from autoshard.errors import ModelError
@@ -12,6 +11,7 @@ from autoshard.hardware.chips import Chip
 from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.folding import Folding
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.paths import tails
 from autoshard.model.recipe import AbstractModel
@@ -130,7 +130,7 @@ def _program(closed: Any, step: Any, folded: AbstractModel, *, for_tpu: bool) ->
         closed,
         inputs,
         replaces,
-        lambda layer: _layer_count(layer, multiplicity),
+        lambda layer: _layer_count(layer, folded.folding),
         folded_table.templates,
         for_tpu=for_tpu,
     )
@@ -141,6 +141,6 @@ def _family(families: Mapping[tuple[int, ...], str], shape: tuple[int, ...]) -> 
     return next(iter(families.values())) if len(families) == 1 else families.get(shape)
 
 
-def _layer_count(layer: str, multiplicity: Callable[[str], int | Fraction]) -> int:
+def _layer_count(layer: str, folding: Folding) -> int:
     """How many layers of the real model the layer of a traced op stands for."""
-    return next((int(count) for count in map(multiplicity, tails(layer)) if count != 1), 1)
+    return next((int(folding.multiplicity(tail)) for tail in tails(layer) if tail in folding), 1)

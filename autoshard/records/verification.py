@@ -85,6 +85,7 @@ class Verification:
             where only some of the blocks were compiled and those fit.
         memory_limit: bytes a device that it may use.
         refusal: why the compiler refused it, in one sentence, or "".
+        wrong: what the program gets wrong whatever it fits, in one sentence, or "".
         memory: bytes of a device; None where the compiler refused.
         step_seconds: None where the compiler refused, and from `cpu`.
         collectives: all of them, the most bytes first.
@@ -107,6 +108,7 @@ class Verification:
     fits: bool | None
     memory_limit: int
     refusal: str = ""
+    wrong: str = ""
     memory: MemoryUse | None = None
     step_seconds: StepSeconds | None = None
     collectives: tuple[VerifiedCollective, ...] = ()

@@ -87,7 +87,7 @@ def notes(outcome: PlanOutcome) -> list[str]:
     """What a user should know of the plan before it is used, a line each."""
     still = outcome.planning.setup.workload.stillness
     said = [f"note: {still}"] if still else []
-    return said + [f"warning: {doubt}" for doubt in outcome.planning.doubts(outcome.plan.rules)]
+    return said + [f"warning: {doubt}" for doubt in outcome.doubts]
 
 
 def _misfit(outcome: PlanOutcome) -> str:

@@ -28,6 +28,7 @@ def verification_text(verification: Verification) -> str:
         _head(verification),
         rules_text(verification.rules),
         _verdict_line(verification),
+        *([f"WRONG: {verification.wrong}"] if verification.wrong else []),
         *_comparison(verification),
         *_flops(verification),
         *_collectives(verification),

@@ -221,7 +221,7 @@ class _Builder:
         What compute might hide is taken to be hidden.
         """
         made, partial = lies_in_op(op, array, operand, choice)
-        may_hide = may_be_windowed(op, array, operand) or (
+        may_hide = may_be_windowed(op, array, operand, self.pricer.machine) or (
             operand is not None and self.pricer.may_run_beside(op, array)
         )
         looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None

@@ -26,6 +26,7 @@ from autoshard.processes.child import Child
 from autoshard.xla.cache import VerdictCache
 from autoshard.xla.collectives import estimated_cycles, read_collectives
 from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.copies import sums_of_copies
 from autoshard.xla.exhausted import exhausted_sentence
 from autoshard.xla.extrapolate import extrapolate
 from autoshard.xla.hlo import parse_hlo
@@ -153,6 +154,7 @@ def compile_lowered(
         raise _refused(error, target) from error
     module = parse_hlo(compiled.as_text())
     weights = [argument.path for argument in step.arguments if argument.role == "weight"]
+    layers = layer_paths(weights)
     memory = compiled.memory_analysis()
     return CompiledStep(
         target=str(target),
@@ -165,9 +167,10 @@ def compile_lowered(
         collectives=read_collectives(
             module,
             mesh,
-            layer_paths(weights),
+            layers,
             cpu_normaliser(module, mesh.n_devices) if on_cpu else None,
         ),
+        sums_of_copies=sums_of_copies(module, mesh.n_devices, layers),
         estimated_cycles=estimated_cycles(module),
         flops=_flops(compiled),
     )

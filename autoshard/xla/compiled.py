@@ -8,6 +8,7 @@ from autoshard.mesh import Mesh
 from autoshard.model.folding import BlockStack
 from autoshard.model.workload import Workload
 from autoshard.xla.collectives import Collective, merge_collectives
+from autoshard.xla.copies import SumOfCopies
 
 __all__ = ["CompileRequest", "CompiledStep"]
 
@@ -55,6 +56,7 @@ class CompiledStep:
         live_bytes: what is in use at once at the most, arguments and what is in the chip's own
             memory included; None where the compiler does not say.
         collectives: every movement between devices in one step.
+        sums_of_copies: the sums in it that are too large.
         estimated_cycles: the TPU compiler's estimate of a device's cycles of computation.
         flops: floating point operations of a device as XLA counts them, where it does; those of
             loops are counted once.
@@ -68,6 +70,7 @@ class CompiledStep:
     temporary_bytes: int
     alias_bytes: int
     collectives: tuple[Collective, ...]
+    sums_of_copies: tuple[SumOfCopies, ...] = ()
     live_bytes: int | None = None
     estimated_cycles: int | None = None
     flops: int | None = None

@@ -62,6 +62,7 @@ def extrapolate(small: CompiledStep, large: CompiledStep) -> CompiledStep:
         alias_bytes=grown(small.alias_bytes, large.alias_bytes),
         live_bytes=maybe(small.live_bytes, large.live_bytes),
         collectives=tuple(collectives),
+        sums_of_copies=large.sums_of_copies,
         estimated_cycles=maybe(small.estimated_cycles, large.estimated_cycles),
         flops=maybe(small.flops, large.flops),
         model_flops=maybe(small.model_flops, large.model_flops),

@@ -22,7 +22,7 @@ import numpy as np
 from autoshard.errors import XlaError
 from autoshard.mesh import Mesh
 
-__all__ = ["Groups", "axes_of", "parse_groups", "parse_pairs"]
+__all__ = ["Groups", "axes_of", "parse_groups", "parse_pairs", "parse_tiles"]
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -31,6 +31,9 @@ _MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]*\))?)\))
 _AXIS = re.compile(r"'?([\w.\-]+)'?=(\d+)")
 _PART = re.compile(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?")
 _LIST = re.compile(r"replica_groups=\{((?:\{[\d,\s]*\},?\s*)*)\}")
+_TILES = re.compile(
+    r"sharding=\{devices=\[([\d,]+)\](?:(<=[\[\]\dT(),]+)|([\d,]+))(?: ([\w={}, ]+))?\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?\s*)*)\}")
 
 
@@ -61,6 +64,35 @@ def parse_pairs(attributes: str) -> Groups:
     """Read `source_target_pairs=` from the attributes of a permute."""
     match = _PAIRS.search(attributes)
     return tuple(_numbers(pair) for pair in re.findall(r"\{([^}]*)\}", match[1])) if match else ()
+
+
+def parse_tiles(attributes: str, n_devices: int) -> tuple[int, ...] | None:
+    """Read `sharding=` from the attributes of an argument.
+
+    Args:
+        attributes: the text after the operands.
+        n_devices: all devices.
+
+    Returns:
+        For each device which shard it holds, or None if it does not say.
+
+    >>> parse_tiles("sharding={devices=[2,1,2]<=[4] last_tile_dim_replicate}", 4)
+    (0, 0, 1, 1)
+    """
+    if "sharding={replicated}" in attributes:
+        return (0,) * n_devices
+    match = _TILES.search(attributes)
+    if match is None or (match[4] or "") not in ("", "last_tile_dim_replicate"):
+        return None
+    dims = _numbers(match[1])
+    iota = _IOTA.match(f"[{match[1]}]{match[2]}") if match[2] else None
+    devices = _iota(iota).reshape(-1) if iota else np.array(_numbers(match[3] or ""))
+    if sorted(devices) != list(range(n_devices)):
+        return None
+    n_copies = dims[-1] if match[4] else 1
+    shards = np.empty(n_devices, dtype=int)
+    shards[devices] = np.arange(n_devices) // n_copies
+    return tuple(int(shard) for shard in shards)
 
 
 def axes_of(groups: Iterable[Sequence[int]], mesh: Mesh) -> tuple[str, ...]:
