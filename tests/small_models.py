@@ -4,7 +4,7 @@ import os
 import signal
 from typing import Any
 
-from autoshard.model.keras_import import import_keras_hub
+from autoshard.model.keras_import import import_keras, import_keras_hub
 
 __all__ = [
     "bert",
@@ -114,6 +114,15 @@ def gemma4() -> Any:
             output_dim=32,
         ),
     )
+
+
+def depthwise() -> Any:
+    """A convolution in groups, whose gradients XLA's partitioner may make too large."""
+    keras = import_keras()
+    pictures = keras.Input((16, 16, 8))
+    found = keras.layers.DepthwiseConv2D(3, name="middle")(pictures)
+    found = keras.layers.GlobalAveragePooling2D()(found)
+    return keras.Model(pictures, keras.layers.Dense(8, name="last")(found))
 
 
 def dies_in_the_second_process() -> Any:

@@ -69,10 +69,10 @@ class _Held:
 def complaint(sums: Sequence[SumOfCopies]) -> str:
     """What is wrong with a program that has such sums, in one sentence."""
     worst = max(sums, key=lambda each: each.times)
-    others = f" ({len(sums) - 1} more layers have such)" if len(sums) > 1 else ""
+    others = f" (and {len(sums) - 1} more)" if len(sums) > 1 else ""
     return (
-        f"XLA's partitioner adds up copies: the gradient of {worst.layer or 'a convolution'} comes "
-        f"out {worst.times:g} times too large{others}; where data alone is split it does not"
+        f"XLA's partitioner adds up copies: the gradient of {worst.layer or 'a convolution'}{others} "
+        f"comes out {worst.times:g} times too large; where data alone is split it does not"
     )
 
 
