@@ -30,6 +30,8 @@ Spec = tuple[str | None, ...]
 
 _AXIS_NAMES = {1: ("model",), 2: ("batch", "model")}
 _MOST_DIGITS = 9
+# More devices than any machine has are a slip of the keyboard.
+_MOST_DEVICES = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,11 @@ class Mesh:
         if not self.shape or min(self.shape) < 1:
             raise MeshError(
                 f"mesh '{self}' is not a grid of devices: every axis needs at least one"
+            )
+        if self.n_devices > _MOST_DEVICES:
+            raise MeshError(
+                f"mesh '{self}' has {self.n_devices:,} devices, more than any machine; plans are "
+                f"made for up to {_MOST_DEVICES:,}"
             )
         if len(self.shape) != len(self.axis_names):
             raise MeshError(

@@ -79,17 +79,17 @@ class PlanOutcome:
         return tuple(self.planning.doubts(self.plan.rules, is_compiled=is_compiled))
 
     @property
-    def unforeseen_bytes(self) -> int:
-        """What the plan takes of a device beyond the prediction, by the target's compiler.
+    def foreseen_share(self) -> float:
+        """The part of what the plan takes, by the target's compiler, that was predicted.
 
-        Where that refuses it without a number, as much as to be above the limit.
+        Where that refuses it without a number, it is taken to need all that there is.
         """
         if not self.verdicts or self.verdicts[0].fits is not False:
-            return 0
+            return 1.0
         assert self.winner.scored is not None
         compiled = self.verdicts[0].compiled
         taken = compiled.peak_bytes if compiled else self.planning.setup.memory_limit
-        return max(0, taken - self.winner.scored.cost.memory.peak_bytes)
+        return min(1.0, self.winner.scored.cost.memory.peak_bytes / taken)
 
 
 def inspect(model: Any, *, lora_rank: int | None = None, dtype: str | None = None) -> ModelTable:
@@ -250,7 +250,7 @@ def make_plan(
     )
     if not advise or failure or outcome.fits:
         return outcome
-    limit = planning.setup.memory_limit - outcome.unforeseen_bytes
+    limit = int(planning.setup.memory_limit * outcome.foreseen_share)
     setup = replace(planning.setup, memory_limit=limit)
     return replace(outcome, remedies=remedies(model, traced, setup, watch))
 

@@ -1,6 +1,7 @@
 """Building models without values, from each kind of reference."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -327,3 +328,11 @@ def test_int8_gives_the_variables_that_quantize_gives() -> None:
 def test_int8_is_refused_where_there_are_no_policies_by_layer() -> None:
     with pytest.raises(UsageError, match="int8 needs a KerasHub backbone"):
         build(plain_network, dtype="int8")
+
+
+def test_planning_leaves_the_random_numbers_of_the_program_as_they_were() -> None:
+    random.seed(3)
+    expected = random.getstate()
+    build("bert_tiny_en_uncased").table()
+    trace(make_step(build("bert_tiny_en_uncased"), Workload(kind="prefill", batch=1)))
+    assert random.getstate() == expected

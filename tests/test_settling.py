@@ -20,6 +20,7 @@ from autoshard.sharding_plan import Plan
 from autoshard.xla.clock import step_time
 from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.copies import SumOfCopies
 
 TARGET = parse_target("tpu:v5e:2x4")
 
@@ -156,6 +157,16 @@ def test_one_refused_layout_leaves_the_verdicts_of_the_others(verdicts, ranked, 
     found = verdicts(shallow, in_order)
     assert names(found) == ["candidate 2", "candidate 3", "candidate 1"]
     assert found[-1].error == "no such layout"
+
+
+def test_a_layout_whose_program_adds_up_copies_is_passed_over(verdicts, ranked, in_order) -> None:
+    def wrong(request: CompileRequest) -> CompiledStep:
+        sums = (SumOfCopies(layer="conv", times=2.0),) if request.rules == ranked[0] else ()
+        return replace(in_order(request), sums_of_copies=sums)
+
+    found = verdicts(wrong, in_order)
+    assert names(found)[0] == "candidate 2"
+    assert "the gradient of conv comes out 2 times too large" in found[-1].error
 
 
 def test_a_refused_layout_hides_none_that_is_too_big(verdicts, ranked, in_order) -> None:
@@ -305,7 +316,7 @@ def test_where_none_compiles_whole_nothing_is_verified(verdicts) -> None:
     def whole(request: CompileRequest) -> CompiledStep:
         raise XlaError("no such program")
 
-    with pytest.raises(XlaError, match="no candidate compiles for"):
+    with pytest.raises(XlaError, match="no candidate runs on"):
         verdicts(lambda _: program(10**8), whole)
 
 

@@ -4,12 +4,13 @@ The private names of Keras that this takes are all used here.
 """
 
 import collections
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from autoshard.errors import ModelError
-from autoshard.model.keras_import import import_keras, without_tensorflow
+from autoshard.model.keras_import import PATCHING, import_keras, without_tensorflow
 
 __all__ = ["OutputRecorder", "abstract_scope", "fresh_names", "recording_scope"]
 
@@ -56,11 +57,19 @@ def _global_attributes(**values: Any) -> Iterator[None]:
 
 @contextmanager
 def fresh_names() -> Iterator[None]:
-    """Layer names count from zero inside, so that a model gets the paths of its first build."""
+    """Layer names count from zero inside, so that a model gets the paths of its first build.
+
+    Keras draws seeds for what it makes, with Python's generator: that of the caller's program goes
+    on where it was.
+    """
     import_keras()
     counters: dict[str, int] = collections.defaultdict(int)
-    with without_tensorflow(), _global_attributes(**{_NAME_COUNTERS: counters}):
-        yield
+    state = random.getstate()
+    try:
+        with without_tensorflow(), _global_attributes(**{_NAME_COUNTERS: counters}):
+            yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager
@@ -109,8 +118,6 @@ def _given_values_kept() -> Iterator[None]:
     import jax
     from keras.src.backend.common import KerasVariable
 
-    original = KerasVariable.__init__
-
     def init(self: Any, initializer: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(initializer, (str, jax.core.Tracer)) or callable(initializer):
             original(self, initializer, *args, **kwargs)
@@ -118,8 +125,10 @@ def _given_values_kept() -> Iterator[None]:
         with _global_attributes(**{_STATELESS_SCOPE: None}):
             original(self, initializer, *args, **kwargs)
 
-    KerasVariable.__init__ = init
-    try:
-        yield
-    finally:
-        KerasVariable.__init__ = original
+    with PATCHING:
+        original = KerasVariable.__init__
+        KerasVariable.__init__ = init
+        try:
+            yield
+        finally:
+            KerasVariable.__init__ = original

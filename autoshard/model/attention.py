@@ -7,13 +7,12 @@ output, is never asked.
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from autoshard.hardware.chips import Chip
-from autoshard.model.keras_import import import_keras, import_keras_hub
+from autoshard.model.keras_import import PATCHING, import_keras, import_keras_hub
 
 __all__ = ["attention_of"]
 
@@ -26,8 +25,6 @@ _QUESTIONS: dict[str, Callable[[Chip], bool]] = {
     ),
 }
 
-_lock = threading.RLock()
-
 
 @contextmanager
 def attention_of(chip: Chip | None) -> Iterator[None]:
@@ -38,7 +35,7 @@ def attention_of(chip: Chip | None) -> Iterator[None]:
     Args:
         chip: what the step will run on; None for a CPU.
     """
-    with _lock:
+    with PATCHING:
         import_keras_hub()
         ops = import_keras().ops
         attention = ops.dot_product_attention

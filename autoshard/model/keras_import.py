@@ -9,6 +9,7 @@ checked when the caller came first.
 
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -17,10 +18,13 @@ from typing import Any
 
 from autoshard.errors import BackendError
 
-__all__ = ["PLANNING_ONLY", "import_keras", "import_keras_hub", "without_tensorflow"]
+__all__ = ["PATCHING", "PLANNING_ONLY", "import_keras", "import_keras_hub", "without_tensorflow"]
 
 PLANNING_ONLY = "AUTOSHARD_PLANNING_ONLY"
 """Environment variable of a process that plans and does not train: set to anything."""
+
+PATCHING = threading.RLock()
+"""Held while something is changed that all threads share; another thread that plans waits."""
 
 _REFUSED = ("tensorflow", "tensorflow_text")
 

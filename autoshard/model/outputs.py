@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from autoshard.model.abstract import OutputRecorder, recording_scope
+from autoshard.model.keras_import import PATCHING
 
 __all__ = ["MARK", "OutputShapes", "marking_scope"]
 
@@ -56,13 +57,14 @@ def marking_scope() -> Iterator[OutputShapes]:
     from keras.src.distribution import distribution_lib
 
     marker = _Marker()
-    original = distribution_lib.distribute_tensor
-    distribution_lib.distribute_tensor = marker.mark
-    try:
-        with recording_scope(marker):
-            yield marker.shapes
-    finally:
-        distribution_lib.distribute_tensor = original
+    with PATCHING:
+        original = distribution_lib.distribute_tensor
+        distribution_lib.distribute_tensor = marker.mark
+        try:
+            with recording_scope(marker):
+                yield marker.shapes
+        finally:
+            distribution_lib.distribute_tensor = original
 
 
 @cache

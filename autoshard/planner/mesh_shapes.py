@@ -45,6 +45,7 @@ def mesh_shapes(n_devices: int) -> tuple[Mesh, ...]:
     """
     if n_devices < 1:
         raise MeshError(f"{n_devices} devices are no mesh; give one or more")
+    parse_mesh(f"1x{n_devices}")  # refuses too many
     sizes = (size for size in range(1, n_devices + 1) if n_devices % size == 0)
     return tuple(parse_mesh(f"{size}x{n_devices // size}") for size in sizes)
 

@@ -63,7 +63,11 @@ class Verdict:
 
     @property
     def weighed_seconds(self) -> float:
-        """The time of the step as the search's ranking compares it."""
+        """The time of the step with its memory weighed as the search's ranking weighs it.
+
+        What the ranking adds for doubts about hidden collectives and rules the compiler has
+        answered.
+        """
         assert self.candidate.scored is not None
         return self.candidate.scored.weigh(self.step_seconds)
 

@@ -3,7 +3,7 @@
 Where it splits the rows that a convolution's gradient sums over, or the batch of a grouped
 convolution's, over some of the devices, the others hold copies; but it sums over all devices
 (`convolution_handler.cc` in XLA gives its all-reduce no groups). The gradient is then too large by
-the number of copies, on CPUs, GPUs and TPUs alike, and nothing tells.
+the number of copies, in programs for CPUs and for TPUs, and nothing tells.
 
 Found by following through the program which devices hold equal values: each value has a label a
 device, and devices of one label hold the same for sure. An all-reduce that stems from a convolution
@@ -26,7 +26,7 @@ _CONVOLUTION = "conv_general_dilated"
 _CALLS = {"fusion", "call", "async-start"}
 # What may differ from device to device whatever it reads, or is not followed.
 _UNKNOWN = {"conditional", "rng", "rng-get-and-update-state", "infeed", "recv"}
-_ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
+_ARITHMETIC: Mapping[str, Callable[..., int]] = {
     "add": lambda a, b: a + b,
     "subtract": lambda a, b: a - b,
     "multiply": lambda a, b: a * b,
@@ -34,8 +34,9 @@ _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
     "remainder": lambda a, b: a - b * int(a / b) if b else a,
     "minimum": min,
     "maximum": max,
+    "clamp": lambda least, number, most: min(max(number, least), most),
 }
-_MOVES = {"bitcast", "convert", "copy", "reshape"}
+_MOVES = {"bitcast", "convert", "copy", "copy-done", "copy-start", "reshape"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +70,11 @@ class _Held:
 def complaint(sums: Sequence[SumOfCopies]) -> str:
     """What is wrong with a program that has such sums, in one sentence."""
     worst = max(sums, key=lambda each: each.times)
+    layer = worst.layer or "a convolution"
     others = f" (and {len(sums) - 1} more)" if len(sums) > 1 else ""
     return (
-        f"XLA's partitioner adds up copies: the gradient of {worst.layer or 'a convolution'}{others} "
-        f"comes out {worst.times:g} times too large; where data alone is split it does not"
+        f"XLA's partitioner adds up copies: the gradient of {layer}{others} comes out "
+        f"{worst.times:g} times too large; where data alone is split it does not"
     )
 
 
@@ -183,16 +185,13 @@ class _Reader:
 
     def _computed(self, one: Instruction, whole: Sequence[_Held]) -> _Held:
         """The result of an op that each device runs on what it holds."""
-        numbers = [held.numbers for held in whole]
-        known = [each for each in numbers if each is not None]
+        if one.opcode in _MOVES and len(whole) == 1:
+            return whole[0]
+        known = [held.numbers for held in whole if held.numbers is not None]
         is_scalar = len(one.shapes) == 1 and one.shapes[0].n_elements == 1
-        if known and len(known) == len(whole) and is_scalar:
-            if one.opcode in _MOVES:
-                return whole[0]
-            if one.opcode in _ARITHMETIC and len(known) == 2:
-                function = _ARITHMETIC[one.opcode]
-                made = tuple(function(a, b) for a, b in zip(*known, strict=True))
-                return _Held(_canonical(made), made)
+        if one.opcode in _ARITHMETIC and len(known) == len(whole) and is_scalar:
+            made = tuple(map(_ARITHMETIC[one.opcode], *known))
+            return _Held(_canonical(made), made)
         return _Held(self._joined(whole).labels)
 
     def _collective(

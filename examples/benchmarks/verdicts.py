@@ -132,11 +132,12 @@ def _effective(row: Row) -> list[Any]:
 def compiled(row: Row) -> CompiledStep | None:
     """The program of a row; None where there is an error.
 
-    Rows of older days do not say what was in use at once.
+    Rows of older days do not say what was in use at once, nor whether sums count copies.
     """
     if not row.get("compiled"):
         return None
-    return from_record(CompiledStep, {"live_bytes": None} | row["compiled"])
+    unsaid = {"live_bytes": None, "sums_of_copies": []}
+    return from_record(CompiledStep, unsaid | row["compiled"])
 
 
 @dataclass(slots=True)
