@@ -290,8 +290,8 @@ def test_weights_that_the_step_does_not_read_are_split_for_their_memory() -> Non
     assert tower.specs == (("batch", "model"),)
     assert len(choices["decoder_block_*/ffw_linear/kernel"].specs) > 1
     # Without a rule they are whole.
-    assert found.whole.rules == () and found.whole.scored is not None
-    assert found.whole.scored.cost.memory.weights == found.table.n_bytes
+    assert found.no_rule.rules == () and found.no_rule.scored is not None
+    assert found.no_rule.scored.cost.memory.weights == found.table.n_bytes
 
 
 def without_a_cache() -> Any:
@@ -441,6 +441,16 @@ def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning)
     assert found.program.unknown == ()
     assert ["convolutions" in doubt for doubt in found.doubts((), is_compiled=True)] == [True]
     assert list(gemma.doubts(gemma.candidates[0].rules, is_compiled=False)) == []
+
+
+def test_sizes_that_are_taken_for_want_of_any_are_told_of() -> None:
+    def network() -> Any:
+        pictures = import_keras().Input((None, None, 3), name="pictures")
+        found = import_keras().layers.Conv2D(8, 3, padding="same", name="only")(pictures)
+        return import_keras().Model(pictures, found)
+
+    doubts = plan(network, make_setup("8x1")).doubts((), is_compiled=True)
+    assert "of the sizes that pictures leaves open 1 is taken" in next(doubts)
 
 
 def test_devices_that_repeat_each_other_are_told_of(gemma: Planning) -> None:

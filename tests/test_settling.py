@@ -35,9 +35,9 @@ def planned() -> Planning:
 @pytest.fixture
 def planning(planned: Planning) -> Planning:
     """Of which nothing but the first three candidates is compiled."""
-    whole = replace(planned.whole, scored=None)
+    no_rule = replace(planned.no_rule, scored=None)
     first = planned.candidates[:3]
-    return replace(planned, candidates=first, plain=None, by_hand=None, whole=whole)
+    return replace(planned, candidates=first, plain=None, by_hand=None, no_rule=no_rule)
 
 
 def program(n_cycles: int) -> CompiledStep:
@@ -328,7 +328,7 @@ def test_no_rule_at_all_can_win_where_what_was_searched_for_disappoints(
 
     compiled_by(compiler, compiler)
     first, *others = settle("gemma_2b_en", planned, TARGET)
-    assert first.candidate is planned.whole and first.candidate.rules == ()
+    assert first.candidate is planned.no_rule and first.candidate.rules == ()
     assert planned.by_hand in [verdict.candidate for verdict in others]
 
 

@@ -23,7 +23,7 @@ __all__ = [
     "is_decomposed",
     "may_be_windowed",
     "summed",
-    "thinned",
+    "thinning",
     "uses_all_devices",
     "windowed",
 ]
@@ -189,7 +189,7 @@ def _rewriting_seconds(
     return max(0.0, (n_steps + 1) * memory_seconds(chip, n_bytes, n_bytes) - compute)
 
 
-def thinned(op: Op, layouts: Sequence[Layout], transfer: Transfer, machine: Machine) -> float:
+def thinning(op: Op, layouts: Sequence[Layout], transfer: Transfer, machine: Machine) -> float:
     """Time of a convolution over that of the plain one, where the kernel goes round in a ring.
 
     The TPU compiler convolves with a slice of the channels at a time, and a slice narrower than the

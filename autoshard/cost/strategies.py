@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from autoshard.cost.collective_matmul import (
     PIECES_IN_PLACE,
     summed,
-    thinned,
+    thinning,
     uses_all_devices,
     windowed,
 )
@@ -204,7 +204,7 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
         may_ring = uses_all and all(transfer.kind != "all-gather" for transfer in transfers)
         transfers = [summed(op, one, seconds, may_ring, machine) for one in transfers]
         if op.is_convolution and uses_all:
-            seconds *= max((thinned(op, permuted, one, machine) for one in transfers), default=1.0)
+            seconds *= max((thinning(op, permuted, one, machine) for one in transfers), default=1.0)
     transfers = [windowed(op, choice, permuted, one, seconds, machine) for one in transfers]
     return OpCost(
         choice=choice,

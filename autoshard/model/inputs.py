@@ -8,7 +8,7 @@ from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
-__all__ = ["Input", "has_open_length", "model_inputs", "output_structure"]
+__all__ = ["Input", "has_open_length", "model_inputs", "open_inputs", "output_structure"]
 
 # As Keras gives shapes: None for a dimension that is open.
 SymbolicShape = tuple[int | None, ...]
@@ -72,8 +72,7 @@ def model_inputs(
             "or a KerasHub backbone or task"
         )
     tensors = keras.tree.flatten(structure)
-    nested = _nested_shapes(model)
-    symbolic = {tensor.name: _merged(tensor, nested.get(tensor.name, ())) for tensor in tensors}
+    symbolic = _symbolic_shapes(model, structure)
     shapes = _filled(symbolic, getattr(model, "backbone", model), workload, pictures)
     inputs = tuple(
         Input(name=tensor.name, shape=shapes[tensor.name], dtype=str(tensor.dtype))
@@ -91,11 +90,33 @@ def has_open_length(model: Any) -> bool:
     structure = getattr(_functional(model), "_inputs_struct", None)
     if structure is None:
         return True
-    nested = _nested_shapes(model)
-    tensors = import_keras().tree.flatten(structure)
-    shapes = [_merged(tensor, nested.get(tensor.name, ())) for tensor in tensors]
+    shapes = _symbolic_shapes(model, structure).values()
     # Of pictures and the like that are open one pixel is taken.
     return any(len(shape) < 4 and None in shape[1:] for shape in shapes)
+
+
+def open_inputs(model: Any) -> tuple[str, ...]:
+    """Names of the inputs of rank 4 and more that leave sizes open, of which 1 is taken.
+
+    Those beside the tokens of a model apart: how many pictures it sees is another question.
+
+    Args:
+        model: a Keras model.
+    """
+    structure = getattr(_functional(model), "_inputs_struct", None)
+    symbolic = _symbolic_shapes(model, structure) if structure is not None else {}
+    if any(name.endswith(_PLACES) for name in symbolic):
+        return ()
+    return tuple(name for name, shape in symbolic.items() if len(shape) >= 4 and None in shape[1:])
+
+
+def _symbolic_shapes(model: Any, structure: Any) -> dict[str, SymbolicShape]:
+    """The shape of each input of a functional model, by name, in flat order."""
+    nested = _nested_shapes(model)
+    return {
+        tensor.name: _merged(tensor, nested.get(tensor.name, ()))
+        for tensor in import_keras().tree.flatten(structure)
+    }
 
 
 def _nested_shapes(model: Any) -> dict[str, SymbolicShape]:

@@ -13,7 +13,7 @@ from typing import Any
 from autoshard.errors import AutoshardError, ModelError, UsageError
 from autoshard.model.abstract import abstract_scope, recording_scope
 from autoshard.model.folding import Folding
-from autoshard.model.inputs import has_open_length
+from autoshard.model.inputs import has_open_length, open_inputs
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
 from autoshard.model.workload import DTYPES, Workload
@@ -109,6 +109,10 @@ class AbstractModel:
             for layer in self.model._flatten_layers()
             if re.fullmatch(rf"{to_snake_case(type(layer).__name__)}(_\d+)?", layer.name)
         )
+
+    def open_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, as of pictures, of whose open sizes 1 is taken."""
+        return open_inputs(self.model)
 
     def table(self) -> ModelTable:
         """The variables, sorted into families."""

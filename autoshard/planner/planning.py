@@ -41,13 +41,14 @@ class Planning:
         table: the variables of the model.
         task: class of the Keras model whose step was traced.
         numbered_layers: layers whose names Keras made up.
+        open_inputs: inputs of whose open sizes 1 is taken.
         result: the search.
         candidates: the best layouts that a LayoutMap can express, best first.
         by_hand: what people write, told by shapes; a candidate where it is one, None where rules
             cannot tell it.
         plain: the best without rules for layer outputs; a candidate where it is one, None where
             rules cannot tell it.
-        whole: every weight whole on every device, the data split; a candidate where it is one.
+        no_rule: every weight whole on every device, the data split; a candidate where it is one.
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` is slow or fails, or None.
         program: the op graph of the step.
@@ -57,13 +58,14 @@ class Planning:
     table: ModelTable
     task: str
     numbered_layers: frozenset[str]
+    open_inputs: tuple[str, ...]
     result: SearchResult
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
     program: Program
     by_hand: Candidate | None
     plain: Candidate | None
-    whole: Candidate
+    no_rule: Candidate
     without_generate: Candidate | None
 
     @property
@@ -85,6 +87,11 @@ class Planning:
             yield (
                 f"Keras made up {', '.join(numbered)}, and numbers such names as a process "
                 "makes layers: name the layers, or another run may not find them"
+            )
+        if self.open_inputs:
+            yield (
+                f"of the sizes that {', '.join(self.open_inputs)} leaves open 1 is taken: give the "
+                "keras.Input its sizes"
             )
         mesh = self.setup.mesh
         is_split = any(axis for rule in rules for axis in rule.spec)
@@ -173,12 +180,13 @@ def run_planner(
         table=table,
         task=folded.task,
         numbered_layers=traced.whole.numbered_layers(),
+        open_inputs=traced.whole.open_inputs(),
         result=result,
         candidates=candidates,
         rivals=rivals,
         by_hand=known.get(by_hand.rules, by_hand) if by_hand else None,
         plain=known.get(plain.rules, plain) if plain else None,
-        whole=known.get((), no_rule),
+        no_rule=known.get((), no_rule),
         without_generate=beyond,
         program=traced.program,
     )

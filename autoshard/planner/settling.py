@@ -162,7 +162,7 @@ def _underrated(planning: Planning, verdicts: Sequence[Verdict]) -> Candidate | 
     """What is predicted to be clearly faster than the best compiled, the fastest of several."""
     asked = {verdict.candidate.rules for verdict in verdicts}
     best = min((one.weighed_seconds for one in verdicts if one.fits is not False), default=math.inf)
-    others = (*planning.candidates, planning.plain, planning.by_hand, planning.whole)
+    others = (*planning.candidates, planning.plain, planning.by_hand, planning.no_rule)
     faster = [
         (seconds, candidate)
         for candidate in others
