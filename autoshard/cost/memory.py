@@ -60,6 +60,7 @@ class PeakMemory:
 
     Attributes:
         small_bytes: of the largest array that may live on the chip.
+        copies: of the program's results.
     """
 
     def __init__(self, program: Program, machine: Machine) -> None:
@@ -76,8 +77,7 @@ class PeakMemory:
             for array in op.results
             if op.kind not in FUSED and array.group in self._lifetimes.gradients
         ]
-        self._returned = {(out.group, out.n_bytes) for out in program.outputs}
-        self._copies = ResultCopies(program, machine)
+        self.copies = ResultCopies(program, machine)
         self._held: dict[str, list[_Held]] = {}
         self._rebuilt: list[_Held] = []
         for argument in program.arguments:
@@ -150,8 +150,8 @@ class PeakMemory:
             shard = local_bytes(array.n_bytes, layout, sizes)
             if cost.is_copied:
                 working += made
-            if op.kind in FUSED or (array.group, array.n_bytes) in self._returned:
-                working += self._copies.n_bytes(op, layout)
+            if op.kind in FUSED or self.copies.is_returned(array):
+                working += self.copies.n_bytes(op, layout)
                 continue
             is_gradient = array.group in self._lifetimes.gradients
             if is_gradient and self._lifetimes.last_read[index] > index:

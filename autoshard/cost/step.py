@@ -12,7 +12,6 @@ from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.lifetimes import last_forward_matmul, weights_read
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
-from autoshard.cost.results import ResultCopies
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import (
@@ -90,7 +89,6 @@ class StepPricer:
         self._kept = _kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
-        self._copies = ResultCopies(program, machine)
         self._paid = [
             (index, argument.group)
             for index, argument in enumerate(program.arguments)
@@ -258,7 +256,7 @@ class StepPricer:
                 cost.compute_seconds
                 + self._chain_seconds(index, cost)
                 + self._maximum_seconds(index, around, cost)
-                + self._copies.seconds(op, around[-1])
+                + self._peak.copies.seconds(op, around[-1])
             ),
             fetch_seconds=op.count * cost.fetch_seconds,
             transfers=tuple(self._moved(op, transfer) for transfer in cost.transfers),
