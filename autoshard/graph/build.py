@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from autoshard.graph.caches import CacheMoves, cache_count, cache_moves, rebuilt_arguments
+from autoshard.graph.casts import held_arrays, with_narrow_results
 from autoshard.graph.equal import merge_equal
 from autoshard.graph.grouping import Grouping, Numbering, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
@@ -64,7 +65,7 @@ def build_program(
         count_of: how many times the whole model has a layer of the traced copy.
         templates: path of a layer output -> its template.
         for_tpu: whether a TPU compiler partitions the step, which simplifies it first (see
-            `autoshard.graph.equal` and `autoshard.graph.vectors`).
+            `autoshard.graph.casts`, `autoshard.graph.equal` and `autoshard.graph.vectors`).
 
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
@@ -72,13 +73,13 @@ def build_program(
     flat, common = read_jaxpr(closed), frozenset[int]()
     if for_tpu:
         own = [i for i, info in zip(flat.inputs, inputs, strict=True) if info.role != "data"]
-        flat, common = merge_equal(flat, own)
+        flat, common = merge_equal(with_narrow_results(flat), own)
     inputs = [
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)
     ]
     grouping, left = group_arrays(flat, _owners(flat, inputs))
-    numbering = Numbering(grouping, held=_held(flat), repetitions=read_repetitions(flat))
+    numbering = Numbering(grouping, held=held_arrays(flat), repetitions=read_repetitions(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
     caches = {index: info.count for index, info in enumerate(inputs) if info.role == "cache"}
     moves = cache_moves(flat, caches, replaces)
@@ -179,15 +180,6 @@ def _with_surroundings(
         )
         for position, op in zip(made, as_summed(list(made.values()), lives), strict=True)
     ]
-
-
-def _held(flat: FlatJaxpr) -> frozenset[int]:
-    """The arguments, and casts of them, as mixed precision reads weights: there before any op."""
-    held = set(flat.inputs)
-    for equation in flat.equations:
-        if equation.primitive == "convert_element_type" and held.issuperset(equation.operands):
-            held.update(equation.results)
-    return frozenset(held)
 
 
 def _ends(
