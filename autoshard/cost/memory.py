@@ -9,7 +9,7 @@ What its heap leaves idle between arrays is not foreseen: luck, a few percent of
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
   second copy of a result that is made in pieces.
 - A result that is copied into the order it is returned in is there twice (see
-  `autoshard.cost.results`).
+  `autoshard.cost.results`). So is one that is made of two sums of pieces, and then sliced.
 - A gradient dies at its update, unless it is the first or waits for others to be added to.
 - What fused ops make for a convolution, or for a matmul of a GPU, is written, and held until the
   last that reads it. For a matmul of a TPU it is if the matmul's sums go round in a ring, which
@@ -145,11 +145,13 @@ class PeakMemory:
         )
         left = working = gradient = 0
         for array, layout in zip(op.results, around[len(op.operands) :], strict=True):
-            made = local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)
-            shard = local_bytes(array.n_bytes, layout, sizes)
-            if cost.is_copied:
+            n_bytes = int(cost.share * array.n_bytes)
+            made = local_bytes(n_bytes, layout_of(array, cost.choice), sizes)
+            shard = local_bytes(n_bytes, layout, sizes)
+            sliced_late = op.slicing is not None and cost.share == 1
+            if cost.is_copied or (sliced_late and cost.is_windowed):
                 working += made
-            if op.kind in FUSED or self.copies.is_returned(array):
+            if op.kind in FUSED or (self.copies.is_returned(array) and not sliced_late):
                 working += self.copies.n_bytes(op, layout)
                 continue
             is_gradient = array.group in self._lifetimes.gradients

@@ -32,10 +32,16 @@ class ResultCopies:
         self._program = program
         self._machine = machine
         self._returned = {(output.group, output.n_bytes) for output in program.outputs}
+        self._returned |= {
+            _look(op.operands[0]) for op in program.ops if self._is_returned_slice(op)
+        }
 
     def is_returned(self, array: Array) -> bool:
         """Whether an array is one of the results, or laid out like one and as large."""
-        return (array.group, array.n_bytes) in self._returned
+        return _look(array) in self._returned
+
+    def _is_returned_slice(self, op: Op) -> bool:
+        return op.kind == "slice" and op.is_fused and self.is_returned(op.results[0])
 
     def n_bytes(self, op: Op, layout: Layout) -> int:
         """Bytes of one device's copy; 0 where there is none.
@@ -72,6 +78,10 @@ class ResultCopies:
             if dim != WHOLE:
                 shape[dim] = -(-shape[dim] // size)
         return copied_tiles([size for size in shape if size > 1])
+
+
+def _look(array: Array) -> tuple[int, int]:
+    return array.group, array.n_bytes
 
 
 def copied_tiles(shape: Sequence[int]) -> tuple[int, int] | None:

@@ -93,7 +93,8 @@ def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     if op.kind == "reshape" and machine.compiles_for_tpu:
         return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
-    if op.is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
+    is_fused = op.is_fused and not op.shifted & set(choice)
+    if is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
     # A lookup reads the rows it returns, not the table; so does a slice.
     cuts = op.kind == "gather" or op.primitive in ("slice", "dynamic_slice")

@@ -52,6 +52,7 @@ class OpCost:
         fetch_seconds: of its weights, behind what runs before.
         transfers: its collectives.
         n_summed: how many results of its batch a device sums as it makes them; 1 for any other op.
+        share: what is multiplied and written of its result: less than 1 where it is sliced first.
     """
 
     choice: Choice
@@ -59,12 +60,18 @@ class OpCost:
     fetch_seconds: float
     transfers: tuple[Transfer, ...]
     n_summed: int = 1
+    share: float = 1.0
 
     @property
     def is_copied(self) -> bool:
         """Whether its result is made in pieces in one place and then written to another."""
         in_loop = any(one.pieces > PIECES_IN_PLACE for one in self.transfers)
         return in_loop and any(factor != WHOLE for factor in self.choice)
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether it gathers an operand piece by piece."""
+        return _are_windowed(self.transfers)
 
     @property
     def total_seconds(self) -> float:
@@ -206,13 +213,29 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
         if op.is_convolution and uses_all:
             seconds *= max((thinning(op, permuted, one, machine) for one in transfers), default=1.0)
     transfers = [windowed(op, choice, permuted, one, seconds, machine) for one in transfers]
+    share = _share(op, choice, transfers)
     return OpCost(
         choice=choice,
-        compute_seconds=seconds + sum_seconds(op, layouts, machine),
+        compute_seconds=share * seconds + sum_seconds(op, layouts, machine),
         fetch_seconds=fetch_seconds(op, choice, machine),
         transfers=tuple(transfers),
         n_summed=n_summed,
+        share=share,
     )
+
+
+def _are_windowed(transfers: Sequence[Transfer]) -> bool:
+    return any(transfer.pieces > 1 for transfer in transfers)
+
+
+def _share(op: Op, choice: Choice, transfers: Sequence[Transfer]) -> float:
+    """What is multiplied of a matmul whose result is sliced: no more, if an operand is first.
+
+    Pieces are added up before, and shards that shift are moved.
+    """
+    if op.slicing is None or _are_windowed(transfers):
+        return 1.0
+    return 1.0 if op.slicing.factors & set(choice) else float(op.slicing.share)
 
 
 def _n_summed(op: Op, choice: Choice, transfers: Sequence[Transfer], machine: Machine) -> int:

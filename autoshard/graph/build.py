@@ -20,9 +20,11 @@ from autoshard.graph.program import (
     Group,
     Op,
     Program,
+    Slicing,
     StepOutput,
 )
 from autoshard.graph.repeats import read_repetitions
+from autoshard.graph.slices import Slice, read_slices
 from autoshard.graph.sums import as_summed, sum_targets
 from autoshard.graph.vectors import broadcast_vectors
 
@@ -168,18 +170,32 @@ def _with_surroundings(
     lives: Lives,
     for_tpu: bool,
 ) -> list[Op]:
-    """The ops, told what is around them: caches, sums, arrays laid out by others."""
+    """The ops, told what is around them: caches, sums, slices, arrays laid out by others."""
     meetings = count_meetings(flat, grouping.group_of)
+    slices = read_slices(flat) if for_tpu else {}
+    sliced = {each.identity for each in slices.values()}
     return [
         replace(
             op,
             moves_cache=position in moves.all,
-            is_fused=position in moves.fused,
+            is_fused=position in moves.fused
+            or not sliced.isdisjoint(flat.equations[position].results),
             vectors=broadcast_vectors(op) if for_tpu else None,
             n_meetings=meetings.get(op.results[0].identity, 0) if op.results else 0,
+            slicing=_slicing(op, slices, grouping),
         )
         for position, op in zip(made, as_summed(list(made.values()), lives), strict=True)
     ]
+
+
+def _slicing(op: Op, slices: Mapping[int, Slice], grouping: Grouping) -> Slicing | None:
+    """What is read of an op's result, if that is a slice alone."""
+    if not op.results or op.results[0].identity not in slices:
+        return None
+    result = op.results[0]
+    read, dims = slices[result.identity], grouping.dims[result.identity]
+    factors = (result.factors[dim] for dim in map(dims.__getitem__, read.dims) if dim is not None)
+    return Slicing(share=read.share, factors=frozenset(f for f in factors if f is not None))
 
 
 def _ends(

@@ -27,6 +27,7 @@ __all__ = [
     "Op",
     "Program",
     "Repetition",
+    "Slicing",
     "StepOutput",
 ]
 
@@ -78,6 +79,19 @@ class Array:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slicing:
+    """What is read of a matmul's result (see `autoshard.graph.slices`).
+
+    Attributes:
+        share: elements of it over those of the result.
+        factors: the matmul's, along which it is sliced.
+    """
+
+    share: Fraction
+    factors: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
     """One op of the step that moves or computes something.
 
@@ -100,11 +114,13 @@ class Op:
         addends: for each written sum, as a residual stream's, of which its result is the part that
             is made last: the number of arrays that the sum reads.
         moves_cache: whether it moves part of a cache.
-        is_fused: whether it does so while another op moves the same, see `autoshard.graph.caches`.
+        is_fused: whether it takes no time beside another op: it moves the same part of a cache (see
+            `autoshard.graph.caches`), or is that one's `slicing` and shifts nothing.
         vectors: position of the operand that a compiler broadcasts to the shape of the other before
             it partitions, see `autoshard.graph.vectors`.
         n_meetings: how often elementwise ops bring a matmul's result together with arrays of its
             group that others laid out.
+        slicing: of a matmul, the slice that is all that is read of its result, if one is.
     """
 
     primitive: str
@@ -127,6 +143,7 @@ class Op:
     is_fused: bool = False
     vectors: int | None = None
     n_meetings: int = 0
+    slicing: Slicing | None = None
 
     @property
     def is_convolution(self) -> bool:

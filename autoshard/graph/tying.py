@@ -44,6 +44,7 @@ def _look(op: Op) -> tuple[object, ...]:
         op.moves_cache,
         op.is_fused,
         op.vectors,
+        op.slicing,
     )
 
 
