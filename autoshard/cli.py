@@ -53,7 +53,7 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--axes", help="Names of the mesh axes, data axis first, with commas."),
             click.option(
                 "--target",
-                help="Chips, like tpu:v5e:2x4, or attached. [default: the smallest v5e slice]",
+                help="Chips, like tpu:v5e:2x4, tpu:v6e, or attached. [default: tpu:v5e]",
             ),
             click.option(
                 "--slices", type=click.IntRange(min=1), help="So many of the target, in a network."

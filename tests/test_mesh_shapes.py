@@ -54,6 +54,22 @@ def test_shapes_over_which_the_batch_does_not_divide_are_left_out() -> None:
     assert {setup.workload.batch for setup in make_setups(12)} == {12}
 
 
+@pytest.mark.parametrize(
+    ("target", "slices", "expected"),
+    [
+        ("tpu:v6e", None, "tpu:v6e:2x4"),
+        ("tpu:v6e", 2, "tpu:v6e:2x2:2"),
+        ("gpu:h100-sxm", None, "gpu:h100-sxm:8"),
+        ("cpu", None, "cpu:8"),
+    ],
+)
+def test_a_chip_alone_stands_for_as_many_as_the_mesh_has(
+    target: str, slices: int | None, expected: str
+) -> None:
+    assert str(make_setup("2x4", target=target, slices=slices).target) == expected
+    assert str(make_setups(8, target=target, slices=slices)[0].target) == expected
+
+
 def test_meshes_of_keras_and_jax_are_meshes() -> None:
     keras = import_keras()
     devices = ["cpu:0"] * 8

@@ -86,11 +86,15 @@ class Target:
         return (*(place // edge for place in spot[:2]), *spot[2:])
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str, n_devices: int | None = None) -> Target:
     """Read a target such as `tpu:v5e:2x4`.
 
     A TPU topology with fewer numbers than the chip's torus has axes is completed with ones; a
     single number is that of the chips, in the slice that is on offer (see `default_target`).
+
+    Args:
+        text: the target.
+        n_devices: of the target that the name of a chip alone stands for; None for none.
 
     Raises:
         UnknownNameError: no such chip.
@@ -100,11 +104,15 @@ def parse_target(text: str) -> Target:
     ('gpu:h100-sxm:2x8', 8)
     >>> str(parse_target("tpu:v5e:8")), str(parse_target("tpu:v5e:512"))
     ('tpu:v5e:2x4', 'tpu:v5e:16x16:2')
+    >>> str(parse_target("gpu:h100-sxm", n_devices=16))
+    'gpu:h100-sxm:2x8'
     """
     parts = text.strip().lower().split(":")
     n_names = 2 if parts[0] in ("tpu", "gpu") else 1
     chip = get_chip(":".join(parts[:n_names]))
     example = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100-sxm:8", "cpu": "cpu:8"}[chip.kind]
+    if len(parts) == n_names and n_devices is not None:
+        return target_of(chip, n_devices)
     sizes, slices = [*parts[n_names:], "", ""][:2]
     most = 2 if chip.kind == "tpu" else 1
     if len(parts) > n_names + most or not re.fullmatch(r"\d+(x\d+)*", sizes):

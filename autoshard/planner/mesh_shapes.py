@@ -12,7 +12,7 @@ from autoshard.hardware.targets import Target
 from autoshard.mesh import Mesh, parse_mesh, round_up
 from autoshard.model.workload import DEFAULT_BATCH
 from autoshard.planner.planning import Planning, run_planner
-from autoshard.planner.setup import Setup, make_setup, named_target
+from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel
 from autoshard.search.descent import Scored
@@ -74,8 +74,6 @@ def make_setups(
     n_devices, batch = whole("devices", n_devices), whole("batch", batch)
     shapes = mesh_shapes(n_devices)
     batch = round_up(DEFAULT_BATCH, n_devices) if batch is None else batch
-    if isinstance(target, str):
-        target = named_target(target, n_devices)
     return tuple(
         make_setup(
             str(mesh),

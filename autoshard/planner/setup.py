@@ -75,14 +75,13 @@ def make_setup(
     batch, slices = whole("batch", batch), whole("slices", slices)
     seq_len, lora_rank = whole("seq_len", seq_len), whole("lora_rank", lora_rank)
     mesh = as_mesh(mesh, axes)
-    if isinstance(target, str):
-        target = named_target(target, mesh.n_devices)
+    n_devices = mesh.n_devices if slices is None else _devices_per_slice(mesh, slices)
+    if target is None:
+        target = default_target(n_devices)
+    elif isinstance(target, str):
+        target = named_target(target, n_devices)
     if slices is not None:
-        if slices < 1:
-            raise UsageError(f"slices is {slices}; give 1 or more")
-        target = _in_slices(mesh, target, slices)
-    elif target is None:
-        target = default_target(mesh.n_devices)
+        target = _in_slices(target, slices)
     n_data = mesh.sizes[mesh.data_axis]
     if batch is None:
         batch = round_up(DEFAULT_BATCH, n_data)
@@ -113,9 +112,8 @@ def named_target(name: str, n_devices: int) -> Target:
     """The target that a user names.
 
     Args:
-        name: what `parse_target` reads; `cpu` for that many CPU devices; or `attached` for what
-            JAX sees.
-        n_devices: of the mesh.
+        name: what `parse_target` reads, or `attached` for what JAX sees.
+        n_devices: of what the name of a chip alone stands for, as `cpu` or `tpu:v6e`.
 
     Raises:
         UsageError: it is none of these, or the chip table does not know the attached devices.
@@ -123,7 +121,7 @@ def named_target(name: str, n_devices: int) -> Target:
     """
     if name == "attached":
         return attached_target()
-    return parse_target(f"cpu:{n_devices}" if name == "cpu" else name)
+    return parse_target(name, n_devices)
 
 
 def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
@@ -148,14 +146,18 @@ def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
     return n_bytes
 
 
-def _in_slices(mesh: Mesh, target: Target | None, n_slices: int) -> Target:
-    """So many of a target, or of the smallest that together have the mesh's devices."""
-    if target is not None:
-        if target.n_slices > 1:
-            raise UsageError(f"target {target} has {target.n_slices} slices already")
-        return replace(target, n_slices=n_slices)
+def _devices_per_slice(mesh: Mesh, n_slices: int) -> int:
+    if n_slices < 1:
+        raise UsageError(f"slices is {n_slices}; give 1 or more")
     if mesh.n_devices % n_slices:
         raise MeshError(
             f"mesh {mesh} has {mesh.n_devices} devices, which {n_slices} slices cannot share evenly"
         )
-    return replace(default_target(mesh.n_devices // n_slices), n_slices=n_slices)
+    return mesh.n_devices // n_slices
+
+
+def _in_slices(target: Target, n_slices: int) -> Target:
+    """So many of a target."""
+    if target.n_slices > 1:
+        raise UsageError(f"target {target} has {target.n_slices} slices already")
+    return replace(target, n_slices=n_slices)
