@@ -96,10 +96,13 @@ def test_another_token_is_wrong_where_the_choice_was_clear_and_ends_the_comparis
 
 
 def test_losses_and_weights_are_compared() -> None:
-    losses = {"losses": np.array([2.0, 1.0])}
-    close, moved = compare("fit", {"losses": np.array([2.0, 1.006])}, losses, COARSE, 0)
-    far, _ = compare("fit", {"losses": np.array([2.0, 1.007])}, losses, COARSE, 0)
-    _, still = compare("fit", {"losses": np.array([2.0, 2.0])}, losses, COARSE, 0)
+    def trained(second: float) -> dict[str, Any]:
+        return {"losses": np.array([2.0, second]), "slots": np.array([])}
+
+    losses = trained(1.0)
+    close, moved = compare("fit", trained(1.006), losses, COARSE, 0)
+    far, _ = compare("fit", trained(1.007), losses, COARSE, 0)
+    _, still = compare("fit", trained(2.0), losses, COARSE, 0)
     assert (moved.holds, still.holds) == (True, False)
     assert close.allowed == pytest.approx(2 * 0.003318, abs=1e-5)
     assert close.holds
@@ -110,6 +113,24 @@ def test_losses_and_weights_are_compared() -> None:
     changed = {"digests": np.eye(3, 32, dtype="uint8")[[0, 0, 0]] * [[0], [1], [0]]}
     (other,) = compare("load", changed, digests, COARSE, 0)
     assert other.found == 1
+
+
+@pytest.mark.parametrize(
+    ("slots", "holds"),
+    [
+        ([1.1, 0.21, 0.01], True),
+        ([1.0, 0.20, 0.0], True),  # what is small may be anything
+        ([1.0, 0.40, 0.001], False),
+        ([0.5, 0.20, 0.001], False),
+        ([1.0, 0.0, 0.001], False),
+    ],
+)
+def test_gradients_may_not_be_twice_as_large(slots: list[float], holds: bool) -> None:
+    losses = {"losses": np.array([2.0, 1.0])}
+    expected = losses | {"slots": np.array([1.0, 0.2, 0.001])}
+    *_, found = compare("fit", losses | {"slots": np.array(slots)}, expected, COARSE, 0)
+    assert found.holds == holds
+    assert found.note == "2 of 3, those above 0.0033 of the largest"
 
 
 def test_outputs_that_are_open_in_every_size_are_held_against_targets_of_size_1() -> None:
@@ -213,6 +234,16 @@ def test_a_layout_is_run_and_held_against_the_unsharded_model(tmp_path: Path) ->
     assert "held against the same weights unsharded on one device" in result.stdout
     assert "loss of step 3: " in result.stdout
     assert "all 2 blocks" in result.stdout
+
+
+def test_gradients_that_count_copies_fail_though_the_losses_agree(tmp_path: Path) -> None:
+    (tmp_path / "map.py").write_text('layout_map["last/kernel"] = (None, "model")\n')
+    model = ("--model", "small_models:depthwise", "--mesh", "2x4", "--dtype", "float32")
+    result = run("verify", str(tmp_path / "map.py"), *model, "--run")
+    assert result.exit_code == 1, result.output
+    assert "between root mean squares: 4, allowed 1.5: TOO MUCH" in result.stdout
+    assert result.stdout.count("TOO MUCH") == 1
+    assert "FAILED: fit" in result.stdout
 
 
 def test_two_processes_share_a_layout_and_agree_with_one(tmp_path: Path) -> None:

@@ -12,6 +12,10 @@ from autoshard.records.execution import Agreement
 
 __all__ = ["compare"]
 
+# A sum over devices that counts copies is at least twice the sum.
+_MOST_TIMES = 1.5
+_LEAST_SHARE = 1e-3
+
 Arrays = Mapping[str, Any]
 
 
@@ -37,7 +41,8 @@ def compare(
         )
     if part == "generate":
         return (_tokens(found["tokens"], reference, tolerance, n_prompt),)
-    return _losses(found["losses"], reference["losses"], tolerance)
+    slots = _slots(found["slots"], reference["slots"], tolerance)
+    return (*_losses(found["losses"], reference["losses"], tolerance), *slots)
 
 
 def _weights(found: Any, reference: Any) -> Agreement:
@@ -113,5 +118,25 @@ def _losses(found: Any, reference: Any, tolerance: Tolerance) -> tuple[Agreement
             found=int(np.sum(np.diff(found) == 0)),
             allowed=max(0, len(found) - 2),
             note="at least one has to move it",
+        ),
+    )
+
+
+def _slots(found: Any, reference: Any, tolerance: Tolerance) -> tuple[Agreement, ...]:
+    """What an optimizer has gathered of gradients: Adam's steps do not show how large these are.
+
+    Slots far below the largest hold little but what rounding left.
+    """
+    if not reference.size or not reference.any():
+        return ()
+    share = max(_LEAST_SHARE, tolerance.relative)
+    clear = reference > share * reference.max()
+    times = found[clear] / reference[clear]
+    return (
+        Agreement(
+            figure="slots of the optimizer, largest factor between root mean squares",
+            found=float(np.maximum(times, 1 / times.clip(min=np.finfo(float).tiny)).max()),
+            allowed=_MOST_TIMES,
+            note=f"{int(clear.sum())} of {clear.size}, those above {share:.2g} of the largest",
         ),
     )

@@ -172,7 +172,21 @@ def _fit(model: AbstractModel, request: RunRequest, distribution: Any) -> tuple[
         verbose=0,
     )
     words = f"beta_2 = {_BETA_2} for the default is 1 in bfloat16, " if workload.is_still else ""
-    return {"losses": np.asarray(history.history["loss"])}, words + targets.words
+    losses = np.asarray(history.history["loss"])
+    return {"losses": losses, "slots": _slots(optimizer)}, words + targets.words
+
+
+def _slots(optimizer: Any) -> Any:
+    """Root mean square of each of an optimizer's slots `[slots]`, in the optimizer's order."""
+    import jax
+    import jax.numpy as jnp
+
+    def root_mean_square(value: Any) -> Any:
+        return jnp.sqrt(jnp.mean(jnp.square(value.astype("float32"))))
+
+    measured = jax.jit(root_mean_square)
+    slots = (variable.value for variable in optimizer.variables if variable.shape)
+    return np.array([float(measured(value)) for value in slots])
 
 
 _PARTS: dict[str, Callable[[AbstractModel, RunRequest, Any], tuple[Arrays, str]]] = {
