@@ -23,7 +23,8 @@ def by_idle_devices(
 
     The devices along that other axis help if their number divides that of the first, or is a
     multiple of it. Each takes a slice: of the sums of the rows found, as in a matmul; of the
-    updates, in place of gathering them all, after which the table is summed over the other axis.
+    updates, or of the indices alone, in place of gathering them all, after which the table is
+    summed over the other axis.
 
     Args:
         op: a lookup, or the gradient of one.
@@ -35,28 +36,43 @@ def by_idle_devices(
     sizes = machine.axis_sizes
     idle = [a for a in range(len(sizes)) if choice[a] == WHOLE and layouts[-1][a] == WHOLE]
     n_idle = math.prod(sizes[axis] for axis in idle)
-    of_sums, of_updates = ("reduce-scatter", None), ("all-gather", len(op.operands) - 1)
+    updates = len(op.operands) - 1
+    of_sums, of_updates = (
+        {("reduce-scatter", None)},
+        {("all-gather", updates - 1), ("all-gather", updates)},
+    )
     sliced = of_sums if op.kind == "gather" else of_updates
+    most_slices = 0
     for transfer in transfers:
         n = machine.links[transfer.axis].size
         n_slices = math.gcd(n_idle, n)
-        if not idle or (transfer.kind, transfer.operand) != sliced or n_slices < min(n_idle, n):
+        if not idle or (transfer.kind, transfer.operand) not in sliced or n_slices < min(n_idle, n):
             yield transfer
             continue
         axis, target, operand = transfer.axis, transfer.target, transfer.operand
         shard, part = transfer.n_bytes // n, transfer.n_bytes // n_slices
-        permuted = collective(
-            "collective-permute", machine.all_axes, shard, machine, operand, target
-        )
         if op.kind == "gather":
             yield collective("all-reduce", axis, part, machine, None, target)
-            yield permuted
-            continue
-        yield permuted
-        if n_slices < n:
-            yield collective("all-gather", axis, part, machine, operand, target)
-        made = layout_of(op.results[0], choice)
-        summed = local_bytes(op.results[0].n_bytes, made, sizes)
-        for at, other in enumerate(idle):
-            if math.prod(sizes[before] for before in idle[:at]) < n_slices:
-                yield collective("all-reduce", other, summed, machine, None, made)
+        yield collective("collective-permute", machine.all_axes, shard, machine, operand, target)
+        if op.kind == "scatter":
+            most_slices = max(most_slices, n_slices)
+            if n_slices < n:
+                yield collective("all-gather", axis, part, machine, operand, target)
+    if most_slices:
+        yield from _table_sums(op, choice, idle, most_slices, machine)
+
+
+def _table_sums(
+    op: Op, choice: Choice, idle: Sequence[int], n_slices: int, machine: Machine
+) -> Iterator[Transfer]:
+    """The sums of a table over so many idle devices, or over groups of so many."""
+    sizes = machine.axis_sizes
+    made = layout_of(op.results[0], choice)
+    summed = local_bytes(op.results[0].n_bytes, made, sizes)
+    for axis in idle:
+        n_summed = min(sizes[axis], n_slices)
+        n_slices //= n_summed
+        if n_summed > 1:
+            # What a group moves, of what all devices of the axis would.
+            share = (1 - 1 / n_summed) / (1 - 1 / sizes[axis])
+            yield collective("all-reduce", axis, int(share * summed), machine, None, made)
