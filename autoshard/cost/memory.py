@@ -15,8 +15,8 @@ What its heap leaves idle between arrays is not foreseen: luck, a few percent of
   last that reads it. For a matmul of a TPU it is if the matmul's sums go round in a ring, which
   reads it once a round: where the matmul before can write it beside its own result, and where the
   ring takes it slice by slice.
-- Small arrays that the step makes live on the chip, as many as find place there, but for those that
-  the forward half leaves to the backward one.
+- Small arrays that the step makes, gradients among them, live on the chip, as many as find place
+  there, but for those that the forward half leaves to the backward one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -115,12 +115,13 @@ class PeakMemory:
         small = np.where((n_bytes <= limit) & times.may_be_on_chip, held, 0.0)
         on_chip = alive(n, small, times.start, times.end)
         on_chip += np.where(working <= limit, working, 0.0)
-        temporary = alive(n, held, times.start, times.end) + working
-        temporary -= on_chip.clip(max=limit)
         gradient = gradient.copy()
         for index, group, whole in self._gradients:
             # It is brought into the layout of its weight at once, if that takes more.
             gradient[index] = max(gradient[index], self._shard(whole, group, layouts))
+        on_chip += alive(n, np.where(gradient <= limit, gradient, 0.0), times.own, times.last_read)
+        temporary = alive(n, held, times.start, times.end) + working
+        temporary -= on_chip.clip(max=limit)
         gradients = alive(n, gradient, times.own, times.last_read)
         peak = (temporary + gradients).argmax()
         return int(temporary[peak]), int(gradients[peak])
