@@ -12,7 +12,7 @@ from typing import Any
 from autoshard.errors import ModelError
 from autoshard.model.keras_import import PATCHING, import_keras, without_tensorflow
 
-__all__ = ["OutputRecorder", "abstract_scope", "fresh_names", "recording_scope"]
+__all__ = ["OutputRecorder", "abstract_scope", "fresh_names", "name_counts", "recording_scope"]
 
 _PENDING = "uninitialized_variables"
 _NAME_COUNTERS = "object_name_uids"
@@ -70,6 +70,17 @@ def fresh_names() -> Iterator[None]:
             yield
     finally:
         random.setstate(state)
+
+
+def name_counts() -> dict[str, int]:
+    """How many names Keras has made up for layers, by the class in snake case that they begin with.
+
+    Of those that it made in the innermost `fresh_names` around, else in the process.
+    """
+    import_keras()
+    from keras.src.backend.common import global_state
+
+    return dict(global_state.get_global_attribute(_NAME_COUNTERS, {}))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoshard.errors import AutoshardError, ModelError, UsageError
-from autoshard.model.abstract import abstract_scope, recording_scope
+from autoshard.model.abstract import abstract_scope, name_counts, recording_scope
 from autoshard.model.folding import Folding
 from autoshard.model.inputs import has_open_length, open_inputs
 from autoshard.model.keras_import import import_keras, import_keras_hub
@@ -65,6 +65,8 @@ class AbstractModel:
         generates: whether `model` is a KerasHub CausalLM, with logits and `generate`.
         output_paths: layer outputs that Keras asks a LayoutMap for.
         recipe: how to build it again; None where that is not known.
+        made_up: how many names of layers Keras had made up when it was built, by what they begin
+            with.
         folding: which of its blocks stand for how many of the real model's.
         dtype: the dtype policy that it came with; None where it was built with the one asked for.
     """
@@ -76,6 +78,7 @@ class AbstractModel:
     generates: bool
     output_paths: tuple[str, ...]
     recipe: Recipe | None
+    made_up: Mapping[str, int]
     folding: Folding = field(default_factory=Folding)
     dtype: str | None = None
 
@@ -100,15 +103,18 @@ class AbstractModel:
 
         KerasHub names its layers, some after their class.
         """
-        from keras.src.utils.naming import to_snake_case
-
         if type(self.backbone).__module__.startswith("keras_hub."):
             return frozenset()
         return frozenset(
-            layer.name
-            for layer in self.model._flatten_layers()
-            if re.fullmatch(rf"{to_snake_case(type(layer).__name__)}(_\d+)?", layer.name)
+            layer.name for layer in self.model._flatten_layers() if self._is_made_up(layer)
         )
+
+    def _is_made_up(self, layer: Any) -> bool:
+        from keras.src.utils.naming import to_snake_case
+
+        stem = to_snake_case(type(layer).__name__)
+        found = re.fullmatch(rf"{stem}(?:_(\d+))?", layer.name)
+        return found is not None and int(found[1] or 0) < self.made_up.get(stem, 0)
 
     def open_inputs(self) -> tuple[str, ...]:
         """Names of the inputs, as of pictures, of whose open sizes 1 is taken."""
@@ -142,13 +148,14 @@ def build_recipe(recipe: Recipe, config: Mapping[str, Any] | None = None) -> Abs
             # Layers warn about masks and missing kernels, at every build, for planning in vain.
             warnings.simplefilter("ignore")
             backbone, model = assemble(recipe, given)
+            made_up = name_counts()
     except AutoshardError:
         raise
     except Exception as error:
         raise ModelError(f"Keras cannot build '{recipe.name}': {one_line(error)}") from error
     if config is not None:
         recipe = replace(recipe, config=config)
-    return wrap(recipe.name, backbone, model, recipe, recorder.paths)
+    return wrap(recipe.name, backbone, model, recipe, recorder.paths, made_up)
 
 
 def assemble(recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
@@ -169,7 +176,12 @@ def assemble(recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def wrap(
-    name: str, backbone: Any, model: Any, recipe: Recipe | None, outputs: Iterable[str] = ()
+    name: str,
+    backbone: Any,
+    model: Any,
+    recipe: Recipe | None,
+    outputs: Iterable[str] = (),
+    made_up: Mapping[str, int] | None = None,
 ) -> AbstractModel:
     """Describe a Keras model that exists, with values or without.
 
@@ -179,6 +191,7 @@ def wrap(
         model: the task around it, or the backbone itself.
         recipe: how to build it again, where that is known.
         outputs: layer outputs seen while it was built.
+        made_up: names that Keras made up for it, see `name_counts`; by default those of now.
     """
     inside = [f"{path}/output" for path in (*layers_by_path(model), model.name)]
     return AbstractModel(
@@ -189,6 +202,7 @@ def wrap(
         generates=isinstance(model, import_keras_hub().models.CausalLM),
         output_paths=tuple(dict.fromkeys([*outputs, *inside])),
         recipe=recipe,
+        made_up=name_counts() if made_up is None else made_up,
     )
 
 
