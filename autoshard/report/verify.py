@@ -116,8 +116,12 @@ def _comparison(found: Verification) -> Iterator[str]:
         rows.append(("bytes on the wire, a device", format_bytes(wire), said_wire))
     if rows:
         headers = ("", "compiled", "predicted")
+        n_columns = 3 if predicted else 2
         yield tabulate(
-            rows, headers=headers, disable_numparse=True, preserve_whitespace=True
+            [row[:n_columns] for row in rows],
+            headers=headers[:n_columns],
+            disable_numparse=True,
+            preserve_whitespace=True,
         ) + _note(found)
 
 
