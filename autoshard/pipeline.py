@@ -135,8 +135,8 @@ def plan(
             `jax.sharding.Mesh`.
         devices: instead of a mesh, how many devices; the shape of the mesh is then chosen too.
         axes: names of the mesh axes, the data axis first.
-        target: such as `tpu:v5e:2x4`, or `attached` for what JAX sees; by default the smallest v5e
-            slice of that many devices.
+        target: such as `tpu:v5e:2x4`; a chip alone, as `tpu:v6e`, for as many as the mesh has; or
+            `attached` for what JAX sees; by default the smallest v5e slice of that many devices.
         slices: so many of that target, joined by the data-centre network (GPU nodes: InfiniBand).
         workload: `train`, `lora`, `prefill` or `decode`.
         batch: sequences of the global batch; by default 8, or the next multiple of the data axis.

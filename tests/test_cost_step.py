@@ -159,6 +159,7 @@ def test_a_donated_weight_and_its_gradient_are_counted_as_shards(
     program = build_program(closed, inputs, [0])
     cost = cost_of(program, 1, WHOLE)
     assert cost.memory.weights == rows * 8192 * 4 / 8
+    assert cost.memory.activations >= 0
     # 1 MiB finds place in the vector memory, 256 MiB do not.
     assert cost.memory.gradients == (cost.memory.weights if in_memory else 0)
     assert cost.memory.optimizer == 0

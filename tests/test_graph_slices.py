@@ -22,6 +22,11 @@ def head(x, w):
     return jnp.einsum("bsd,vd->bsv", jnp.tanh(x), w)[:, PICTURE:]
 
 
+def last(x, w):
+    """A number for the last of the rows of one sequence."""
+    return jnp.einsum("bsd,d->bs", x[:1], w[0])[:, -1:]
+
+
 def head_with_all(x, w):
     logits = jnp.einsum("bsd,vd->bsv", x, w)
     return logits[:, PICTURE:], logits
@@ -45,6 +50,10 @@ def test_what_alone_is_read_of_a_matmul_is_seen() -> None:
     assert matmul.slicing.factors == {matmul.results[0].factors[1]}
     assert [op.is_fused for op in program.ops if op.kind == "slice"] == [True]
     assert ResultCopies(program, MACHINE).is_returned(matmul.results[0])
+
+
+def test_a_slice_of_one_number_is_no_array_to_lay_out() -> None:
+    assert ResultCopies(sliced(last), MACHINE).n_bytes(matmul_of(sliced(last)), (WHOLE,)) == 0
 
 
 @pytest.mark.parametrize(("function", "for_tpu"), [(head, False), (head_with_all, True)])
@@ -71,3 +80,9 @@ def test_no_more_is_multiplied_than_is_read(
     assert cost.share == pytest.approx(float(share))
     whole = 2 * 8 * (PICTURE + TEXT) * HIDDEN * VOCABULARY / 8 / 197e12
     assert cost.compute_seconds == pytest.approx(whole * float(share), rel=0.25)
+
+
+def test_partial_sums_are_added_up_before_they_are_sliced() -> None:
+    cost = price_op(matmul_of(sliced()), ((2,), (1,), (WHOLE,)), MACHINE)
+    assert [transfer.kind for transfer in cost.transfers] == ["all-reduce"]
+    assert cost.share == 1

@@ -315,19 +315,19 @@ except BackendError as error:
     )
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
 def test_names_that_keras_made_up_are_told_from_given_ones_like_them() -> None:
     def network() -> Any:
         keras = import_keras()
         steps = keras.Input((4, 8), name="steps")
         found = keras.layers.LSTM(8, name="loop")(steps)  # Keras calls its cell lstm_cell
-        found = keras.layers.Dense(8, name="dense_9")(found)
+        found = keras.layers.Dense(8, name="dense_99999")(found)
         return keras.Model(steps, keras.layers.Dense(8)(found), name="network")
 
     assert build(network).numbered_layers() == {"dense"}
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
 def test_int8_gives_the_variables_that_quantize_gives() -> None:
     real = import_keras_hub().models.GemmaBackbone(**SMALL, dtype="bfloat16")
     real.quantize("int8")

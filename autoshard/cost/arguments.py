@@ -12,6 +12,7 @@ element alike, and 8 to 12 where the copy finds place in the vector memory.
 """
 
 import math
+from collections import Counter
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
@@ -24,9 +25,8 @@ __all__ = ["ArgumentPricer"]
 
 _TILE_CYCLES = 25
 _TILE_CYCLES_ON_CHIP = 11
-# The largest copy there, of a vector memory; a step that trains a table copies its slots too.
+# So much of a vector memory holds the copies of a table, and of its slots.
 _ON_CHIP_SHARE = 0.75
-_COPIES_AT_ONCE = 3
 
 
 class ArgumentPricer:
@@ -35,12 +35,17 @@ class ArgumentPricer:
     def __init__(self, program: Program, machine: Machine) -> None:
         self._machine = machine
         read = {op.operands[0].group for op in program.ops if op.kind == "gather"}
-        # The slots of a table have its family and shape.
-        self._tables = {
+        tables = {
             (argument.family, argument.shape)
             for argument in program.arguments
             if argument.role == "weight" and argument.group in read and len(argument.shape) > 1
         }
+        # The slots of a table have its family and shape.
+        self._tables = Counter(
+            (argument.family, argument.shape)
+            for argument in program.arguments
+            if argument.role in ("weight", "slot") and (argument.family, argument.shape) in tables
+        )
 
     def is_free(self, argument: Argument) -> bool:
         """Whether it costs nothing under any layout."""
@@ -89,7 +94,7 @@ class ArgumentPricer:
         if not chip.clock_hz:
             return (1 + is_trained) * memory_seconds(chip, n_bytes, n_bytes)
         n_tiles = n_bytes * math.prod(argument.shape) / argument.n_bytes / (TILE_ROWS * TILE_LANES)
-        at_once = n_bytes * (_COPIES_AT_ONCE if is_trained else 1)
-        fits = at_once <= _ON_CHIP_SHARE * chip.vmem_bytes
+        n_copies = self._tables[argument.family, argument.shape] if is_trained else 1
+        fits = n_copies * n_bytes <= _ON_CHIP_SHARE * chip.vmem_bytes
         cycles = _TILE_CYCLES_ON_CHIP if fits else _TILE_CYCLES
         return (1 + is_trained) * n_tiles * cycles / chip.clock_hz

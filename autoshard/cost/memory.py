@@ -115,14 +115,15 @@ class PeakMemory:
         small = np.where((n_bytes <= limit) & times.may_be_on_chip, held, 0.0)
         on_chip = alive(n, small, times.start, times.end)
         on_chip += np.where(working <= limit, working, 0.0)
+        on_chip = on_chip.clip(max=limit)
         gradient = gradient.copy()
         for index, group, whole in self._gradients:
             # It is brought into the layout of its weight at once, if that takes more.
             gradient[index] = max(gradient[index], self._shard(whole, group, layouts))
-        on_chip += alive(n, np.where(gradient <= limit, gradient, 0.0), times.own, times.last_read)
-        temporary = alive(n, held, times.start, times.end) + working
-        temporary -= on_chip.clip(max=limit)
         gradients = alive(n, gradient, times.own, times.last_read)
+        small = np.where(gradient <= limit, gradient, 0.0)
+        gradients -= alive(n, small, times.own, times.last_read).clip(max=limit - on_chip)
+        temporary = alive(n, held, times.start, times.end) + working - on_chip
         peak = (temporary + gradients).argmax()
         return int(temporary[peak]), int(gradients[peak])
 

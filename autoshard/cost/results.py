@@ -41,7 +41,7 @@ class ResultCopies:
         return _look(array) in self._returned
 
     def _is_returned_slice(self, op: Op) -> bool:
-        return op.kind == "slice" and op.is_fused and self.is_returned(op.results[0])
+        return op.kind == "slice" and op.is_fused and any(map(self.is_returned, op.results))
 
     def n_bytes(self, op: Op, layout: Layout) -> int:
         """Bytes of one device's copy; 0 where there is none.
@@ -70,7 +70,7 @@ class ResultCopies:
         """Tiles of a device's copy and rows of each, or None where there is no copy."""
         if op.kind != "contraction" or op.is_convolution or self._machine.chip.kind != "tpu":
             return None
-        if not any(map(self.is_returned, op.results)):
+        if op.slicing is not None or not any(map(self.is_returned, op.results)):
             return None
         result = op.results[0]
         shape = list(self._program.groups[result.group].sizes)

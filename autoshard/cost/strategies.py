@@ -229,11 +229,13 @@ def _are_windowed(transfers: Sequence[Transfer]) -> bool:
 
 
 def _share(op: Op, choice: Choice, transfers: Sequence[Transfer]) -> float:
-    """What is multiplied of a matmul whose result is sliced: no more, if an operand is first.
+    """What is multiplied of a matmul's result: the slice alone, if an operand is sliced first.
 
-    Pieces are added up before, and shards that shift are moved.
+    It is not where pieces or partial sums are added up before, or shards shift.
     """
     if op.slicing is None or _are_windowed(transfers):
+        return 1.0
+    if any(transfer.operand is None for transfer in transfers):
         return 1.0
     return 1.0 if op.slicing.factors & set(choice) else float(op.slicing.share)
 

@@ -77,7 +77,7 @@ class PartOutcome:
             `predict`: one array an output, float32. `generate`: `tokens` `[batch, sequence]`, and
             with margins `margins` `[batch, sequence - 1]`, the distance of the two largest logits
             behind each token, `root_mean_square` and `largest` of all logits. `fit`: `losses`
-            `[steps]`.
+            `[steps]`, and `slots` `[slots]`, the root mean square of each slot of the optimizer.
         loss: what `fit` minimised, in words.
     """
 

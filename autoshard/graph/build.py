@@ -75,7 +75,8 @@ def build_program(
     flat, common = read_jaxpr(closed), frozenset[int]()
     if for_tpu:
         own = [i for i, info in zip(flat.inputs, inputs, strict=True) if info.role != "data"]
-        flat, common = merge_equal(with_narrow_results(flat), own)
+        flat, common = merge_equal(flat, own)
+        flat = with_narrow_results(flat)
     inputs = [
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)

@@ -115,7 +115,7 @@ class Op:
             is made last: the number of arrays that the sum reads.
         moves_cache: whether it moves part of a cache.
         is_fused: whether it takes no time beside another op: it moves the same part of a cache (see
-            `autoshard.graph.caches`), or is that one's `slicing` and shifts nothing.
+            `autoshard.graph.caches`), or is that one's `slicing`. Where it shifts shards it does.
         vectors: position of the operand that a compiler broadcasts to the shape of the other before
             it partitions, see `autoshard.graph.vectors`.
         n_meetings: how often elementwise ops bring a matmul's result together with arrays of its

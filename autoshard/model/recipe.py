@@ -143,12 +143,13 @@ def build_recipe(recipe: Recipe, config: Mapping[str, Any] | None = None) -> Abs
         ModelError: Keras cannot build it without values; the text has Keras' reason.
     """
     given = copy.deepcopy(dict(config if config is not None else recipe.config or {}))
+    before = name_counts()  # a callable may return a model that is there already
     try:
         with recording_scope() as recorder, abstract_scope(), warnings.catch_warnings():
             # Layers warn about masks and missing kernels, at every build, for planning in vain.
             warnings.simplefilter("ignore")
             backbone, model = assemble(recipe, given)
-            made_up = name_counts()
+            made_up = before | name_counts()
     except AutoshardError:
         raise
     except Exception as error:

@@ -81,7 +81,7 @@ def make_setup(
     elif isinstance(target, str):
         target = named_target(target, n_devices)
     if slices is not None:
-        target = _in_slices(target, slices)
+        target = _in_slices(target, slices, n_devices)
     n_data = mesh.sizes[mesh.data_axis]
     if batch is None:
         batch = round_up(DEFAULT_BATCH, n_data)
@@ -156,8 +156,8 @@ def _devices_per_slice(mesh: Mesh, n_slices: int) -> int:
     return mesh.n_devices // n_slices
 
 
-def _in_slices(target: Target, n_slices: int) -> Target:
-    """So many of a target."""
-    if target.n_slices > 1:
+def _in_slices(target: Target, n_slices: int, n_devices: int) -> Target:
+    """So many of a target, which may be several itself if it has the devices of one."""
+    if target.n_slices > 1 and target.n_devices != n_devices:
         raise UsageError(f"target {target} has {target.n_slices} slices already")
-    return replace(target, n_slices=n_slices)
+    return replace(target, n_slices=n_slices * target.n_slices)
