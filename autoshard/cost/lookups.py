@@ -37,11 +37,9 @@ def by_idle_devices(
     idle = [a for a in range(len(sizes)) if choice[a] == WHOLE and layouts[-1][a] == WHOLE]
     n_idle = math.prod(sizes[axis] for axis in idle)
     updates = len(op.operands) - 1
-    of_sums, of_updates = (
-        {("reduce-scatter", None)},
-        {("all-gather", updates - 1), ("all-gather", updates)},
-    )
-    sliced = of_sums if op.kind == "gather" else of_updates
+    sliced: set[tuple[str, int | None]] = {("all-gather", updates - 1), ("all-gather", updates)}
+    if op.kind == "gather":
+        sliced = {("reduce-scatter", None)}
     most_slices = 0
     for transfer in transfers:
         n = machine.links[transfer.axis].size

@@ -33,6 +33,7 @@ from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import Array, Chain, Layout, Op, Program
 from autoshard.graph.splits import layout_of
+from autoshard.hardware.efficiency import ON_CHIP_SHARE
 
 __all__ = ["OpBytes", "PeakMemory"]
 
@@ -42,11 +43,7 @@ OpBytes = tuple[int, int, int, int, int]
 # Group, bytes of the whole array, and how many like it the whole model has.
 _Held = tuple[int, int, int | Fraction]
 
-# What the TPU compiler puts into a core's vector memory: so much of it. Seen in its programs for
-# v5e, of 128 MiB: of what is alive up to 100 MB do not show in the main memory. Arrays of 50 to 100
-# MB lie there about as often as not, whatever they are.
-_ON_CHIP_SHARE = 0.75
-# Of that memory too: the largest cache that is rebuilt there.
+# The largest cache that is rebuilt in a TPU's vector memory, of that.
 _REBUILT_SHARE = 0.25
 
 
@@ -67,7 +64,7 @@ class PeakMemory:
         self._machine = machine
         self._axis_sizes = machine.axis_sizes
         self._vmem = machine.chip.vmem_bytes
-        self.small_bytes = _ON_CHIP_SHARE * self._vmem
+        self.small_bytes = ON_CHIP_SHARE * self._vmem
         self._writes_chains = machine.chip.kind == "gpu"
         self._lifetimes = lifetimes(program)
         self._gradients = [

@@ -1,6 +1,5 @@
 """Casts: compilers fuse them into what makes their operand, or into what reads their result."""
 
-from collections import Counter
 from dataclasses import replace
 
 from autoshard.graph.jaxpr import FlatJaxpr
@@ -25,8 +24,7 @@ def with_narrow_results(flat: FlatJaxpr) -> FlatJaxpr:
     So TPU compilers do with the int32 sums of a matmul in int8. Partial sums of devices are added
     up after the cast too, in bfloat16.
     """
-    readers = Counter(i for equation in flat.equations for i in equation.operands)
-    readers.update(identity for identity in flat.outputs if identity is not None)
+    readers = flat.n_readers()
     made_by, arrays = flat.made_by(), list(flat.arrays)
     for equation in flat.equations:
         if equation.primitive != _CAST or not made_by.keys() & set(equation.operands):

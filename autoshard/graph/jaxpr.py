@@ -5,6 +5,7 @@ The result knows nothing of JAX any more: shapes, factors and names only.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,6 +103,12 @@ class FlatJaxpr:
     def made_by(self) -> dict[int, Equation]:
         """Identity of an array -> the equation that makes it; without those that are there."""
         return {result: equation for equation in self.equations for result in equation.results}
+
+    def n_readers(self) -> Counter[int]:
+        """Identity of an array -> how often equations read it and the step returns it."""
+        readers = Counter(i for equation in self.equations for i in equation.operands)
+        readers.update(_identities(self.outputs))
+        return readers
 
 
 class _Reader:

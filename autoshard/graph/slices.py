@@ -4,7 +4,6 @@ So where a model reads pictures beside text and returns the logits of the text a
 after it has partitioned the step, and cannot where that put anything between matmul and slice.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,8 +35,7 @@ def read_slices(flat: FlatJaxpr) -> dict[int, Slice]:
     Args:
         flat: the step.
     """
-    readers = Counter(i for equation in flat.equations for i in equation.operands)
-    readers.update(identity for identity in flat.outputs if identity is not None)
+    readers = flat.n_readers()
     made_by = flat.made_by()
     found = {}
     for equation in flat.equations:

@@ -1,6 +1,5 @@
 """Where what ops make is added up: in other ops' sums, or along a batch at once."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -47,8 +46,7 @@ def sum_targets(flat: FlatJaxpr) -> dict[int, int]:
     XLA reduces a sum of partial sums once, not each of them, so long as nothing but additions and
     moves stand between.
     """
-    uses = Counter(i for equation in flat.equations for i in equation.operands)
-    uses.update(i for i in flat.outputs if i is not None)
+    uses = flat.n_readers()
     target: dict[int, int] = {}
     for equation in reversed(flat.equations):
         if equation.primitive not in _LINEAR or not equation.results:
