@@ -1,12 +1,12 @@
 """What looking rows up in a split table costs: turning it round, and bringing the rows home."""
 
-import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import price_op
@@ -53,6 +53,31 @@ def looked_up(
     known = {group: layout for group, layout in fixed.items() if group is not None}
     layouts = propagate(program, known, machine.axis_sizes)
     return StepPricer(program, machine).price(layouts)
+
+
+def updated(mesh: str, layouts: Sequence[Layout]) -> list[tuple[str, int]]:
+    """What adding rows `[512, 256]` to a table moves: kind and bytes.
+
+    Args:
+        mesh: of 16 devices.
+        layouts: of the table, the indices, the rows, the new table.
+    """
+
+    def step(table: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
+        return table.at[where].add(new)
+
+    shapes = (
+        jax.ShapeDtypeStruct((ROWS, 256), jnp.float32),
+        jax.ShapeDtypeStruct((512,), jnp.int32),
+        jax.ShapeDtypeStruct((512, 256), jnp.float32),
+    )
+    inputs = [StepInput(role="data", family=None) for _ in shapes]
+    program = build_program(jax.make_jaxpr(step)(*shapes), inputs, [None])
+    axes = ("a", "b", "c")[: mesh.count("x") + 1]
+    machine = Machine.of(parse_mesh(mesh, axes), parse_target("tpu:v5e:4x4"))
+    (op,) = (op for op in program.ops if op.kind == "scatter")
+    transfers = price_op(op, layouts, machine).transfers
+    return [(f"{one.kind} {machine.links[one.axis].axis}", one.n_bytes) for one in transfers]
 
 
 def compute_seconds(columns: int, target: str = "tpu:v5e:2x4", train: bool = False) -> float:
@@ -135,23 +160,53 @@ def test_a_row_of_one_number_is_looked_up() -> None:
     assert StepPricer(program, machine).price(layouts).traffic == ()
 
 
+TABLE = ROWS * 256 * 4
+INDICES, NEW = 512 * 4, 512 * 256 * 4
+
+
 @pytest.mark.parametrize("mesh", ["4x4", "4x2x2"])
 def test_updates_in_slices_are_summed_over_every_axis_that_slices_them(mesh: str) -> None:
-    def step(table: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
-        return table.at[where].add(new)
+    split = (0, *[WHOLE] * mesh.count("x"))
+    made = updated(mesh, [split] * 4)
+    assert [n_bytes for _, n_bytes in made[:2]] == [INDICES // 4, NEW // 4]
+    sums = [(f"all-reduce {axis}", TABLE // 4) for axis in ("b", "c")[: mesh.count("x")]]
+    assert made[2:] == sums
+
+
+def test_a_table_is_summed_over_no_more_devices_than_have_slices() -> None:
+    *_, (kind, n_bytes) = updated("2x8", [(0, WHOLE)] * 4)
+    # pairs on an axis of eight: half of the table is moved a device, where all would move 7/8
+    assert (kind, n_bytes) == ("all-reduce b", pytest.approx(TABLE / 2 * (1 / 2) / (7 / 8)))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "gathered"), [("4x4", []), ("8x2", [("all-gather a", INDICES // 2)])]
+)
+def test_indices_alone_are_sliced_where_columns_lie_where_the_data_do(
+    mesh: str, gathered: list[tuple[str, int]]
+) -> None:
+    columns, n = (1, WHOLE), int(mesh[0])
+    assert updated(mesh, [columns, (0, WHOLE), columns, columns]) == [
+        ("collective-permute a,b", INDICES // n),
+        *gathered,
+        ("all-reduce b", TABLE // n),
+    ]
+
+
+@pytest.mark.parametrize(("n_rows", "cycles"), [(2**16, 11), (2**20, 25)])
+def test_a_tile_is_turned_round_faster_in_the_vector_memory(n_rows: int, cycles: int) -> None:
+    def step(rows: jax.Array, where: jax.Array) -> jax.Array:
+        return jnp.take(rows, where, axis=0)
 
     shapes = (
-        jax.ShapeDtypeStruct((ROWS, 256), jnp.float32),
-        jax.ShapeDtypeStruct((512,), jnp.int32),
-        jax.ShapeDtypeStruct((512, 256), jnp.float32),
+        jax.ShapeDtypeStruct((n_rows, 8 * 96), jnp.float32),
+        jax.ShapeDtypeStruct(IDS, jnp.int32),
     )
-    inputs = [StepInput(role="data", family=None) for _ in shapes]
+    inputs = [StepInput(role="weight", family="table"), StepInput(role="data", family=None)]
     program = build_program(jax.make_jaxpr(step)(*shapes), inputs, [None])
-    axes = ("a", "b", "c")[: mesh.count("x") + 1]
-    machine = Machine.of(parse_mesh(mesh, axes), parse_target("tpu:v5e:4x4"))
-    (op,) = (op for op in program.ops if op.kind == "scatter")
-    split = (0, *[WHOLE] * (len(axes) - 1))
-    made = price_op(op, [split] * len(op.arrays), machine).transfers
-    summed = [machine.links[one.axis] for one in made if one.kind == "all-reduce"]
-    assert [link.axis for link in summed] == list(axes[1:])
-    assert math.prod(link.size for link in summed) == 4
+    machine = Machine.of(parse_mesh("1x8"), parse_target("tpu:v5e:2x4"))
+    clock = machine.chip.clock_hz
+    assert clock is not None
+    # 96 columns fill one tile of 128 lanes, eight rows of it
+    seconds = ArgumentPricer(program, machine).seconds(program.arguments[0], (1,))
+    assert seconds == pytest.approx(n_rows / 8 * cycles / clock)

@@ -453,6 +453,25 @@ def test_sizes_that_are_taken_for_want_of_any_are_told_of() -> None:
     assert "of the sizes that pictures leaves open 1 is taken" in next(doubts)
 
 
+def test_another_optimizer_than_a_model_is_compiled_with_is_told_of(gemma: Planning) -> None:
+    def network() -> Any:
+        keras = import_keras()
+        rows = keras.Input((256,), name="rows")
+        model = keras.Model(rows, keras.layers.Dense(512, name="only")(rows))
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model
+
+    def doubts(optimizer: str, **options: Any) -> list[str]:
+        found = plan(network, make_setup("8x1", optimizer=optimizer, **options))
+        return list(found.doubts((), is_compiled=True))
+
+    (doubt,) = doubts("adam")
+    assert "compiled with sgd, but planned for adam" in doubt
+    assert doubts("sgd") == doubts("adam", workload="prefill") == []
+    # KerasHub compiles its tasks, which says nothing of what their user has in mind
+    assert gemma.compiled_with == ""
+
+
 def test_devices_that_repeat_each_other_are_told_of(gemma: Planning) -> None:
     (doubt,) = gemma.doubts((), is_compiled=False)
     assert "each of the 8 devices does all the work" in doubt and "of mesh 8x1" in doubt

@@ -1,6 +1,7 @@
 """Plans and foreign maps, compiled for a target: what is said, and what stands in one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,8 @@ def test_part_of_a_model_that_fits_says_nothing_of_the_whole(
     text = verification_text(found)
     assert ("2 of 10 blocks; whether all fit" in text) == (fits is None)
     assert ("DOES NOT FIT" in text) == (fits is False)
+    assert "predicted" in text
+    assert "predicted" not in verification_text(replace(found, predicted=None))
 
 
 def test_the_prediction_is_of_the_blocks_that_are_compiled(

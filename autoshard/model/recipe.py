@@ -13,10 +13,10 @@ from typing import Any
 from autoshard.errors import AutoshardError, ModelError, UsageError
 from autoshard.model.abstract import abstract_scope, name_counts, recording_scope
 from autoshard.model.folding import Folding
-from autoshard.model.inputs import has_open_length, open_inputs
+from autoshard.model.inputs import lengths, open_inputs
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
-from autoshard.model.workload import DTYPES, Workload
+from autoshard.model.workload import DEFAULT_SEQ_LEN, DTYPES, Workload
 
 __all__ = [
     "AbstractModel",
@@ -88,26 +88,48 @@ class AbstractModel:
         That is 1 for a model that leaves no length open, as one of pictures.
 
         Raises:
-            UsageError: the model came with a dtype in which no step is planned.
+            UsageError: the model came with a dtype in which no step is planned, or has no input of
+                the length that was asked for.
         """
         if self.dtype not in (None, *DTYPES):
             raise UsageError(
                 f"'{self.name}' is made with dtype {self.dtype}, in which no step is planned: "
                 f"make it with one of {', '.join(DTYPES)}"
             )
-        seq_len = workload.seq_len if has_open_length(self.model) else 1
+        seq_len, known = workload.seq_len, lengths(self.model)
+        if None not in known:
+            if seq_len not in (1, DEFAULT_SEQ_LEN, *known):
+                raise UsageError(
+                    f"'{self.name}' leaves no length open: leave seq_len {seq_len} out, or give "
+                    "the keras.Input a length of None"
+                )
+            seq_len = 1
         return replace(workload, dtype=self.dtype or workload.policy, seq_len=seq_len)
+
+    @property
+    def compiled_with(self) -> str:
+        """The optimizer that its author compiled it with, in lower case; "" for none.
+
+        KerasHub compiles a task when it is made.
+        """
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is None or self._is_of_keras_hub():
+            return ""
+        return type(getattr(optimizer, "inner_optimizer", optimizer)).__name__.lower()
 
     def numbered_layers(self) -> frozenset[str]:
         """Names that Keras gave to layers, for want of one: of their class, and a number.
 
         KerasHub names its layers, some after their class.
         """
-        if type(self.backbone).__module__.startswith("keras_hub."):
+        if self._is_of_keras_hub():
             return frozenset()
         return frozenset(
             layer.name for layer in self.model._flatten_layers() if self._is_made_up(layer)
         )
+
+    def _is_of_keras_hub(self) -> bool:
+        return type(self.backbone).__module__.startswith("keras_hub.")
 
     def _is_made_up(self, layer: Any) -> bool:
         from keras.src.utils.naming import to_snake_case
@@ -121,8 +143,17 @@ class AbstractModel:
         return open_inputs(self.model)
 
     def table(self) -> ModelTable:
-        """The variables, sorted into families."""
+        """The variables, sorted into families.
+
+        Raises:
+            ModelError: there are none, as in a subclassed model that was not called.
+        """
         weights = self.model.weights
+        if not weights:
+            raise ModelError(
+                f"'{self.name}' has no weights to lay out; if they are made when it is first "
+                "called, call it on a keras.Input before"
+            )
         are_weights = {id(variable) for variable in weights}
         return make_table(
             self.name,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autoshard.errors import LayoutError, MeshError, ModelError
+from autoshard.errors import LayoutError, MeshError
 from autoshard.graph.program import Program
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
@@ -42,6 +42,7 @@ class Planning:
         task: class of the Keras model whose step was traced.
         numbered_layers: layers whose names Keras made up.
         open_inputs: inputs of whose open sizes 1 is taken.
+        compiled_with: the optimizer that the model's author compiled it with, or "".
         result: the search.
         candidates: the best layouts that a LayoutMap can express, best first.
         by_hand: what people write, told by shapes; a candidate where it is one, None where rules
@@ -59,6 +60,7 @@ class Planning:
     task: str
     numbered_layers: frozenset[str]
     open_inputs: tuple[str, ...]
+    compiled_with: str
     result: SearchResult
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
@@ -92,6 +94,12 @@ class Planning:
             yield (
                 f"of the sizes that {', '.join(self.open_inputs)} leaves open 1 is taken: give the "
                 "keras.Input its sizes"
+            )
+        planned = self.setup.workload.optimizer
+        if self.setup.workload.trains and self.compiled_with not in ("", planned):
+            yield (
+                f"the model is compiled with {self.compiled_with}, but planned for {planned} (see "
+                "optimizer): slots, memory and time may differ"
             )
         mesh = self.setup.mesh
         is_split = any(axis for rule in rules for axis in rule.spec)
@@ -142,10 +150,9 @@ def run_planner(
 
     Raises:
         MeshError: the mesh has too many axes.
-        ModelError: the model has no weights.
         LayoutError: rules can tell no layout.
     """
-    _check(traced, setup)
+    _check(setup)
     watch = watch or Stopwatch()
     table, folded = traced.table, traced.folded
     with watch.stage("search"):
@@ -181,6 +188,7 @@ def run_planner(
         task=folded.task,
         numbered_layers=traced.whole.numbered_layers(),
         open_inputs=traced.whole.open_inputs(),
+        compiled_with=traced.whole.compiled_with,
         result=result,
         candidates=candidates,
         rivals=rivals,
@@ -192,14 +200,12 @@ def run_planner(
     )
 
 
-def _check(traced: TracedModel, setup: Setup) -> None:
+def _check(setup: Setup) -> None:
     n_axes = len(setup.mesh.parallel_axes)
     if n_axes > _MOST_AXES:
         raise MeshError(
             f"mesh {setup.mesh} splits over {n_axes} axes; plans are made for up to {_MOST_AXES}"
         )
-    if not traced.table.variables:
-        raise ModelError(f"{traced.table.name} has no weights: there is nothing to lay out")
 
 
 def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:
