@@ -64,7 +64,7 @@ def lifetimes(program: Program) -> Lifetimes:
     chains_read = np.arange(len(ops))
     for index, chained in program.chained_operands.items():
         chains_read[index] = max(chain.readers[-1] for chain in chained.values())
-    gathered_from, gathered_to = _gathered(ops)
+    gathered_from, gathered_to = _gathered(program)
     own, crosses = np.arange(len(ops)), _crosses(ops, program.last_readers)
     return Lifetimes(
         own=own,
@@ -102,9 +102,14 @@ def _gradient_groups(program: Program) -> dict[int, int]:
     }
 
 
-def _gathered(ops: Sequence[Op]) -> tuple[Times, Times]:
-    """From and until when a weight is there that an op gathers."""
+def _gathered(program: Program) -> tuple[Times, Times]:
+    """From and until when a weight is there that an op gathers, or the new value of one."""
+    ops = program.ops
     start, end = np.arange(len(ops)), np.arange(len(ops))
+    arguments = {argument.group for argument in program.arguments}
+    for index, op in enumerate(ops):
+        if op.kind == "elementwise" and any(array.group in arguments for array in op.results):
+            end[index] = len(ops) - 1
     matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and weights_read(op)]
     start[matmuls[1:]] = matmuls[:-1]
     last = last_forward_matmul(ops)

@@ -270,7 +270,7 @@ class Propagator:
             index = at if in_order else again.pop()
             waiting[index] = False
             around = around_of[index](state)
-            own = wanted.get(index)
+            own = wanted.get(index) if wanted else None
             if own:
                 around = tuple(own.get(place, number) for place, number in enumerate(around))
             if in_order and meets[index]:
