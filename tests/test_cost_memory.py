@@ -158,3 +158,19 @@ def test_what_fused_ops_make_for_a_convolution_is_written() -> None:
         )
     )
     assert convolved - multiplied == n_bytes
+
+
+def test_what_is_updated_in_shards_and_gathered_is_held_to_the_end() -> None:
+    def step(weight: Any, slot: Any, x: Any, y: Any) -> Any:
+        slot = 0.9 * slot + x.T @ y
+        return weight - slot, slot
+
+    matrix, rows = (8192, 8192), (64, 8192)
+    structs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (matrix, matrix, rows, rows)]
+    roles = ("weight", "slot", "data", "data")
+    inputs = [StepInput(role=role, family=None) for role in roles]
+    program = build_program(jax.make_jaxpr(step)(*structs), inputs, [0, 1])
+    cost = cost_of(program, WHOLE, WHOLE, 1, WHOLE)
+    n_bytes = 4 * 8192**2
+    assert [(one.kind, one.n_bytes) for one in cost.traffic] == [("all-gather", n_bytes)] * 2
+    assert cost.memory.activations >= 2 * n_bytes
