@@ -2,11 +2,12 @@
 
     python examples/benchmarks/kept.py [--workload KIND ...] [--models NAME ...]
 
-Compiles nothing: `fidelity.py` and `rivals.py` put the programs, as deep as `PERIODS` says, into
-results/. A row a workload and model; an error is predicted over compiled, less one. The step is
-timed on the links of the mesh; its rank correlation is that of layouts on one mesh, the mean over
-meshes. Memory of training that was compiled before what is in use at once was kept is left out:
-what lies idle counts twice there. (Prefill leaves next to nothing idle.)
+Compiles nothing: `fidelity.py` and `rivals.py` put the programs, as deep as `PERIODS` says or whole
+(`rivals.py --whole`), into results/. A row a workload and model; an error is predicted over
+compiled, less one. The step is timed on the links of the mesh; its rank correlation is that of
+layouts on one mesh, the mean over meshes. Memory of training that was compiled before what is in
+use at once was kept is left out: what lies idle counts twice there. (Prefill leaves next to nothing
+idle.)
 """
 
 import argparse
@@ -28,6 +29,8 @@ HEADERS = (
     *("workload", "model", "programs", "step: median error", "90th percentile", "Spearman"),
     *("memory: median error", "90th percentile", "within 10%", "range"),
 )
+# What is added to the workload of whole models.
+_WHOLE = ", all blocks"
 # Fewer layouts of one mesh have no ranks worth comparing.
 _RANKED = 4
 
@@ -37,7 +40,7 @@ class Kept:
     """One program, predicted and compiled.
 
     Attributes:
-        workload, model, mesh: what was compiled.
+        workload, model, mesh: what was compiled; the workload of whole models is told apart.
         predicted_seconds, compiled_seconds: the step.
         memory_error: of the peak; None where the compiler's is not known.
     """
@@ -66,28 +69,34 @@ def main() -> None:
         found.setdefault((one.workload, one.model), []).append(one)
     lines = [row(*place, several) for place, several in sorted(found.items())]
     for workload in arguments.workload:
-        together = [one for place, some in found.items() if place[0] == workload for one in some]
-        lines += [row(workload, "all", together)] if together else []
+        for kind in (workload, workload + _WHOLE):
+            together = [one for place, some in found.items() if place[0] == kind for one in some]
+            lines += [row(kind, "all", together)] if together else []
     print(tabulate(lines, headers=HEADERS, disable_numparse=True))
 
 
 def programs(workloads: Iterable[str], models: Iterable[str]) -> Iterator[Kept]:
     """Each program; one that several results hold comes once."""
     seen = set()
-    for benchmark in (fidelity, rivals):
-        for kept in Results(path=benchmark.RESULTS, fields=benchmark.KEY).rows.values():
+    for path, key in (
+        (fidelity.RESULTS, fidelity.KEY),
+        (rivals.RESULTS, rivals.KEY),
+        (rivals.WHOLE_RESULTS, rivals.KEY),
+    ):
+        is_whole = path == rivals.WHOLE_RESULTS
+        for kept in Results(path=path, fields=key).rows.values():
             model, mesh, kind = kept["model"], kept["mesh"], kept["workload"]["kind"]
-            step, program = compiled(kept), (model, mesh, kind, str(kept["rules"]))
+            step, program = compiled(kept), (is_whole, model, mesh, kind, str(kept["rules"]))
             is_asked = kept["target"] == TARGET and model in models and kind in workloads
             if step is None or not is_asked or program in seen:
                 continue
             seen.add(program)
-            cost = predicted_cost(model, mesh, kind, rules_of(kept))
+            cost = predicted_cost(model, mesh, kind, rules_of(kept), is_whole=is_whole)
             if cost is None:
                 continue
             is_known = kind != "train" or step.live_bytes is not None
             yield Kept(
-                workload=kind,
+                workload=kind + _WHOLE * is_whole,
                 model=model,
                 mesh=mesh,
                 predicted_seconds=cost.step_seconds,

@@ -1,7 +1,8 @@
 """What the planner predicts for the program that a verdict is of: few blocks, or all (`PERIODS`).
 
-The planner itself prices a copy of the model in which one block stands for many. Here the copy
-stands for itself alone, so that prediction and compiler speak of the same program.
+The planner itself prices a copy of the model in which one block stands for many, as it is done here
+for verdicts on whole models. Else the copy stands for itself alone, so that prediction and compiler
+speak of the same program.
 """
 
 import math
@@ -26,6 +27,7 @@ from autoshard.search.descent import Scorer
 
 __all__ = ["held_bytes", "predicted_cost", "setup_of", "copy_scorer"]
 
+_PLANNED_PERIODS = 2
 # A weight, and Adam's two moments.
 _COPIES = {"train": 3, "prefill": 1, "decode": 1}
 
@@ -37,12 +39,22 @@ def setup_of(mesh: str, workload: str) -> Setup:
 
 @cache
 def copy_scorer(
-    model: str, mesh: str, workload: str, as_partitioned: bool = False
+    model: str,
+    mesh: str,
+    workload: str,
+    *,
+    as_partitioned: bool = False,
+    is_whole: bool = False,
 ) -> tuple[ModelTable, Scorer]:
-    """The variables of the copy that is compiled, and what scores its layouts."""
+    """The variables of the copy that is compiled, and what scores its layouts.
+
+    With `is_whole` the planner's own, in which blocks stand for others.
+    """
     setup = setup_of(mesh, workload)
-    copy = fold(build(model, dtype=setup.workload.dtype), periods=PERIODS[workload])
-    copy = replace(copy, folding=Folding())
+    periods = _PLANNED_PERIODS if is_whole else PERIODS[workload]
+    copy = fold(build(model, dtype=setup.workload.dtype), periods=periods)
+    if not is_whole:
+        copy = replace(copy, folding=Folding())
     chip = None if as_partitioned else setup.target.chip
     scorer = make_scorer(make_program(copy, setup.workload, chip), setup)
     if as_partitioned:
@@ -52,13 +64,22 @@ def copy_scorer(
 
 
 def predicted_cost(
-    model: str, mesh: str, workload: str, rules: LayoutRules, as_partitioned: bool = False
+    model: str,
+    mesh: str,
+    workload: str,
+    rules: LayoutRules,
+    *,
+    as_partitioned: bool = False,
+    is_whole: bool = False,
 ) -> StepCost | None:
     """The cost of a layout of that copy; None where the planner refuses the layout.
 
-    `as_partitioned` leaves out what the TPU compiler makes of the partitioner's collectives.
+    `as_partitioned` leaves out what the TPU compiler makes of the partitioner's collectives;
+    `is_whole` is for a program of all blocks.
     """
-    table, scorer = copy_scorer(model, mesh, workload, as_partitioned)
+    table, scorer = copy_scorer(
+        model, mesh, workload, as_partitioned=as_partitioned, is_whole=is_whole
+    )
     scored = score_rules("", rules, table, scorer).scored
     return None if scored is None else scored.cost
 

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/rivals.py [--models NAME...] [--meshes MESH...] [--only ours|rivals]
     python examples/benchmarks/rivals.py --unseen
-    python examples/benchmarks/rivals.py --close
+    python examples/benchmarks/rivals.py --close | --whole
     python examples/benchmarks/rivals.py --table
 
 A verdict is the program of two periods of blocks, batch 8 x 512 (decoding: of all blocks, a token
@@ -17,9 +17,10 @@ before they had been compiled. What is split by hand is there what the planner t
 rule at all is a rival too.
 
 `--close` compiles all blocks where our best and the best rival are within 2% of each other: plans
-are made for whole models. These verdicts stand in brackets, and count.
+are made for whole models. These verdicts stand in brackets, and count. `--whole` does it for every
+row, within 2% or not.
 
-Verdicts are kept in results/, in rivals.jsonl, unseen.jsonl and close.jsonl, and a run asks only
+Verdicts are kept in results/, in rivals.jsonl, unseen.jsonl and whole.jsonl, and a run asks only
 for those that are missing. The table marks with `!` a layout whose weights and optimizer alone
 exceed the memory of a device at full depth: it is no rival. What Keras refuses is `refused`, what
 the compiler cannot hold `too big`.
@@ -104,7 +105,7 @@ NO_RULE = "no rule"
 RIVALS = ("announcement", "kerashub", "largest dimension", HAND, NO_RULE)
 RESULTS = Path(__file__).parent / "results" / "rivals.jsonl"
 UNSEEN_RESULTS = RESULTS.with_name("unseen.jsonl")
-CLOSE_RESULTS = RESULTS.with_name("close.jsonl")
+WHOLE_RESULTS = RESULTS.with_name("whole.jsonl")
 UNSEEN_MESHES = ("1x8", "2x4")
 # With all blocks, where a mesh of data alone leaves maps little to choose.
 DECODE_MESHES = ("1x8", "2x4", "4x2")
@@ -116,9 +117,9 @@ def main() -> None:
     path = UNSEEN_RESULTS if arguments.unseen else RESULTS
     results = Results(path=path, fields=KEY)
     plan_here()
-    if arguments.close:
-        close = Results(path=CLOSE_RESULTS, fields=KEY)
-        answer_all(_close_calls(results, arguments), close, retry_errors=arguments.retry_errors)
+    if arguments.close or arguments.whole:
+        whole = Results(path=WHOLE_RESULTS, fields=KEY)
+        answer_all(_whole_models(results, arguments), whole, retry_errors=arguments.retry_errors)
     elif not arguments.table:
         answer_all(_questions(arguments), results, retry_errors=arguments.retry_errors)
     table = compact_table if arguments.compact else rivals_table
@@ -135,6 +136,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
     parser.add_argument("--close", action="store_true", help="all blocks of the close calls")
+    parser.add_argument("--whole", action="store_true", help="all blocks of every row's best two")
     parser.add_argument("--table", action="store_true", help="compile nothing, print the table")
     parser.add_argument("--compact", action="store_true", help="a line a model, as Markdown")
     parser.add_argument(
@@ -205,14 +207,16 @@ def _layouts(
         yield NO_RULE, ()
 
 
-def _close_calls(results: Results, arguments: argparse.Namespace) -> Iterator[Question]:
-    """The fastest of ours and of the rivals, where programs of some blocks tell too little."""
+def _whole_models(results: Results, arguments: argparse.Namespace) -> Iterator[Question]:
+    """The fastest of ours and of the rivals, by default where some blocks tell too little."""
     rows = {
         (row["model"], row["mesh"], row["workload"]["kind"], row["layout"]): row
         for row in _shown(results, arguments)
     }
     for cell in cells(entries(results, arguments)):
-        if PERIODS[cell.workload] is None or not cell.is_close(OURS, RIVALS):
+        if PERIODS[cell.workload] is None:
+            continue
+        if not (arguments.whole or cell.is_close(OURS, RIVALS)):
             continue
         for entry in filter(None, (cell.fastest(OURS), cell.fastest(RIVALS))):
             row = rows[entry.model, entry.mesh, entry.workload, entry.layout]
@@ -229,11 +233,11 @@ def _close_calls(results: Results, arguments: argparse.Namespace) -> Iterator[Qu
 
 def entries(results: Results, arguments: argparse.Namespace) -> Iterator[Entry]:
     """The verdicts that the table shows, in its order."""
-    close = Results(path=CLOSE_RESULTS, fields=KEY)
+    whole_models = Results(path=WHOLE_RESULTS, fields=KEY)
     for name, several in groupby(_shown(results, arguments), key=lambda row: row["model"]):
         table = build(name).table()
         for row in several:
-            whole = close.rows.get(close.key(row))
+            whole = whole_models.rows.get(whole_models.key(row))
             yield _entry(row, whole, table, arguments.links)
 
 
