@@ -213,16 +213,35 @@ def test_the_compact_table_has_a_line_a_model() -> None:
 def test_close_calls_are_told_by_whole_models() -> None:
     ours, hand = entry("ours", 7.1e-3), entry("hand", 7.0e-3)
     (cell,) = cells([ours, hand])
-    assert cell.is_close(["ours"], ["hand"])
+    assert cell.needs_whole(["ours"], ["hand"])
     assert cell.ratio(["ours"], ["hand"]) > 1.01
     assert cell.text(["ours"], ["hand"]) == "7.10 / 7.00"
     whole = [replace(ours, whole_seconds=25e-3), replace(hand, whole_seconds=26e-3)]
     (cell,) = cells(whole)
     assert cell.ratio(["ours"], ["hand"]) == pytest.approx(25 / 26)
     assert cell.text(["ours"], ["hand"]) == "7.10 / 7.00 (25.00 / 26.00)"
-    for other in (replace(hand, seconds=7.1e-3), replace(hand, seconds=6e-3)):
+    for other in (replace(hand, seconds=7.1e-3), replace(hand, seconds=8e-3)):
         (cell,) = cells([ours, other])
-        assert not cell.is_close(["ours"], ["hand"])
+        assert not cell.needs_whole(["ours"], ["hand"])
+
+
+def test_a_first_candidate_that_is_behind_is_compiled_whole() -> None:
+    first, second, hand = (
+        entry(name, seconds) for name, seconds in (("ours", 9e-3), ("second", 5e-3), ("hand", 7e-3))
+    )
+    (cell,) = cells([first, second, hand])
+    assert cell.needs_whole(["ours", "second"], ["hand"])
+    assert not cell.needs_whole(["second", "ours"], ["hand"])
+    (cell,) = cells(
+        [
+            replace(first, whole_seconds=20e-3),
+            replace(second, whole_seconds=24e-3),
+            replace(hand, whole_seconds=30e-3),
+        ]
+    )
+    # of whole models the first is the fastest, whatever some blocks say
+    assert cell.ratio(["ours", "second"], ["hand"]) == pytest.approx(20 / 30)
+    assert cell.text(["ours", "second"], ["hand"]) == "5.00 / 7.00 (20.00 / 30.00)"
 
 
 def test_spearman_shares_ranks_and_knows_no_constant() -> None:

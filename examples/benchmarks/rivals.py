@@ -16,9 +16,9 @@ Ours are the candidates that `autoshard plan --verify target` compiles too; the 
 before they had been compiled. What is split by hand is there what the planner takes for it, and no
 rule at all is a rival too.
 
-`--close` compiles all blocks where our best and the best rival are within 2% of each other: plans
-are made for whole models. These verdicts stand in brackets, and count. `--whole` does it for every
-row, within 2% or not.
+Plans are made for whole models. `--close` compiles all blocks where our best and the best rival are
+within 2% of each other, or our first candidate is behind; these verdicts stand in brackets, and
+count. `--whole` does it for every row.
 
 Verdicts are kept in results/, in rivals.jsonl, unseen.jsonl and whole.jsonl, and a run asks only
 for those that are missing. The table marks with `!` a layout whose weights and optimizer alone
@@ -135,7 +135,7 @@ def _arguments() -> argparse.Namespace:
         "--unseen", action="store_true", help="the models that no rule was made for"
     )
     parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
-    parser.add_argument("--close", action="store_true", help="all blocks of the close calls")
+    parser.add_argument("--close", action="store_true", help="all blocks where some tell little")
     parser.add_argument("--whole", action="store_true", help="all blocks of every row's best two")
     parser.add_argument("--table", action="store_true", help="compile nothing, print the table")
     parser.add_argument("--compact", action="store_true", help="a line a model, as Markdown")
@@ -208,7 +208,7 @@ def _layouts(
 
 
 def _whole_models(results: Results, arguments: argparse.Namespace) -> Iterator[Question]:
-    """The fastest of ours and of the rivals, by default where some blocks tell too little."""
+    """Our first and fastest, and the best rival; by default where some blocks tell too little."""
     rows = {
         (row["model"], row["mesh"], row["workload"]["kind"], row["layout"]): row
         for row in _shown(results, arguments)
@@ -216,9 +216,10 @@ def _whole_models(results: Results, arguments: argparse.Namespace) -> Iterator[Q
     for cell in cells(entries(results, arguments)):
         if PERIODS[cell.workload] is None:
             continue
-        if not (arguments.whole or cell.is_close(OURS, RIVALS)):
+        if not (arguments.whole or cell.needs_whole(OURS, RIVALS)):
             continue
-        for entry in filter(None, (cell.fastest(OURS), cell.fastest(RIVALS))):
+        several = (cell.fastest(names) for names in (OURS[:1], OURS, RIVALS))
+        for entry in dict.fromkeys(filter(None, several)):
             row = rows[entry.model, entry.mesh, entry.workload, entry.layout]
             yield Question(
                 model=entry.model,

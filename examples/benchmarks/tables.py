@@ -54,51 +54,55 @@ class Cell:
     workload: str
     entries: dict[str, Entry]
 
-    def seconds(self, layout: str) -> float | None:
-        """The step under a layout; None where it has no program or does not fit."""
+    def seconds(self, layout: str, *, whole: bool = False) -> float | None:
+        """The step under a layout, or that of the whole model; None where there is none to take."""
         entry = self.entries.get(layout)
-        return entry.seconds if entry and entry.fits else None
+        if entry is None or not entry.fits:
+            return None
+        return entry.whole_seconds if whole else entry.seconds
+
+    def best(self, layouts: Sequence[str], *, whole: bool = False) -> float | None:
+        """The step under the fastest of some layouts, see `seconds`; None where none runs."""
+        times = (self.seconds(layout, whole=whole) for layout in layouts)
+        return min((seconds for seconds in times if seconds is not None), default=None)
 
     def fastest(self, layouts: Sequence[str]) -> Entry | None:
-        """The verdict on the fastest of some layouts; None where none runs."""
-        return min(
-            (self.entries[name] for name in layouts if self.seconds(name) is not None),
-            key=lambda entry: entry.seconds or 0.0,
-            default=None,
-        )
-
-    def best(self, layouts: Sequence[str]) -> float | None:
-        """The step of that."""
-        fastest = self.fastest(layouts)
-        return None if fastest is None else fastest.seconds
+        """The verdict on that layout."""
+        best = self.best(layouts)
+        if best is None:
+            return None
+        return next(self.entries[layout] for layout in layouts if self.seconds(layout) == best)
 
     def ratio(self, ours: Sequence[str], layouts: Sequence[str]) -> float | None:
         """Our best step over that of others; below 1 is faster. None where there is none.
 
-        That of the whole model, where it was compiled for both.
+        Those of whole models, where some of both were compiled.
         """
-        mine, best = self.fastest(ours), self.fastest(layouts)
-        if mine is None or best is None or not mine.seconds or not best.seconds:
-            return None
-        if mine.whole_seconds is not None and best.whole_seconds is not None:
-            return mine.whole_seconds / best.whole_seconds
-        return mine.seconds / best.seconds
+        for whole in (True, False):
+            mine, best = self.best(ours, whole=whole), self.best(layouts, whole=whole)
+            if mine and best:
+                return mine / best
+        return None
 
-    def is_close(self, ours: Sequence[str], layouts: Sequence[str]) -> bool:
-        """Whether our best and that of others differ, but by so little that more blocks decide."""
-        mine, best = self.best(ours), self.best(layouts)
-        if mine is None or best is None or mine == best:
+    def needs_whole(self, ours: Sequence[str], layouts: Sequence[str]) -> bool:
+        """Whether some blocks tell too little of our best and that of others.
+
+        They differ, but by little; or the first of ours, which is planned for the whole model, is
+        behind.
+        """
+        mine, best, first = self.best(ours), self.best(layouts), self.seconds(ours[0])
+        if mine is None or best is None:
             return False
-        return max(mine, best) <= _CLOSE * min(mine, best)
+        is_close = mine != best and max(mine, best) <= _CLOSE * min(mine, best)
+        return is_close or (first is not None and first > _AS_GOOD * best)
 
     def text(self, ours: Sequence[str], layouts: Sequence[str]) -> str:
         """Milliseconds of our best and of that of others, and of the whole models in brackets."""
-        both = [self.fastest(ours), self.fastest(layouts)]
-        text = " / ".join(_milliseconds(entry and entry.seconds) for entry in both)
-        whole = [entry.whole_seconds for entry in both if entry is not None]
-        if len(whole) < 2 or None in whole:
-            return text
-        return f"{text} ({' / '.join(map(_milliseconds, whole))})"
+        blocks, whole = (
+            [self.best(names, whole=whole) for names in (ours, layouts)] for whole in (False, True)
+        )
+        text = " / ".join(map(_milliseconds, blocks))
+        return text if None in whole else f"{text} ({' / '.join(map(_milliseconds, whole))})"
 
     def speed_up(self, ours: Sequence[str], layout: str) -> float | None:
         """How many times as fast ours is as another; None where there is none."""
