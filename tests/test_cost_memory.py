@@ -9,7 +9,7 @@ from test_graph_rules import program_of
 
 from autoshard.cost.lifetimes import alive, lifetimes
 from autoshard.graph.build import StepInput, build_program
-from autoshard.graph.program import WHOLE
+from autoshard.graph.program import WHOLE, Program
 from autoshard.hardware.efficiency import memory_seconds
 
 KIB = 1024
@@ -174,3 +174,34 @@ def test_what_is_updated_in_shards_and_gathered_is_held_to_the_end() -> None:
     n_bytes = 4 * 8192**2
     assert [(one.kind, one.n_bytes) for one in cost.traffic] == [("all-gather", n_bytes)] * 2
     assert cost.memory.activations >= 2 * n_bytes
+
+
+def updated(count: int) -> Program:
+    """A step of two layers that stand for `count` each."""
+
+    def loss(a: Any, b: Any, x: Any) -> Any:
+        return jnp.sum(jnp.tanh(x @ a) @ b)
+
+    def step(a: Any, b: Any, x: Any) -> Any:
+        of_a, of_b = jax.grad(loss, argnums=(0, 1))(a, b, x)
+        return a - of_a, b - of_b
+
+    shapes = (4096, 16_384), (16_384, 4096), (512, 4096)
+    structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    inputs = [
+        *(StepInput(role="weight", family=name, count=count, trainable=True) for name in "ab"),
+        StepInput(role="data", family=None),
+    ]
+    closed = jax.make_jaxpr(step)(*structs)
+    return build_program(closed, inputs, [0, 1], lambda layer: count, for_tpu=True)
+
+
+def test_partial_sums_that_are_scattered_wait_for_the_end_of_the_backward_half() -> None:
+    matrix = 2 * 4096 * 16_384
+    # of the two layers the last one's gradient, the first to be made, is kept in any case
+    for weight, waiting in ((0, 7 * matrix), (WHOLE, 0)):
+        few, many = (cost_of(updated(count), weight, weight, 0).memory for count in (2, 9))
+        assert many.gradients - few.gradients == waiting
+    # no more of them than there is room for
+    assert cost_of(updated(200), 0, 0, 0).memory.peak_bytes <= MACHINE.chip.hbm_bytes
+    assert cost_of(updated(200), 0, 0, 0).memory.gradients < 198 * matrix

@@ -29,6 +29,7 @@ class Lifetimes:
             gather: from when until when it is there.
         copies: how many like each of these there are at once in the whole model.
         may_be_on_chip: all but what the forward half leaves to the backward one.
+        sums_end: until when partial sums of gradients may wait: the last matmul that makes some.
         gradients: the group of each gradient -> that of the weight or slot which it changes.
     """
 
@@ -38,6 +39,7 @@ class Lifetimes:
     end: Times
     copies: Bytes
     may_be_on_chip: npt.NDArray[np.bool_]
+    sums_end: int
     gradients: dict[int, int]
 
 
@@ -75,6 +77,7 @@ def lifetimes(program: Program) -> Lifetimes:
             [_copies(ops, crosses), _copies(ops, _crosses(ops, chains_read)), np.ones(len(ops))]
         ),
         may_be_on_chip=np.concatenate([~crosses, np.ones(2 * len(ops), dtype=bool)]),
+        sums_end=max(makes_gradient, default=0),
         gradients=gradients,
     )
 
