@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from test_cost_step import MACHINE, cost_of
 from test_graph_rules import program_of
 
@@ -160,7 +161,8 @@ def test_what_fused_ops_make_for_a_convolution_is_written() -> None:
     assert convolved - multiplied == n_bytes
 
 
-def test_what_is_updated_in_shards_and_gathered_is_held_to_the_end() -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_updated_in_shards_and_gathered_is_held_to_the_end(count: int) -> None:
     def step(weight: Any, slot: Any, x: Any, y: Any) -> Any:
         slot = 0.9 * slot + x.T @ y
         return weight - slot, slot
@@ -168,12 +170,14 @@ def test_what_is_updated_in_shards_and_gathered_is_held_to_the_end() -> None:
     matrix, rows = (8192, 8192), (64, 8192)
     structs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (matrix, matrix, rows, rows)]
     roles = ("weight", "slot", "data", "data")
-    inputs = [StepInput(role=role, family=None) for role in roles]
-    program = build_program(jax.make_jaxpr(step)(*structs), inputs, [0, 1])
-    cost = cost_of(program, WHOLE, WHOLE, 1, WHOLE)
+    inputs = [StepInput(role=role, family=None, count=count) for role in roles]
+    closed = jax.make_jaxpr(step)(*structs)
+    cost = cost_of(
+        build_program(closed, inputs, [0, 1], lambda layer: count), WHOLE, WHOLE, 1, WHOLE
+    )
     n_bytes = 4 * 8192**2
     assert [(one.kind, one.n_bytes) for one in cost.traffic] == [("all-gather", n_bytes)] * 2
-    assert cost.memory.activations >= 2 * n_bytes
+    assert cost.memory.activations >= 2 * count * n_bytes
 
 
 def updated(count: int) -> Program:

@@ -66,7 +66,11 @@ def lifetimes(program: Program) -> Lifetimes:
     chains_read = np.arange(len(ops))
     for index, chained in program.chained_operands.items():
         chains_read[index] = max(chain.readers[-1] for chain in chained.values())
-    gathered_from, gathered_to = _gathered(program)
+    updates = [index for index, op in enumerate(ops) if _is_update(op, program)]
+    gathered_from, gathered_to = _gathered(ops)
+    gathered_to[updates] = len(ops) - 1
+    n_gathered = np.ones(len(ops))
+    n_gathered[updates] = [float(ops[index].count) for index in updates]
     own, crosses = np.arange(len(ops)), _crosses(ops, program.last_readers)
     return Lifetimes(
         own=own,
@@ -74,7 +78,7 @@ def lifetimes(program: Program) -> Lifetimes:
         start=np.concatenate([own, own, gathered_from]),
         end=np.concatenate([last_read, chains_read, gathered_to]),
         copies=np.concatenate(
-            [_copies(ops, crosses), _copies(ops, _crosses(ops, chains_read)), np.ones(len(ops))]
+            [_copies(ops, crosses), _copies(ops, _crosses(ops, chains_read)), n_gathered]
         ),
         may_be_on_chip=np.concatenate([~crosses, np.ones(2 * len(ops), dtype=bool)]),
         sums_end=max(makes_gradient, default=0),
@@ -95,24 +99,20 @@ def _crosses(ops: Sequence[Op], last_read: Iterable[int]) -> npt.NDArray[np.bool
 
 def _gradient_groups(program: Program) -> dict[int, int]:
     """What an op of its own brings into the layout of a weight or a slot, and of which."""
-    arguments = {argument.group for argument in program.arguments}
     return {
-        op.operands[0].group: array.group
-        for op in program.ops
-        if op.kind == "elementwise"
-        for array in op.results
-        if array.group in arguments
+        op.operands[0].group: op.results[0].group for op in program.ops if _is_update(op, program)
     }
 
 
-def _gathered(program: Program) -> tuple[Times, Times]:
-    """From and until when a weight is there that an op gathers, or the new value of one."""
-    ops = program.ops
-    start, end = np.arange(len(ops)), np.arange(len(ops))
+def _is_update(op: Op, program: Program) -> bool:
+    """Whether an op of its own makes the new value of a weight or a slot."""
     arguments = {argument.group for argument in program.arguments}
-    for index, op in enumerate(ops):
-        if op.kind == "elementwise" and any(array.group in arguments for array in op.results):
-            end[index] = len(ops) - 1
+    return op.kind == "elementwise" and any(array.group in arguments for array in op.results)
+
+
+def _gathered(ops: Sequence[Op]) -> tuple[Times, Times]:
+    """From and until when a weight is there that an op gathers."""
+    start, end = np.arange(len(ops)), np.arange(len(ops))
     matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and weights_read(op)]
     start[matmuls[1:]] = matmuls[:-1]
     last = last_forward_matmul(ops)
