@@ -51,9 +51,12 @@ def lifetimes(program: Program) -> Lifetimes:
     - A weight is gathered while the matmul before runs, and anew for the backward half. That of
       the last matmul is kept, since its gradient comes next.
     - That gradient, the first to be made, waits for the others.
+    - New values of weights and slots that are gathered are there to the end, those of all blocks.
     """
     ops = program.ops
-    gradients = _gradient_groups(program)
+    updates = _updates(program)
+    # What is brought into the layout of a weight or a slot, and of which.
+    gradients = {ops[i].operands[0].group: ops[i].results[0].group for i in updates}
     last_read = np.array(program.last_readers, dtype=np.intp)
     makes_gradient = [
         index
@@ -66,7 +69,6 @@ def lifetimes(program: Program) -> Lifetimes:
     chains_read = np.arange(len(ops))
     for index, chained in program.chained_operands.items():
         chains_read[index] = max(chain.readers[-1] for chain in chained.values())
-    updates = [index for index, op in enumerate(ops) if _is_update(op, program)]
     gathered_from, gathered_to = _gathered(ops)
     gathered_to[updates] = len(ops) - 1
     n_gathered = np.ones(len(ops))
@@ -97,17 +99,14 @@ def _crosses(ops: Sequence[Op], last_read: Iterable[int]) -> npt.NDArray[np.bool
     return np.array([ops[last].backward and not op.backward for op, last in pairs], dtype=bool)
 
 
-def _gradient_groups(program: Program) -> dict[int, int]:
-    """What an op of its own brings into the layout of a weight or a slot, and of which."""
-    return {
-        op.operands[0].group: op.results[0].group for op in program.ops if _is_update(op, program)
-    }
-
-
-def _is_update(op: Op, program: Program) -> bool:
-    """Whether an op of its own makes the new value of a weight or a slot."""
+def _updates(program: Program) -> list[int]:
+    """The ops of their own that make the new value of a weight or a slot."""
     arguments = {argument.group for argument in program.arguments}
-    return op.kind == "elementwise" and any(array.group in arguments for array in op.results)
+    return [
+        index
+        for index, op in enumerate(program.ops)
+        if op.kind == "elementwise" and any(array.group in arguments for array in op.results)
+    ]
 
 
 def _gathered(ops: Sequence[Op]) -> tuple[Times, Times]:
