@@ -93,7 +93,7 @@ def test_a_length_that_no_input_has_is_refused() -> None:
     model = build(plain_network)
     asked = {n: model.adapted(Workload(seq_len=n)).seq_len for n in (1, 4, DEFAULT_SEQ_LEN)}
     assert set(asked.values()) == {1}
-    with pytest.raises(UsageError, match="leaves no length open: leave seq_len 5 out"):
+    with pytest.raises(UsageError, match="none of its inputs is 5 long: leave seq_len out"):
         model.adapted(Workload(seq_len=5))
 
 

@@ -20,7 +20,7 @@ Times = npt.NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetimes:
-    """Of each op its result, what fused ops write for it, and a weight that it gathers.
+    """Of each op its result, what fused ops write for it, and the weight or new value it gathers.
 
     Attributes:
         own: when each op runs.

@@ -8,12 +8,14 @@ What its heap leaves idle between arrays is not foreseen: luck, a few percent of
   each block that the op stands for. Fused ops make nothing (see `autoshard.graph.liveness`).
 - While an op runs there is beside that what it gathers, partial sums that it will scatter, and the
   second copy of a result that is made in pieces.
+- New values of weights and slots that are gathered, for they were made in shards, are held to the
+  end.
 - A result that is copied into the order it is returned in is there twice (see
   `autoshard.cost.results`). So is one that is made of two sums of pieces, and then sliced.
 - A gradient dies at its update, unless it is the first or waits for others to be added to.
-- Partial sums of gradients that TPUs reduce-scatter are put off to the end of the backward half,
-  those of all blocks, as far as there is room in the chip's memory: there is no compute behind
-  which they hide. (gemma_2b_en on 4x2, 18 blocks: 54 of 31 MiB.)
+- TPUs put off the reduce-scatter of gradients to the end of the backward half, so that partial sums
+  of all blocks wait there, as many as there is room for in the chip's memory. (gemma_2b_en on 4x2,
+  18 blocks: 54 sums of 31 MiB each.)
 - What fused ops make for a convolution, or for a matmul of a GPU, is written, and held until the
   last that reads it. For a matmul of a TPU it is if the matmul's sums go round in a ring, which
   reads it once a round: where the matmul before can write it beside its own result, and where the
@@ -25,6 +27,7 @@ What its heap leaves idle between arrays is not foreseen: luck, a few percent of
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,8 +44,26 @@ from autoshard.hardware.efficiency import ON_CHIP_SHARE
 
 __all__ = ["OpBytes", "PeakMemory"]
 
-# What `PeakMemory.op_bytes` says of an op.
-OpBytes = tuple[int, int, int, int, int, int]
+
+class OpBytes(NamedTuple):
+    """What one op adds to memory, in bytes of one device.
+
+    Attributes:
+        made: what it leaves for its readers, gradients of weights apart.
+        gathered: what it gathers first.
+        chained: what fused ops write for it, and later ops read too.
+        working: what there is beside that while it runs.
+        gradient: the gradients of weights that it makes, as they lie in the end.
+        put_off: partial sums of these that may wait after it.
+    """
+
+    made: int
+    gathered: int
+    chained: int
+    working: int
+    gradient: int
+    put_off: int
+
 
 # Group, bytes of the whole array, and how many like it the whole model has.
 _Held = tuple[int, int, int | Fraction]
@@ -93,7 +114,7 @@ class PeakMemory:
 
         Args:
             layouts: one a group.
-            ops: [ops, 6], what `op_bytes` says of each op in order.
+            ops: [ops, fields of `OpBytes`], what `op_bytes` says of each op in order.
         """
         held = Memory(
             weights=self._all("weight", layouts) + self._all("state", layouts),
@@ -130,7 +151,8 @@ class PeakMemory:
         small = np.where(gradient <= limit, gradient, 0.0)
         gradients -= alive(n, small, times.own, times.last_read).clip(max=limit - on_chip)
         temporary = alive(n, held, times.start, times.end) + working - on_chip
-        waiting = alive(n, put_off, times.own, np.full(n, times.sums_end))
+        # While their op runs they are in `working`.
+        waiting = alive(n, put_off, times.own, np.full(n, times.sums_end)) - put_off
         waiting[times.sums_end] += (put_off * (self._counts - 1)).sum()
         gradients += waiting.clip(max=(room - temporary - gradients).clip(min=0))
         peak = (temporary + gradients).argmax()
@@ -143,11 +165,6 @@ class PeakMemory:
             index: of the op.
             around: layouts of its operands, then of its results.
             cost: its choice and transfers.
-
-        Returns:
-            What it leaves for its readers, what it gathers first, what fused ops write for it,
-            what there is beside that while it runs, the gradients of weights that it makes, and of
-            these the partial sums that may wait.
         """
         op, sizes = self._program.ops[index], self._axis_sizes
         gathered = sum(
@@ -174,18 +191,24 @@ class PeakMemory:
                 gradient += shard
             else:
                 left += shard // cost.n_summed
-            if is_gradient and self._is_put_off(op, cost):
-                put_off += made
-            else:
-                working += made if made != shard else 0
+            working += made if made != shard else 0
+            put_off += made if is_gradient and self._is_put_off(op, cost) else 0
         kept, own = self.chained_bytes(index, cost)
-        return left, gathered, kept, working + own, gradient, put_off
+        return OpBytes(
+            made=left,
+            gathered=gathered,
+            chained=kept,
+            working=working + own,
+            gradient=gradient,
+            put_off=put_off,
+        )
 
     def _is_put_off(self, op: Op, cost: OpCost) -> bool:
         """Whether partial sums of a gradient wait to be reduce-scattered."""
         return (
             self._machine.compiles_for_tpu
             and op.kind == "contraction"
+            and op.backward
             and any(
                 transfer.kind == "reduce-scatter" and not transfer.in_ring
                 for transfer in cost.transfers

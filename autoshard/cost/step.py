@@ -99,7 +99,7 @@ class StepPricer:
         self._last: Sequence[Layout | None] = (None,) * len(program.groups)
         self._compute = np.zeros(len(program.ops))
         self._fetching = np.zeros(len(program.ops))
-        self._n_bytes = np.zeros((len(program.ops), 6))
+        self._n_bytes = np.zeros((len(program.ops), len(OpBytes._fields)))
         self._moving: dict[int, _Share] = {}
 
     def price(self, layouts: Sequence[Layout], apart: Apart | None = None) -> StepCost:

@@ -8,7 +8,7 @@ from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
-__all__ = ["Input", "lengths", "model_inputs", "open_inputs", "output_structure"]
+__all__ = ["Input", "model_inputs", "open_inputs", "output_structure", "possible_lengths"]
 
 # As Keras gives shapes: None for a dimension that is open.
 SymbolicShape = tuple[int | None, ...]
@@ -81,7 +81,7 @@ def model_inputs(
     return inputs, structure
 
 
-def lengths(model: Any) -> frozenset[int | None]:
+def possible_lengths(model: Any) -> frozenset[int | None]:
     """Sizes of a model's inputs that may be lengths; None is as long as the workload's sequence.
 
     Args:

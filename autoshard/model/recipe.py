@@ -13,7 +13,7 @@ from typing import Any
 from autoshard.errors import AutoshardError, ModelError, UsageError
 from autoshard.model.abstract import abstract_scope, name_counts, recording_scope
 from autoshard.model.folding import Folding
-from autoshard.model.inputs import lengths, open_inputs
+from autoshard.model.inputs import open_inputs, possible_lengths
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
 from autoshard.model.workload import DEFAULT_SEQ_LEN, DTYPES, Workload
@@ -96,12 +96,12 @@ class AbstractModel:
                 f"'{self.name}' is made with dtype {self.dtype}, in which no step is planned: "
                 f"make it with one of {', '.join(DTYPES)}"
             )
-        seq_len, known = workload.seq_len, lengths(self.model)
+        seq_len, known = workload.seq_len, possible_lengths(self.model)
         if None not in known:
             if seq_len not in (1, DEFAULT_SEQ_LEN, *known):
                 raise UsageError(
-                    f"'{self.name}' leaves no length open: leave seq_len {seq_len} out, or give "
-                    "the keras.Input a length of None"
+                    f"'{self.name}' leaves no length open, and none of its inputs is {seq_len} "
+                    "long: leave seq_len out"
                 )
             seq_len = 1
         return replace(workload, dtype=self.dtype or workload.policy, seq_len=seq_len)

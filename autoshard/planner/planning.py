@@ -12,6 +12,7 @@ from autoshard.mesh import Mesh, Spec
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
+from autoshard.model.workload import OPTIMIZERS
 from autoshard.planner.pricing import Candidate, make_scorer, published_maps
 from autoshard.planner.setup import Setup
 from autoshard.planner.stopwatch import Stopwatch
@@ -98,8 +99,9 @@ class Planning:
         planned = self.setup.workload.optimizer
         if self.setup.workload.trains and self.compiled_with not in ("", planned):
             yield (
-                f"the model is compiled with {self.compiled_with}, but planned for {planned} (see "
-                "optimizer): slots, memory and time may differ"
+                f"the model is compiled with {self.compiled_with}, but planned for {planned}: "
+                "slots, memory and time may differ; an optimizer to plan for can be given, one of "
+                f"{', '.join(OPTIMIZERS)}"
             )
         mesh = self.setup.mesh
         is_split = any(axis for rule in rules for axis in rule.spec)

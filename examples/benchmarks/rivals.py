@@ -22,8 +22,8 @@ count. `--whole` does it for every row.
 
 Verdicts are kept in results/, in rivals.jsonl, unseen.jsonl and whole.jsonl, and a run asks only
 for those that are missing. The table marks with `!` a layout whose weights and optimizer alone
-exceed the memory of a device at full depth: it is no rival. What Keras refuses is `refused`, what
-the compiler cannot hold `too big`.
+exceed the memory of a device at full depth, or that its compiler says does not fit: it is no rival.
+What Keras refuses is `refused`, what the compiler cannot hold `too big`.
 """
 
 import argparse
@@ -110,6 +110,7 @@ UNSEEN_MESHES = ("1x8", "2x4")
 # With all blocks, where a mesh of data alone leaves maps little to choose.
 DECODE_MESHES = ("1x8", "2x4", "4x2")
 KEY = ("model", "mesh", "workload", "layout", "rules", "target", "versions")
+_TOO_BIG = "too big"
 
 
 def main() -> None:
@@ -135,8 +136,8 @@ def _arguments() -> argparse.Namespace:
         "--unseen", action="store_true", help="the models that no rule was made for"
     )
     parser.add_argument("--only", choices=("ours", "rivals"), help="whose layouts to compile")
-    parser.add_argument("--close", action="store_true", help="all blocks where some tell little")
-    parser.add_argument("--whole", action="store_true", help="all blocks of every row's best two")
+    parser.add_argument("--close", action="store_true", help="all blocks where it is close")
+    parser.add_argument("--whole", action="store_true", help="all blocks, in every row")
     parser.add_argument("--table", action="store_true", help="compile nothing, print the table")
     parser.add_argument("--compact", action="store_true", help="a line a model, as Markdown")
     parser.add_argument(
@@ -273,6 +274,7 @@ def _entry(row: Row, whole: Row | None, table: ModelTable, links: bool) -> Entry
         seconds = _seconds(row, step, mesh if links else None)
         held = held_bytes(table, rules_of(row), mesh, kind)
         fits = held <= parse_target(TARGET).chip.hbm_bytes
+        fits = fits and not (whole and _word(whole.get("error", "")) == _TOO_BIG)
     return Entry(
         model=row["model"],
         mesh=row["mesh"],
@@ -287,7 +289,7 @@ def _entry(row: Row, whole: Row | None, table: ModelTable, links: bool) -> Entry
 
 def _word(error: str) -> str:
     """An error as a word of the table."""
-    words = {"LayoutError": "refused", "OutOfMemoryError": "too big"}
+    words = {"LayoutError": "refused", "OutOfMemoryError": _TOO_BIG}
     return words.get(error.partition(":")[0], "failed") if error else ""
 
 

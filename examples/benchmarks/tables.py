@@ -24,7 +24,8 @@ class Entry:
         model, mesh, workload, layout: what was compiled.
         seconds: the step; None where there is no program.
         note: why there is none, in a word, or "".
-        fits: whether the whole model's weights and optimizer fit a device.
+        fits: whether the whole model's weights and optimizer fit a device, and its compiler did
+            not say that the step does not.
         whole_seconds: the step of the whole model, where that was compiled beside `seconds`.
     """
 
