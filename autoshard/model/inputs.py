@@ -8,7 +8,7 @@ from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
-__all__ = ["Input", "model_inputs", "open_inputs", "output_structure", "possible_lengths"]
+__all__ = ["Input", "has_open_length", "model_inputs", "open_inputs", "output_structure"]
 
 # As Keras gives shapes: None for a dimension that is open.
 SymbolicShape = tuple[int | None, ...]
@@ -81,18 +81,18 @@ def model_inputs(
     return inputs, structure
 
 
-def possible_lengths(model: Any) -> frozenset[int | None]:
-    """Sizes of a model's inputs that may be lengths; None is as long as the workload's sequence.
+def has_open_length(model: Any) -> bool:
+    """Whether some input of a model is as long as the workload's sequence, as tokens are.
 
     Args:
-        model: a Keras model; one that does not say what it takes is taken to leave one open.
+        model: a Keras model; one that does not say what it takes is taken to have one.
     """
     structure = getattr(_functional(model), "_inputs_struct", None)
     if structure is None:
-        return frozenset([None])
+        return True
     shapes = _symbolic_shapes(model, structure).values()
     # Of pictures and the like that are open one pixel is taken.
-    return frozenset(size for shape in shapes if len(shape) < 4 for size in shape[1:])
+    return any(len(shape) < 4 and None in shape[1:] for shape in shapes)
 
 
 def open_inputs(model: Any) -> tuple[str, ...]:

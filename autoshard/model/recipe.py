@@ -13,10 +13,10 @@ from typing import Any
 from autoshard.errors import AutoshardError, ModelError, UsageError
 from autoshard.model.abstract import abstract_scope, name_counts, recording_scope
 from autoshard.model.folding import Folding
-from autoshard.model.inputs import open_inputs, possible_lengths
+from autoshard.model.inputs import has_open_length, open_inputs
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
-from autoshard.model.workload import DEFAULT_SEQ_LEN, DTYPES, Workload
+from autoshard.model.workload import DTYPES, Workload
 
 __all__ = [
     "AbstractModel",
@@ -88,22 +88,14 @@ class AbstractModel:
         That is 1 for a model that leaves no length open, as one of pictures.
 
         Raises:
-            UsageError: the model came with a dtype in which no step is planned, or has no input of
-                the length that was asked for.
+            UsageError: the model came with a dtype in which no step is planned.
         """
         if self.dtype not in (None, *DTYPES):
             raise UsageError(
                 f"'{self.name}' is made with dtype {self.dtype}, in which no step is planned: "
                 f"make it with one of {', '.join(DTYPES)}"
             )
-        seq_len, known = workload.seq_len, possible_lengths(self.model)
-        if None not in known:
-            if seq_len not in (1, DEFAULT_SEQ_LEN, *known):
-                raise UsageError(
-                    f"'{self.name}' leaves no length open, and none of its inputs is {seq_len} "
-                    "long: leave seq_len out"
-                )
-            seq_len = 1
+        seq_len = workload.seq_len if has_open_length(self.model) else 1
         return replace(workload, dtype=self.dtype or workload.policy, seq_len=seq_len)
 
     @property
@@ -151,8 +143,8 @@ class AbstractModel:
         weights = self.model.weights
         if not weights:
             raise ModelError(
-                f"'{self.name}' has no weights to lay out; if they are made when it is first "
-                "called, call it on a keras.Input before"
+                f"'{self.name}' has no weights: there is nothing to lay out; if they are made when "
+                "it is first called, call it on a keras.Input before"
             )
         are_weights = {id(variable) for variable in weights}
         return make_table(
