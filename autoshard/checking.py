@@ -11,7 +11,7 @@ from autoshard.layout.resolve import Finding, FindingKind, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
 from autoshard.model.build import build
-from autoshard.model.fold import fold
+from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
@@ -71,7 +71,7 @@ def check(
     # A plan that gave `generate` up is not told so.
     generates = abstract.generates and (made is None or made.generate)
     target = parse_target(made.target) if made else default_target(grid.n_devices)
-    traced = fold(abstract, periods=2), workload, target.chip
+    traced = fold(abstract, periods=PLANNED_PERIODS), workload, target.chip
     by_step = make_program(*traced).output_shapes()
     by_generate = (shapes_in_generate(*traced) if generates else None) or OutputShapes()
     refused = _refused(found.outputs, table, grid, workload, by_step, by_generate)

@@ -13,7 +13,7 @@ from autoshard.hardware.targets import Target
 from autoshard.host import available_bytes
 from autoshard.installed import COMPILERS, installed_version
 from autoshard.layout.causes import Causes
-from autoshard.model.fold import fold
+from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.planner.pricing import make_scorer, score_rules
 from autoshard.planner.setup import Setup
@@ -104,7 +104,7 @@ def _predict(subject: Subject, blocks: int | None) -> Prediction | None:
     setup, model = subject.setup, subject.model
     if setup.target.chip.kind == "cpu":
         return None
-    folded = fold(model, periods=blocks or 2)
+    folded = fold(model, periods=blocks or PLANNED_PERIODS)
     if blocks:
         # The copy stands for itself alone, as it does for the compiler.
         model = folded = replace(folded, folding=Folding())

@@ -151,10 +151,11 @@ class PeakMemory:
         small = np.where(gradient <= limit, gradient, 0.0)
         gradients -= alive(n, small, times.own, times.last_read).clip(max=limit - on_chip)
         temporary = alive(n, held, times.start, times.end) + working - on_chip
-        # While their op runs they are in `working`.
-        waiting = alive(n, put_off, times.own, np.full(n, times.sums_end)) - put_off
-        waiting[times.sums_end] += (put_off * (self._counts - 1)).sum()
-        gradients += waiting.clip(max=(room - temporary - gradients).clip(min=0))
+        if put_off.any():
+            # While their op runs they are in `working`.
+            waiting = alive(n, put_off, times.own, np.full(n, times.sums_end)) - put_off
+            waiting[times.sums_end] += (put_off * (self._counts - 1)).sum()
+            gradients += waiting.clip(max=(room - temporary - gradients).clip(min=0))
         peak = (temporary + gradients).argmax()
         return int(temporary[peak]), int(gradients[peak])
 

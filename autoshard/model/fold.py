@@ -18,7 +18,10 @@ from autoshard.model.blocks import Stack, blocks_like, elsewhere, find_stacks
 from autoshard.model.folding import BlockStack, Folding, find_repetition
 from autoshard.model.recipe import AbstractModel, build_recipe
 
-__all__ = ["fold"]
+__all__ = ["PLANNED_PERIODS", "fold"]
+
+PLANNED_PERIODS = 2
+"""Of a model that is planned: more price the same, but for the count of what repeats."""
 
 Keys = tuple[str | int, ...]
 Rows = Counter[tuple[Any, ...]]

@@ -10,7 +10,7 @@ from autoshard.graph.program import Program
 from autoshard.hardware.chips import Chip
 from autoshard.model.attention import attention_of
 from autoshard.model.build import build
-from autoshard.model.fold import fold
+from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.paths import tails
@@ -57,8 +57,7 @@ def trace_model(
     with watch.stage("build the model"):
         whole = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
         table = whole.table()
-        # Two periods price exactly as more do: nothing but the count of what repeats differs.
-        folded = fold(whole, periods=2)
+        folded = fold(whole, periods=PLANNED_PERIODS)
     workload = whole.adapted(workload)
     return TracedModel(
         whole=whole,

@@ -17,7 +17,7 @@ from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import Mesh, shard_shape
 from autoshard.model.build import build
-from autoshard.model.fold import fold
+from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.model.variables import ModelTable, dtype_bytes
 from autoshard.planner.pricing import make_scorer, score_rules
@@ -27,7 +27,6 @@ from autoshard.search.descent import Scorer
 
 __all__ = ["held_bytes", "predicted_cost", "setup_of", "copy_scorer"]
 
-_PLANNED_PERIODS = 2
 # A weight, and Adam's two moments.
 _COPIES = {"train": 3, "prefill": 1, "decode": 1}
 
@@ -51,7 +50,7 @@ def copy_scorer(
     With `is_whole` the planner's own, in which blocks stand for others.
     """
     setup = setup_of(mesh, workload)
-    periods = _PLANNED_PERIODS if is_whole else PERIODS[workload]
+    periods = PLANNED_PERIODS if is_whole else PERIODS[workload]
     copy = fold(build(model, dtype=setup.workload.dtype), periods=periods)
     if not is_whole:
         copy = replace(copy, folding=Folding())
