@@ -13,7 +13,7 @@ from autoshard.layout.reading import check_there, is_source, read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import MeshLike
-from autoshard.model.paths import tails
+from autoshard.model.paths import layer_templates, tails
 from autoshard.model.variables import ModelTable
 from autoshard.planner.planning import run_planner
 from autoshard.planner.pricing import idle_rules, make_scorer, score_rules
@@ -162,7 +162,7 @@ def _compared(
 
 def _costly(cost: StepCost, causes: Causes, table: ModelTable) -> list[CostlyCollective]:
     """Equal collectives of one layer of all blocks as one, the costliest first."""
-    layers = _layer_templates(table)
+    layers = layer_templates(table.templates)
     groups: dict[tuple[object, ...], list[Traffic]] = {}
     for item in cost.traffic:
         layer = _template(item.layer, layers)
@@ -185,16 +185,6 @@ def _costly(cost: StepCost, causes: Causes, table: ModelTable) -> list[CostlyCol
             )
         )
     return sorted(found, key=lambda item: -item.seconds)
-
-
-def _layer_templates(table: ModelTable) -> dict[str, str]:
-    """Path of each layer that holds a variable, at any depth -> its template."""
-    found: dict[str, str] = {}
-    for path, template in table.templates.items():
-        parts, names = path.split("/"), template.split("/")
-        for n in range(1, len(parts)):
-            found["/".join(parts[:n])] = "/".join(names[:n])
-    return found
 
 
 def _template(layer: str, layers: dict[str, str]) -> str:

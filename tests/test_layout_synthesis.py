@@ -110,6 +110,29 @@ def test_layers_of_other_shape_are_listed_when_their_spec_differs() -> None:
     assert patterns(synthesise(table, {small: ROWS, large: ROWS})) == [r"block_\d+/mlp/kernel"]
 
 
+def test_where_most_blocks_want_one_spec_the_others_are_left_out() -> None:
+    shapes = {k: (4, 8) if k % 6 == 5 else (8, 8) for k in range(34)}
+    table = make_table(
+        "model", [(f"block_{k}/mlp/kernel", shape, "float32", True) for k, shape in shapes.items()]
+    )
+    few, most = "block_*/mlp/kernel [4x8]", "block_*/mlp/kernel [8x8]"
+    assert sorted(patterns(synthesise(table, {few: COLUMNS, most: ROWS}))) == [
+        "block_(5|11|17|23|29)/mlp/kernel",
+        r"block_(?!(5|11|17|23|29)/)\d+/mlp/kernel",
+    ]
+
+
+def test_a_layer_named_after_the_numbered_one_that_it_is_in_is_not_spelt_out() -> None:
+    ends, kinds = ("start", "end"), ("q", "k")
+    layers = [f"net_{k}_{end}_{kind}" for k in range(3) for end in ends for kind in kinds]
+    table = table_of(*(f"{layer}/{layer}_dense/kernel" for layer in layers))
+    families = {family.name: ROWS for family in table.families()}
+    assert len(families) == 4
+    assert patterns(synthesise(table, families)) == [
+        r"net_\d+_(start_q|start_k|end_q|end_k)/\w+_dense/kernel"
+    ]
+
+
 def test_numbers_that_tell_layers_apart_are_kept() -> None:
     table = table_of(*(f"block_{k}/mlp_dense_{n}/kernel" for k in range(30) for n in (1, 2)))
     families = {family.name: ROWS for family in table.families()}

@@ -1,5 +1,7 @@
 """Which numbers of a path count blocks, and which Keras hands out."""
 
+import re
+
 import pytest
 
 from autoshard.model.paths import PathNames, ranked
@@ -46,6 +48,16 @@ def test_blocks_written_out_in_one_model_are_blocks() -> None:
     templates = PathNames.of([*paths, "head/kernel"]).templates
     assert set(templates.values()) == {name.format("*") for name in (*names, "add_{}/output")} | {
         "head/kernel"
+    }
+
+
+def test_blocks_written_out_with_the_number_inside_their_names_are_blocks() -> None:
+    names = ("conformer_{0}_up_1/conformer_{0}_up_1_dense/kernel", "conformer_{0}_down/kernel")
+    names += ("conformer_{0}_norm/scale", "conformer_{0}_add/output")
+    paths = [name.format(k) for k in range(12) for name in names]
+    templates = PathNames.of([*paths, "norm_0_scale/scale"]).templates
+    assert templates == {path: re.sub(r"_\d+_(?!dense)", "_*_", path) for path in paths} | {
+        "norm_0_scale/scale": "norm_0_scale/scale"
     }
 
 

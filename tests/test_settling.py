@@ -196,6 +196,29 @@ def test_the_targets_compiler_is_asked_about_the_split_by_hand_too(planned) -> N
     assert worth_compiling(planned, parse_target("cpu:8")) == first_three
 
 
+def test_of_a_large_program_one_candidate_is_compiled(planned) -> None:
+    large = replace(planned, program=replace(planned.program, ops=planned.program.ops * 100))
+    assert worth_compiling(large, parse_target("cpu:8")) == planned.candidates[:1]
+
+
+def test_a_model_as_small_as_its_copies_is_compiled_whole_and_once(planning, compiled_by) -> None:
+    asked: list[CompileRequest] = []
+
+    def compile_it(request: CompileRequest) -> CompiledStep:
+        asked.append(request)
+        return program(10**8)
+
+    def never(request: CompileRequest) -> CompiledStep:
+        raise AssertionError("compiled from copies")
+
+    compiled_by(never, compile_it)
+    (stack,) = planning.blocks
+    small = replace(planning, blocks=(replace(stack, n_blocks=6),))
+    first, *_ = settle("gemma_2b_en", small, TARGET)
+    assert first.compiled is not None
+    assert len(asked) == len({request.rules for request in asked}) == 3
+
+
 def test_the_split_by_hand_is_not_compiled_where_it_is_far_behind_or_too_big(planned) -> None:
     hand = planned.by_hand
     slow = replace(hand.scored.cost, blocking_seconds=planned.candidates[0].scored.rank[1])

@@ -8,7 +8,7 @@ of one spec that differ in one component merge, so query, key and value become
 Every pattern is tried on every path of the model, shortest form first, and kept only if it takes
 its own paths and no other, under `re.fullmatch` (Keras 3.14 and later) and under `re.search`
 (before). `$` and `^` are added only where a path demands them; where wildcards take too much, the
-indices are listed.
+indices are listed, or those left out where that is shorter: `decoder_block_(?!(5|11|17)/)\\d+`.
 """
 
 import re
@@ -197,10 +197,14 @@ def _components(template: str, paths: Sequence[str]) -> tuple[_Component, ...]:
     parts = template.split("/")
     if any(len(row) != len(parts) for row in rows):
         return (tuple(_escaped(path) for path in paths),)
-    return tuple(
-        _component(part, tuple(dict.fromkeys(values)))
-        for part, values in zip(parts, zip(*rows, strict=True), strict=True)
-    )
+    columns = [tuple(dict.fromkeys(values)) for values in zip(*rows, strict=True)]
+    components = [_component(*column) for column in zip(parts, columns, strict=True)]
+    for k in range(1, len(parts)):
+        # A layer named after the numbered one that it is in: its number is said there.
+        if re.search(r"_\*_", parts[k]) and all(row[k].startswith(f"{row[k - 1]}_") for row in rows):
+            rests = (row[k].removeprefix(row[k - 1]) for row in rows)
+            components[k] = tuple(dict.fromkeys(r"\w+" + _escaped(rest) for rest in rests))
+    return tuple(components)
 
 
 def _component(part: str, values: Sequence[str]) -> _Component:
@@ -211,7 +215,7 @@ def _component(part: str, values: Sequence[str]) -> _Component:
     return tuple(_escaped(value) for value in values)
 
 
-def _forms(draft: _Draft) -> Iterator[tuple[_Component, ...]]:
+def _forms(draft: _Draft, universe: Sequence[str]) -> Iterator[tuple[_Component, ...]]:
     """Patterns for a draft: wildcards, then more and more components listed, then whole paths.
 
     The component with the fewest values is listed first (`mlp_dense_1` before 27 blocks), one that
@@ -226,12 +230,29 @@ def _forms(draft: _Draft) -> Iterator[tuple[_Component, ...]]:
             for values in zip(*rows, strict=True)
         ]
         components = list(draft.components)
+        body = "/".join(map(_alternation, components))
+        taken = [path.split("/") for path in universe if hits(body, path)]
         counted = [any(one.endswith(_COUNTER) for one in component) for component in components]
         for k in sorted(range(len(listed)), key=lambda k: (counted[k], len(listed[k]))):
             if listed[k] != components[k]:
-                components[k] = listed[k]
+                values = {row[k] for row in rows}
+                others = dict.fromkeys(row[k] for row in taken if row[k] not in values)
+                components[k] = _all_but(components[k], list(others), listed[k])
                 yield tuple(components)
     yield (tuple(_escaped(path) for path in paths),)
+
+
+def _all_but(numbered: _Component, others: Sequence[str], listed: _Component) -> _Component:
+    """What takes every number but those of others, where a list is too long and that is shorter."""
+    base = numbered[0].removesuffix(r"\d+")
+    patterns = sorted(map(_escaped, others), key=_natural)
+    inside = len(numbered) == 1 and base != numbered[0]
+    if inside and patterns and all(re.fullmatch(rf"{base}\d+", other) for other in others):
+        numbers = "|".join(pattern.removeprefix(base) for pattern in patterns)
+        left = rf"{base}(?!({numbers})/)\d+"
+        if len(left) < len(_alternation(listed)) > _ALTERNATION_CHARACTERS:
+            return (left,)
+    return listed
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
@@ -246,7 +267,7 @@ def _escaped(text: str) -> str:
 
 def _verified(draft: _Draft, universe: Sequence[str]) -> _Draft:
     """The draft with the first form that takes its paths alone: wildcards, lists, whole paths."""
-    for components in _forms(draft):
+    for components in _forms(draft, universe):
         pattern = _accepted(components, draft.paths, universe)
         if pattern is not None:
             return replace(draft, components=components, pattern=pattern)

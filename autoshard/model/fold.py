@@ -81,16 +81,15 @@ def _wanted(stacks: Sequence[Stack], periods: int | None) -> dict[str, BlockStac
         numbers: dict[Hashable, int] = {}
         kinds = [numbers.setdefault(kind, len(numbers)) for kind in alike]
         lead, period = find_repetition(kinds)
-        remainder = (n_blocks - lead) % period
-        kept = n_blocks if periods is None else lead + periods * period + remainder
-        wanted[stack.template] = BlockStack(
+        whole_stack = BlockStack(
             template=stack.template,
             start=stack.start,
             n_blocks=n_blocks,
             lead=lead,
             period=period,
-            traced=min(n_blocks, kept),
+            traced=n_blocks,
         )
+        wanted[stack.template] = whole_stack if periods is None else whole_stack.folded(periods)
     return wanted
 
 

@@ -14,7 +14,7 @@ left out: of two periods the first for `n_periods - 1`, of three the middle for 
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from autoshard.model.paths import block_pattern
@@ -51,6 +51,12 @@ class BlockStack:
     def traced_periods(self) -> int:
         """Whole periods of the folded model."""
         return (self.traced - self.lead) // self.period
+
+    def folded(self, periods: int) -> "BlockStack":
+        """This stack with so many periods traced, or all where it has no more."""
+        remainder = (self.n_blocks - self.lead) % self.period
+        kept = self.lead + periods * self.period + remainder
+        return replace(self, traced=min(self.n_blocks, kept))
 
     def real_block(self, block: int) -> int:
         """The real block, counted from 0, that a folded one, counted from 0, is the copy of."""

@@ -11,7 +11,8 @@ Told apart from the paths alone:
 - a block: siblings of one name and different numbers with layers inside them (at least one path
   goes two levels deeper);
 - a block written out in one model: three names or more of layers with variables (`attention_0`,
-  `up_0`, `down_0`, ...) that stand there with the same numbers;
+  `up_0`, `down_0`, ...) that stand there with the same numbers, at their end or inside them
+  (`conformer_0_attention`, `conformer_0_up`, `conformer_0_down`, ...);
 - a counter: inside a block, a number that no two blocks share.
 """
 
@@ -20,9 +21,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["PathNames", "block_pattern", "number_of", "ranked", "tails"]
+__all__ = ["PathNames", "block_pattern", "layer_templates", "number_of", "ranked", "tails"]
 
 _NUMBERED = re.compile(r"(.+?)_(\d+)")
+_NUMBERED_INSIDE = re.compile(r"(.+?)_(\d+)_(.+)")
 # Fewer may be any layers: of a chain of two kinds, such as `dense_0` and `norm_0`, each may want a
 # layout of its own.
 _LEAST_IN_BLOCK = 3
@@ -80,9 +82,11 @@ class PathNames:
         # One level of the tree at a time: what a segment is depends on the templates above it.
         for level in range(max(map(len, split.values()), default=0)):
             reaching = {path: parts for path, parts in split.items() if len(parts) > level}
-            names = _names(reaching, templates, level)
+            segments = {path: parts[level] for path, parts in reaching.items()}
+            segments |= _written_inside(reaching, templates, level)
+            names = _names(reaching, segments, templates, level)
             for path, parts in reaching.items():
-                above, segment = templates[path], parts[level]
+                above, segment = templates[path], segments[path]
                 if level < len(parts) - 1:
                     base = _split(segment)[0]
                     suffix = names[above, base]
@@ -91,13 +95,46 @@ class PathNames:
         return cls(templates=templates)
 
 
+def _written_inside(
+    paths: Mapping[str, list[str]], templates: Mapping[str, str], level: int
+) -> dict[str, str]:
+    """Path -> its segment at a level, of those with the number of a block inside the name.
+
+    A layer in such a layer has it too, where its name begins with the same words and number.
+    """
+    found: dict[str, tuple[str, str, str]] = {}
+    numbers: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    weighty: set[str] = set()
+    for path, parts in paths.items():
+        match = _NUMBERED_INSIDE.fullmatch(parts[level])
+        if match and level < len(parts) - 1:
+            base, number, rest = found[path] = match[1], match[2], match[3]
+            numbers["/".join(parts[:level]), base][rest].add(number)
+            if parts[-1] != "output":
+                weighty.add(rest)
+    inside = {}
+    for path, (base, number, rest) in found.items():
+        siblings = numbers["/".join(paths[path][:level]), base]
+        own = siblings[rest]
+        n_alike = sum(other == own and name in weighty for name, other in siblings.items())
+        is_block = len(own) > 1 and n_alike >= _LEAST_IN_BLOCK
+        above = (templates[path].rpartition("/")[2], paths[path][level - 1]) if level else ("", "")
+        is_in_one = above[0].startswith(f"{base}_*_") and above[1].startswith(f"{base}_{number}_")
+        if is_block or is_in_one:
+            inside[path] = f"{base}_*_{rest}"
+    return inside
+
+
 def _names(
-    paths: dict[str, list[str]], templates: dict[str, str], level: int
+    paths: Mapping[str, list[str]],
+    segments: Mapping[str, str],
+    templates: Mapping[str, str],
+    level: int,
 ) -> dict[tuple[str, str], str | None]:
     """For each template above and each name: what the template has behind the name."""
     groups: dict[tuple[str, str], _Siblings] = {}
     for path, parts in paths.items():
-        above, (base, number) = templates[path], _split(parts[level])
+        above, (base, number) = templates[path], _split(segments[path])
         group = groups.setdefault((above, base), _Siblings(in_block="*" in above))
         group.numbers.setdefault("/".join(parts[:level]), {})[number] = None
         group.is_block |= len(parts) > level + 2
@@ -117,6 +154,23 @@ def _join_written_out(groups: Mapping[tuple[str, str], _Siblings]) -> None:
         if sum(group.has_variables for group in members) >= _LEAST_IN_BLOCK:
             for group in members:
                 group.is_block = True
+
+
+def layer_templates(templates: Mapping[str, str]) -> dict[str, str]:
+    """Path of each layer that holds something, at any depth -> its template.
+
+    Args:
+        templates: path of each variable or output -> its template.
+
+    >>> layer_templates({"block_0/mlp_1/kernel": "block_*/mlp/kernel"})
+    {'block_0': 'block_*', 'block_0/mlp_1': 'block_*/mlp'}
+    """
+    found: dict[str, str] = {}
+    for path, template in templates.items():
+        parts, names = path.split("/"), template.split("/")
+        for n in range(1, len(parts)):
+            found["/".join(parts[:n])] = "/".join(names[:n])
+    return found
 
 
 def ranked(paths: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from autoshard.graph.program import Program
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
+from autoshard.model.folding import BlockStack
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
@@ -54,6 +55,7 @@ class Planning:
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` is slow or fails, or None.
         program: the op graph of the step.
+        blocks: the stacks of repeated blocks, as many blocks of each traced as the program has.
     """
 
     setup: Setup
@@ -66,6 +68,7 @@ class Planning:
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
     program: Program
+    blocks: tuple[BlockStack, ...]
     by_hand: Candidate | None
     plain: Candidate | None
     no_rule: Candidate
@@ -199,6 +202,7 @@ def run_planner(
         no_rule=known.get((), no_rule),
         without_generate=beyond,
         program=traced.program,
+        blocks=folded.folding.blocks,
     )
 
 

@@ -25,7 +25,7 @@ from autoshard.planner.setup import Setup
 from autoshard.processes.child import Child, child_environment
 from autoshard.units import format_bytes
 from autoshard.xla.clock import step_time
-from autoshard.xla.compile import compile_deep, compile_in
+from autoshard.xla.compile import compile_deep, compile_in, worth_extrapolating
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.copies import complaint
 from autoshard.xla.partitioned import partitioned_seconds
@@ -33,14 +33,16 @@ from autoshard.xla.partitioned import partitioned_seconds
 __all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
 
 _N_SETTLED = 3
+# Of a program with more ops than this one candidate is compiled: each takes minutes.
+_MANY_OPS = 8_000
 # The split by hand is compiled unless it is predicted to take so many times as long.
 _NEAR = 1.25
 # What is predicted to be so many times as fast as the best compiled is worth a compile.
 _CLEARLY = 1.1
 # A step of at most so many times another's is taken to be as fast.
 _SAME = 1.01
-# Within which one candidate has to compile: several times what whole models took on two cores.
-_COMPILE_SECONDS = {"cpu": 150.0, "tpu": 580.0, "gpu": 580.0}
+# Within which one candidate has to compile: twice what the largest models took on two cores.
+_COMPILE_SECONDS = 580.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,7 @@ def settle(
 ) -> tuple[Verdict, ...]:
     """Compile the best candidates shallowly, rank them, and compile the winner at full depth.
 
-    Where all are clearly slower than another layout is predicted to be, that is compiled too: a
+    Where shallow copies would have as many blocks, all are compiled at full depth. Where all are clearly slower than another layout is predicted to be, that is compiled too: a
     further candidate, the best without rules for outputs, the split by hand, no rule at all. Where
     the winner turns out slower than the next was, shallow, the next is compiled at full depth too.
 
@@ -106,13 +108,17 @@ def settle(
         XlaError: no candidate could be compiled, or the child died or ran out of time.
     """
     judge = partial(_verdict, model, planning, compiler)
-    seconds = _COMPILE_SECONDS[compiler.chip.kind]
+    is_shallow = worth_extrapolating(planning.blocks)
+    depth = "shallow" if is_shallow else "all blocks"
     with Child(child_environment(compiler), memory_limit_bytes=available_bytes()) as child:
-        deep = partial(compile_deep, child, timeout_seconds=seconds)
+        compile_whole = partial(compile_in, child, timeout_seconds=_COMPILE_SECONDS)
+        compile_first = compile_whole
+        if is_shallow:
+            compile_first = partial(compile_deep, child, timeout_seconds=_COMPILE_SECONDS)
         verdicts: list[Verdict] = []
         for candidate in _in_turn(planning, compiler, verdicts):
-            on_progress(f"compile {candidate.name} for {compiler}, shallow")
-            verdicts.append(judge(candidate, deep))
+            on_progress(f"compile {candidate.name} for {compiler}, {depth}")
+            verdicts.append(judge(candidate, compile_first))
         verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.weighed_seconds))
         whole: list[Verdict] = []
         refused: list[Verdict] = []
@@ -120,8 +126,10 @@ def settle(
             best = min((one.weighed_seconds for one in whole), default=math.inf)
             if shallow.compiled is None or best <= _SAME * shallow.weighed_seconds:
                 break
-            on_progress(f"compile {shallow.candidate.name} for {compiler}, all blocks")
-            verdict = judge(shallow.candidate, partial(compile_in, child, timeout_seconds=seconds))
+            verdict = shallow
+            if is_shallow:
+                on_progress(f"compile {shallow.candidate.name} for {compiler}, all blocks")
+                verdict = judge(shallow.candidate, compile_whole)
             fine = verdict.compiled is not None and verdict.fits is not False
             (whole if fine else refused).append(verdict)
     rest = verdicts[len(whole) + len(refused) :]
@@ -151,7 +159,8 @@ def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ..
     that fits and is not far behind: it may find it faster.
     """
     fitting = tuple(candidate for candidate in planning.candidates if candidate.fits)
-    chosen = (fitting or planning.candidates)[:_N_SETTLED]
+    n_settled = 1 if len(planning.program.ops) > _MANY_OPS else _N_SETTLED
+    chosen = (fitting or planning.candidates)[:n_settled]
     hand = planning.by_hand
     if compiler.chip.kind != "tpu" or hand is None or hand in chosen or not hand.fits:
         return chosen

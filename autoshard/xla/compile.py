@@ -4,7 +4,7 @@
 `compile_step` runs. `compile_lowered` is the part that knows nothing of models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -34,7 +34,10 @@ from autoshard.xla.lowering import lower
 from autoshard.xla.names import layer_paths
 from autoshard.xla.normalise import COMPILER_OPTIONS, cpu_normaliser
 
-__all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step"]
+__all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step", "worth_extrapolating"]
+
+# Copies with so many periods of blocks say how the program grows with the model.
+_SHALLOW, _DEEPER = 2, 4
 
 # Steps that a child keeps for the next layout: of one model, shallow, deeper and whole.
 _KEPT_STEPS = 4
@@ -84,10 +87,8 @@ def compile_deep(
 ) -> CompiledStep:
     """The whole model's program, from copies with two and four periods of blocks.
 
-    A model that is no deeper is compiled as it is.
-
     Args:
-        child: as for `compile_in`.
+        child: as for `compile_in`, of a model for which this is `worth_extrapolating`.
         request: what to compile; its `periods` is not used.
         timeout_seconds: the limit of each compilation.
 
@@ -101,11 +102,21 @@ def compile_deep(
         copy = replace(request, periods=periods)
         return compile_in(child, copy, timeout_seconds=timeout_seconds)
 
-    small = compiled(2)
-    if small.is_whole:
-        return small
-    large = compiled(4)
-    return large if large.is_whole else extrapolate(small, large)
+    return extrapolate(compiled(_SHALLOW), compiled(_DEEPER))
+
+
+def worth_extrapolating(blocks: Sequence[BlockStack]) -> bool:
+    """Whether the two copies of a model have fewer blocks, together, than the model.
+
+    Args:
+        blocks: its stacks, each folded where it can be.
+    """
+    copied = (
+        stack.folded(periods).traced if stack.traced < stack.n_blocks else stack.n_blocks
+        for periods in (_SHALLOW, _DEEPER)
+        for stack in blocks
+    )
+    return sum(copied) < sum(stack.n_blocks for stack in blocks)
 
 
 def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> CompiledStep:

@@ -8,7 +8,7 @@ the last part is the primitive. Instructions that XLA merged carry `prefix/(a/ad
 import re
 from collections.abc import Collection, Mapping
 
-from autoshard.model.paths import PathNames, block_pattern
+from autoshard.model.paths import PathNames, block_pattern, layer_templates
 
 __all__ = ["alternatives", "layer_of", "layer_paths", "phase_of", "template"]
 
@@ -24,16 +24,10 @@ def layer_paths(variable_paths: Collection[str]) -> dict[str, str]:
     >>> layer_paths(["block_0/mlp/kernel", "block_1/mlp_1/kernel"])["block_1/mlp_1"]
     'block_1/mlp'
     """
-    templates = PathNames.of(variable_paths).templates
     shown: dict[str, str] = {}
-    for path, found in templates.items():
-        parts = path.split("/")
-        names = [
-            part if name.endswith("_*") else name
-            for part, name in zip(parts, found.split("/"), strict=True)
-        ]
-        for n in range(1, len(parts)):
-            shown["/".join(parts[:n])] = "/".join(names[:n])
+    for layer, found in layer_templates(PathNames.of(variable_paths).templates).items():
+        parts = zip(layer.split("/"), found.split("/"), strict=True)
+        shown[layer] = "/".join(part if "*" in name else name for part, name in parts)
     return shown
 
 
