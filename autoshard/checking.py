@@ -6,6 +6,7 @@ from typing import Any
 
 from autoshard.errors import PlanFileError, UsageError
 from autoshard.hardware.targets import default_target, parse_target
+from autoshard.layout.outputs import idle_rules, refused_outputs
 from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, FindingKind, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
@@ -15,7 +16,6 @@ from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
-from autoshard.planner.pricing import idle_rules, refused_outputs
 from autoshard.planner.tracing import make_program, shapes_in_generate
 from autoshard.sharding_plan import Plan, plan_of
 from autoshard.units import whole

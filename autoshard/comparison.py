@@ -9,6 +9,7 @@ from autoshard.checking import origin_findings
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.causes import Causes
+from autoshard.layout.outputs import idle_rules
 from autoshard.layout.reading import check_there, is_source, read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
@@ -16,7 +17,7 @@ from autoshard.mesh import MeshLike
 from autoshard.model.paths import layer_templates, tails
 from autoshard.model.variables import ModelTable
 from autoshard.planner.planning import run_planner
-from autoshard.planner.pricing import idle_rules, make_scorer, score_rules
+from autoshard.planner.pricing import make_scorer, score_rules
 from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, trace_model

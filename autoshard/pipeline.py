@@ -1,18 +1,18 @@
 """The public functions: each runs the stages it needs and returns a value."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.hardware.targets import Target
-from autoshard.layout.causes import Causes
 from autoshard.mesh import MeshLike
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN
 from autoshard.planner.mesh_shapes import make_setups, plan_shapes
+from autoshard.planner.plan_value import plan_value
 from autoshard.planner.planning import Planning
 from autoshard.planner.pricing import Candidate
 from autoshard.planner.remedies import Remedy, remedies
@@ -20,21 +20,8 @@ from autoshard.planner.settling import Verdict, compiler_for, settle
 from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import trace_model
-from autoshard.records.parts import (
-    Alternative,
-    Compiled,
-    CompiledCollective,
-    PlannedModel,
-    Prediction,
-    Reason,
-    Versions,
-)
-from autoshard.search.candidates import NO_RULE
-from autoshard.search.descent import Scored
-from autoshard.search.ranking import SearchResult
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes
-from autoshard.xla.compiled import CompiledStep
 
 __all__ = ["PlanOutcome", "inspect", "make_plan", "plan"]
 
@@ -241,7 +228,7 @@ def make_plan(
     verdicts, failure = _verdicts(model, planning, verify, watch)
     winner = verdicts[0].candidate if verdicts else planning.candidates[0]
     outcome = PlanOutcome(
-        plan=_plan_value(planning, winner, verdicts),
+        plan=plan_value(planning, winner, verdicts),
         winner=winner,
         planning=planning,
         verdicts=verdicts,
@@ -278,87 +265,3 @@ def _verdicts(
             return settle(model, planning, compiler, on_progress=watch.progress), ""
     except XlaError as error:
         return (), str(error)
-
-
-def _plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, ...]) -> Plan:
-    """The winner as a plan file's value, the others as alternatives, those compiled first."""
-    said = {verdict.candidate.name: _compiled(verdict, planning) for verdict in verdicts}
-    judged = [verdict.candidate for verdict in verdicts]
-    others = [candidate for candidate in planning.candidates if candidate not in judged]
-    assert winner.scored is not None
-    return Plan(
-        model=PlannedModel.of(planning.table),
-        mesh=planning.setup.mesh,
-        rules=winner.rules,
-        workload=planning.setup.workload,
-        target=str(planning.setup.target),
-        generate=planning.setup.generate or not winner.scored.n_outputs,
-        predicted=Prediction.of(winner.scored.cost),
-        compiled=said.get(winner.name),
-        reasons=tuple(_reasons(planning.result, winner.scored)),
-        alternatives=tuple(
-            Alternative(
-                rules=candidate.rules,
-                predicted=Prediction.of(candidate.scored.cost),
-                compiled=said.get(candidate.name),
-            )
-            for candidate in (*judged, *others)
-            if candidate is not winner and candidate.scored is not None
-        ),
-        versions=Versions.installed(),
-    )
-
-
-def _reasons(result: SearchResult, scored: Scored) -> Iterator[Reason]:
-    """Why each family and laid out output has its spec."""
-    specs = dict(scored.assignment)
-    for choices in result.choices:
-        spec = specs.get(choices.name, NO_RULE)
-        if spec == NO_RULE:
-            continue
-        reason = Reason(family=choices.name, spec=spec)
-        found = result.next_best(scored, choices)
-        if found is not None:
-            other, next_best = found
-            reason = replace(
-                reason,
-                next_best=next_best,
-                cost_seconds=other.cost.step_seconds - scored.cost.step_seconds,
-                cost_bytes=other.cost.memory.peak_bytes - scored.cost.memory.peak_bytes,
-                fits=other.excess_bytes == 0,
-            )
-        yield reason
-
-
-def _compiled(verdict: Verdict, planning: Planning) -> Compiled | None:
-    """A compiler's answer as a plan file holds it."""
-    step = verdict.compiled
-    if step is None:
-        return None
-    causes = Causes(
-        rules=verdict.candidate.rules,
-        mesh=planning.setup.mesh,
-        paths=tuple(planning.table.templates),
-    )
-    return Compiled(
-        target=step.target,
-        blocks=sum(stack.n_blocks for stack in step.blocks) or None,
-        fits=verdict.fits,
-        peak_bytes_per_device=None if step.on_cpu else step.peak_bytes,
-        collectives=_collectives(step, causes),
-        step_seconds=verdict.step_seconds,
-    )
-
-
-def _collectives(step: CompiledStep, causes: Causes) -> tuple[CompiledCollective, ...]:
-    return tuple(
-        CompiledCollective(
-            kind=item.kind,
-            axis=item.axis or None,
-            wire_bytes=round(item.wire_bytes),
-            count=item.count,
-            layer=item.layer or None,
-            rule=causes.of(item.layer, item.axis),
-        )
-        for item in step.merged_collectives()
-    )

@@ -201,7 +201,9 @@ def _components(template: str, paths: Sequence[str]) -> tuple[_Component, ...]:
     components = [_component(*column) for column in zip(parts, columns, strict=True)]
     for k in range(1, len(parts)):
         # A layer named after the numbered one that it is in: its number is said there.
-        if re.search(r"_\*_", parts[k]) and all(row[k].startswith(f"{row[k - 1]}_") for row in rows):
+        if re.search(r"_\*_", parts[k]) and all(
+            row[k].startswith(f"{row[k - 1]}_") for row in rows
+        ):
             rests = (row[k].removeprefix(row[k - 1]) for row in rows)
             components[k] = tuple(dict.fromkeys(r"\w+" + _escaped(rest) for rest in rests))
     return tuple(components)

@@ -90,9 +90,10 @@ def settle(
 ) -> tuple[Verdict, ...]:
     """Compile the best candidates shallowly, rank them, and compile the winner at full depth.
 
-    Where shallow copies would have as many blocks, all are compiled at full depth. Where all are clearly slower than another layout is predicted to be, that is compiled too: a
-    further candidate, the best without rules for outputs, the split by hand, no rule at all. Where
-    the winner turns out slower than the next was, shallow, the next is compiled at full depth too.
+    Where shallow copies would have as many blocks, all are compiled at full depth. Where all are
+    clearly slower than another layout is predicted to be, that is compiled too: a further
+    candidate, the best without rules for outputs, the split by hand, no rule at all. Where the
+    winner turns out slower than the next was, shallow, the next is compiled at full depth too.
 
     Args:
         model: the model's name, by which a child builds it.

@@ -8,8 +8,9 @@ is none:
 2. from the best of these, by moves of two sibling groups at once too;
 3. from the best with two sibling groups shaken, several times.
 
-Large programs end pairs and shakes early: all together take some twenty seconds at most. The
-outputs of layers move alone, but one start lays out two groups of them.
+Large programs end pairs and shakes early, and descend only from starts that are better than what
+was found: all together take some twenty seconds at most. The outputs of layers move alone, but one
+start lays out two groups of them.
 """
 
 import itertools
@@ -177,15 +178,13 @@ def descend(
     simple = [move for move in moves if not move.is_pair]
     outputs_first = sorted(simple, key=lambda move: not move.is_output)
     orders = [simple, outputs_first] if outputs_first != simple else [simple]
-    best = min(
-        (
-            _descend_from(scorer, order, start)
-            for start in starts
-            for order in orders
-            if order is simple or not scorer.is_spent
-        ),
-        key=lambda scored: scored.rank,
-    )
+    best: Scored | None = None
+    for start, order in itertools.product(starts, orders):
+        if best and scorer.is_spent and scorer.score(start).rank >= best.rank:
+            continue
+        found = _descend_from(scorer, order, start)
+        best = min(found, best or found, key=lambda scored: scored.rank)
+    assert best is not None
     best = _descend_from(scorer, moves, dict(best.assignment))
     source = random.Random(0)
     for _ in range(n_shakes):
