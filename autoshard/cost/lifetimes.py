@@ -29,6 +29,8 @@ class Lifetimes:
             gather: from when until when it is there.
         copies: how many like each of these there are at once in the whole model.
         may_be_on_chip: all but what the forward half leaves to the backward one.
+        gathered_again: pairs of a matmul of the forward half and one of the backward half, for which
+            the first keeps the weight that it gathers.
         sums_end: until when partial sums of gradients may wait: the last matmul that makes some.
         gradients: the group of each gradient -> that of the weight or slot which it changes.
     """
@@ -39,6 +41,7 @@ class Lifetimes:
     end: Times
     copies: Bytes
     may_be_on_chip: npt.NDArray[np.bool_]
+    gathered_again: tuple[tuple[int, int], ...]
     sums_end: int
     gradients: dict[int, int]
 
@@ -69,7 +72,11 @@ def lifetimes(program: Program) -> Lifetimes:
     chains_read = np.arange(len(ops))
     for index, chained in program.chained_operands.items():
         chains_read[index] = max(chain.readers[-1] for chain in chained.values())
-    gathered_from, gathered_to = _gathered(ops)
+    gathered_from = _gathered_from(ops)
+    gathered_to = np.arange(len(ops))
+    again = _gathered_again(ops)
+    for first, later in again:
+        gathered_to[first] = max(gathered_to[first], later)
     gathered_to[updates] = len(ops) - 1
     n_gathered = np.ones(len(ops))
     n_gathered[updates] = [float(ops[index].count) for index in updates]
@@ -83,6 +90,7 @@ def lifetimes(program: Program) -> Lifetimes:
             [_copies(ops, crosses), _copies(ops, _crosses(ops, chains_read)), n_gathered]
         ),
         may_be_on_chip=np.concatenate([~crosses, np.ones(2 * len(ops), dtype=bool)]),
+        gathered_again=again,
         sums_end=max(makes_gradient, default=0),
         gradients=gradients,
     )
@@ -109,17 +117,22 @@ def _updates(program: Program) -> list[int]:
     ]
 
 
-def _gathered(ops: Sequence[Op]) -> tuple[Times, Times]:
-    """From and until when a weight is there that an op gathers."""
-    start, end = np.arange(len(ops)), np.arange(len(ops))
+def _gathered_from(ops: Sequence[Op]) -> Times:
+    """From when a weight is there that an op gathers."""
+    start = np.arange(len(ops))
     matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and weights_read(op)]
     start[matmuls[1:]] = matmuls[:-1]
+    return start
+
+
+def _gathered_again(ops: Sequence[Op]) -> tuple[tuple[int, int], ...]:
+    """The last matmul of the forward half, with each of the backward half that reads its weight."""
     last = last_forward_matmul(ops)
-    if last is not None:
-        kept = weights_read(ops[last])
-        backward = (i for i in matmuls if ops[i].backward)
-        end[last] = max((i for i in backward if kept & weights_read(ops[i])), default=last)
-    return start, end
+    if last is None:
+        return ()
+    kept = weights_read(ops[last])
+    backward = (i for i, op in enumerate(ops) if op.kind == "contraction" and op.backward)
+    return tuple((last, i) for i in backward if kept & weights_read(ops[i]))
 
 
 def last_forward_matmul(ops: Sequence[Op]) -> int | None:
