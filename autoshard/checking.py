@@ -18,7 +18,7 @@ from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planner.tracing import make_program, shapes_in_generate
 from autoshard.sharding_plan import Plan, plan_of
-from autoshard.units import whole
+from autoshard.units import whole_number
 
 __all__ = ["check", "origin_findings"]
 
@@ -55,7 +55,7 @@ def check(
     grid = made.mesh if made and grid is None else grid
     workload = made.workload if made else Workload(dtype=None)
     if seq_len is not None:
-        workload = replace(workload, seq_len=whole("seq_len", seq_len))
+        workload = replace(workload, seq_len=whole_number("seq_len", seq_len))
     abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
     table, unreadable = abstract.table(), list[str]()
     rules = (

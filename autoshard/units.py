@@ -19,7 +19,7 @@ __all__ = [
     "option_bytes",
     "parse_bytes",
     "spell_count",
-    "whole",
+    "whole_number",
 ]
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -39,7 +39,7 @@ _BYTES = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE
 _Whole = TypeVar("_Whole", int, int | None)
 
 
-def whole(name: str, number: _Whole) -> _Whole:
+def whole_number(name: str, number: _Whole) -> _Whole:
     """A number that a caller gave, NumPy's and JAX's as Python's own; None where it gave none.
 
     Args:

@@ -45,7 +45,15 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on one device at the peak of the step, by part."""
+    """Bytes on one device at the peak of the step, by part.
+
+    Attributes:
+        weights: their shards, and state that is none.
+        gradients: of weights, partial sums that wait to be scattered among them.
+        optimizer: its slots.
+        activations: all else that the step makes, gathers or returns, and its data.
+        kv_cache: the cache.
+    """
 
     weights: int = 0
     gradients: int = 0

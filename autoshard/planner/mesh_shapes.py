@@ -16,7 +16,7 @@ from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel
 from autoshard.search.descent import Scored
-from autoshard.units import whole
+from autoshard.units import whole_number
 
 __all__ = ["Tradeoff", "make_setups", "mesh_shapes", "plan_shapes", "tradeoffs"]
 
@@ -71,7 +71,7 @@ def make_setups(
         MeshError: the axes are not two.
         UsageError: a number is not whole.
     """
-    n_devices, batch = whole("devices", n_devices), whole("batch", batch)
+    n_devices, batch = whole_number("devices", n_devices), whole_number("batch", batch)
     shapes = mesh_shapes(n_devices)
     batch = round_up(DEFAULT_BATCH, n_devices) if batch is None else batch
     return tuple(

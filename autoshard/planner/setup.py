@@ -13,7 +13,7 @@ from autoshard.model.workload import (
     DEFAULT_SEQ_LEN,
     Workload,
 )
-from autoshard.units import parse_bytes, whole
+from autoshard.units import parse_bytes, whole_number
 from autoshard.xla.attached import attached_target
 
 __all__ = ["Setup", "limit_bytes", "make_setup", "named_target"]
@@ -72,8 +72,8 @@ def make_setup(
         MeshError: mesh and target differ in devices, or the data axis does not divide the batch.
         UsageError: a value is unknown or out of range.
     """
-    batch, slices = whole("batch", batch), whole("slices", slices)
-    seq_len, lora_rank = whole("seq_len", seq_len), whole("lora_rank", lora_rank)
+    batch, slices = whole_number("batch", batch), whole_number("slices", slices)
+    seq_len, lora_rank = whole_number("seq_len", seq_len), whole_number("lora_rank", lora_rank)
     mesh = as_mesh(mesh, axes)
     n_devices = mesh.n_devices if slices is None else _devices_per_slice(mesh, slices)
     if target is None:
@@ -138,7 +138,7 @@ def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
         return target.chip.hbm_bytes
     if isinstance(memory_limit, str):
         memory_limit = parse_bytes(memory_limit)
-    n_bytes = whole("memory_limit", memory_limit)
+    n_bytes = whole_number("memory_limit", memory_limit)
     if n_bytes < _LEAST_BYTES:
         raise UsageError(
             f"a memory limit of {n_bytes} bytes holds no model; give a unit, as in 15GiB"
