@@ -29,8 +29,8 @@ class Lifetimes:
             gather: from when until when it is there.
         copies: how many like each of these there are at once in the whole model.
         may_be_on_chip: all but what the forward half leaves to the backward one.
-        gathered_again: pairs of a matmul of the forward half and one of the backward half, for which
-            the first keeps the weight that it gathers.
+        gathered_again: pairs of a matmul of the forward half and one of the backward half, for
+            which the first keeps the weight that it gathers.
         sums_end: until when partial sums of gradients may wait: the last matmul that makes some.
         gradients: the group of each gradient -> that of the weight or slot which it changes.
     """

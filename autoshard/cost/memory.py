@@ -68,8 +68,8 @@ class OpBytes(NamedTuple):
 # Group, bytes of the whole array, and how many like it the whole model has.
 _Held = tuple[int, int, int | Fraction]
 
-# Of what a TPU's program of training takes beside its arguments: idle, in the median of 112 programs
-# of the compiler for v5e (half of them: 3 to 20%), by what it takes and what it has in use at once.
+# Of what a TPU's program of training takes beside its arguments so much is idle: the median of 112
+# programs for v5e, by what the compiler says they take and have in use at once (half: 3 to 20%).
 _IDLE_SHARE = 0.06
 
 # The largest cache that is rebuilt in a TPU's vector memory, of that.
