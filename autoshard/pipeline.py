@@ -10,7 +10,7 @@ from autoshard.hardware.targets import Target
 from autoshard.mesh import MeshLike
 from autoshard.model.build import build
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN
+from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN, Workload
 from autoshard.planner.mesh_shapes import make_setups, plan_shapes
 from autoshard.planner.plan_value import plan_value
 from autoshard.planner.planning import Planning
@@ -41,6 +41,7 @@ class PlanOutcome:
         verdicts: what a compiler said, best first; empty where none was asked.
         timings: seconds of each stage, measured.
         failure: why the verification failed, in one line, or "".
+        unused_length: the length that was asked for, where the model has one of its own.
     """
 
     plan: Plan
@@ -49,6 +50,7 @@ class PlanOutcome:
     verdicts: tuple[Verdict, ...]
     timings: dict[str, float]
     failure: str = ""
+    unused_length: int | None = None
     shapes: tuple[Planning, ...] = ()
     remedies: tuple[Remedy, ...] = ()
 
@@ -63,7 +65,11 @@ class PlanOutcome:
     def doubts(self) -> tuple[str, ...]:
         """Why the plan may not be what it seems, a line each."""
         is_compiled = bool(self.verdicts)
-        return tuple(self.planning.doubts(self.plan.rules, is_compiled=is_compiled))
+        doubts = self.planning.doubts(self.plan.rules, is_compiled=is_compiled)
+        if self.unused_length is None:
+            return tuple(doubts)
+        length = f"a sequence length of {self.unused_length} has no effect: the model has its own"
+        return (length, *doubts)
 
     @property
     def foreseen_share(self) -> float:
@@ -235,12 +241,18 @@ def make_plan(
         timings=watch.seconds,
         failure=failure,
         shapes=() if devices is None else shapes,
+        unused_length=_unused_length(options.get("seq_len"), traced.workload),
     )
     if not advise or failure or outcome.fits:
         return outcome
     limit = int(planning.setup.memory_limit * outcome.foreseen_share)
     setup = replace(planning.setup, memory_limit=limit)
     return replace(outcome, remedies=remedies(model, traced, setup, watch))
+
+
+def _unused_length(asked: int | None, workload: Workload) -> int | None:
+    """The length that was asked for, where the model is planned with another."""
+    return None if asked in (None, DEFAULT_SEQ_LEN, workload.seq_len) else asked
 
 
 def _setups(mesh: MeshLike | None, devices: int | None, **options: Any) -> tuple[Setup, ...]:

@@ -133,6 +133,15 @@ def test_a_layer_named_after_the_numbered_one_that_it_is_in_is_not_spelt_out() -
     ]
 
 
+def test_layers_of_one_spec_that_differ_in_a_number_get_one_rule() -> None:
+    table = table_of(*(f"moe_{k}/{name}" for k in range(12) for name in ("w1", "w2")), "moe_x/w1")
+    families = {f"moe_{k}/{name}": ROWS for k in range(12) for name in ("w1", "w2")}
+    assert patterns(synthesise(table, families)) == [r"moe_\d+/(w1|w2)"]
+    # one that wants another spec leaves a list
+    found = patterns(synthesise(table, families | {"moe_7/w1": COLUMNS}))
+    assert r"moe_\d+/w2" in found and "moe_7/w1" in found
+
+
 def test_numbers_that_tell_layers_apart_are_kept() -> None:
     table = table_of(*(f"block_{k}/mlp_dense_{n}/kernel" for k in range(30) for n in (1, 2)))
     families = {family.name: ROWS for family in table.families()}

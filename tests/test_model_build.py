@@ -84,7 +84,7 @@ def called() -> Any:
 
 
 def test_a_model_that_was_not_called_has_no_weights_yet() -> None:
-    with pytest.raises(ModelError, match=r"nothing to lay out.*call it on a keras\.Input"):
+    with pytest.raises(ModelError, match=r"nothing to lay out.*with a keras\.Input"):
         build(subclassed).table()
     assert build(called).table().n_parameters == 15
 
@@ -139,6 +139,11 @@ def test_a_callable_by_name_is_built_without_values() -> None:
     assert all(v._value is None for v in model.backbone.weights)
     folded = fold(model, periods=3)
     assert folded.folding.blocks[0].traced == 3
+
+
+def test_a_callable_has_the_name_by_which_another_process_finds_it() -> None:
+    assert build(small_gemma).name == f"{__name__}:small_gemma"
+    assert build(lambda: small_gemma()).name == "<lambda>"
 
 
 def test_a_model_with_values_keeps_them() -> None:

@@ -30,7 +30,8 @@ from autoshard.search.ranking import _holds, _output_groups
 
 
 def plan(model: Any, setup: Setup) -> Planning:
-    return run_planner(trace_model(model, setup.workload, setup.target.chip), setup)
+    traced = trace_model(model, setup.workload, setup.target.chip)
+    return run_planner(traced, replace(setup, workload=traced.workload))
 
 
 @pytest.fixture(scope="module")
@@ -451,6 +452,25 @@ def test_sizes_that_are_taken_for_want_of_any_are_told_of() -> None:
 
     doubts = plan(network, make_setup("8x1")).doubts((), is_compiled=True)
     assert "of the sizes that pictures leaves open 1 is taken" in next(doubts)
+
+
+def test_made_up_names_are_told_of_where_a_rule_takes_any_number_of_them() -> None:
+    def network() -> Any:
+        keras = import_keras()
+        rows = found = keras.Input((256,), name="rows")
+        for _ in range(5):
+            found = keras.layers.Dense(256)(found)
+        return keras.Model(rows, found)
+
+    rules = (Rule(pattern=r"dense_\d+/kernel", spec=(None, "model")),)
+    (doubt,) = plan(network, make_setup("1x8")).doubts(rules, is_compiled=True)
+    assert "Keras made up" in doubt and "dense_" in doubt
+
+
+def test_weights_that_stay_in_float32_are_told_of() -> None:
+    found = plan("smollm3_3b_en", make_setup("1x4", workload="prefill"))
+    (doubt,) = found.doubts(found.candidates[0].rules, is_compiled=True)
+    assert "SmolLM3CausalLM makes them whatever dtype it is given" in doubt
 
 
 def test_another_optimizer_than_a_model_is_compiled_with_is_told_of(gemma: Planning) -> None:

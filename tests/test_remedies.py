@@ -8,8 +8,10 @@ from test_end_to_end import small_gemma_backbone
 
 from autoshard.errors import NothingFitsError
 from autoshard.pipeline import make_plan, plan
-from autoshard.planner.remedies import _more_devices
+from autoshard.planner.remedies import _more_devices, remedies
 from autoshard.planner.setup import make_setup
+from autoshard.planner.stopwatch import Stopwatch
+from autoshard.planner.tracing import trace_model
 
 # On a GPU: a TPU's core would hold all activations of so small a model beside its memory.
 REQUEST = {
@@ -50,6 +52,17 @@ def test_more_devices_on_the_data_axis_come_with_the_batch_they_divide() -> None
     changed = make_plan(small_gemma_backbone, **{**request, **options(remedy.change)})
     assert changed.fits
     assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
+
+
+def test_none_is_searched_for_where_weights_alone_are_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setup = make_setup(**{**REQUEST, "memory_limit": "2kB"})
+    traced = trace_model(small_gemma_backbone, setup.workload, setup.target.chip)
+    monkeypatch.setattr("autoshard.planner.remedies.run_planner", None)
+    tried: list[str] = []
+    assert remedies(small_gemma_backbone, traced, setup, Stopwatch(progress=tried.append)) == ()
+    assert "try --batch 1" in tried
 
 
 def test_more_gpus_than_a_node_has_are_several_nodes() -> None:

@@ -26,6 +26,8 @@ __all__ = ["synthesise", "tied_families"]
 _COUNTER = r"(_\d+)?"
 # A component with more alternatives than fit here is harder to read than two rules.
 _ALTERNATION_CHARACTERS = 48
+# So many layers that differ in one number get a pattern for any number.
+_LEAST_NUMBERED = 3
 _MODES: tuple[MatchMode, ...] = ("fullmatch", "search")
 _ANCHORS = (("", ""), ("", "$"), ("^", ""), ("^", "$"))
 _TOKENS = re.compile(r"\(_\\d\+\)\?|_|(?:(?!\(_\\d\+\)\?)[^_])+")
@@ -68,11 +70,12 @@ def synthesise(
     expected_outputs = _expected_output_specs(table, outputs or {})
     others = (*table.state_paths, *_later_paths(table, expected))
     universe = tuple(dict.fromkeys((*expected, *expected_outputs, *others)))
-    drafts = _variable_drafts(table, assignment), _output_drafts(table, expected_outputs)
+    found = _variable_drafts(table, assignment), _output_drafts(table, expected_outputs)
+    drafts = ([_verified(draft, universe) for draft in group] for group in found)
     rules = tuple(
         Rule(pattern=draft.pattern, spec=draft.spec)
         for group in drafts
-        for draft in _merged([_verified(draft, universe) for draft in group], universe)
+        for draft in _merged(_numbered(group, universe), universe)
     )
     chosen = expected | expected_outputs
     for how in _MODES:
@@ -288,6 +291,38 @@ def _accepted(
         if {path for path in universe if hits(pattern, path, "search")} == paths:
             return pattern
     return None
+
+
+def _numbered(drafts: Sequence[_Draft], universe: Sequence[str]) -> list[_Draft]:
+    """Join what differs in one number to a pattern for any, where that takes no other path.
+
+    So a model's own `moe_0/w`, `moe_1/w`, ..., each a family of its own, get one short rule.
+    """
+    alike: dict[tuple[Spec, tuple[_Component, ...]], list[_Draft]] = {}
+    for draft in drafts:
+        for components in _with_any_number(draft.components):
+            alike.setdefault((draft.spec, components), []).append(draft)
+    kept = list(drafts)
+    for (_, components), members in alike.items():
+        members = [draft for draft in members if draft in kept]
+        if len(members) < _LEAST_NUMBERED:
+            continue
+        paths = frozenset[str]().union(*(draft.paths for draft in members))
+        pattern = _accepted(components, paths, universe)
+        if pattern is not None:
+            joined = replace(members[0], paths=paths, components=components, pattern=pattern)
+            kept[kept.index(members[0])] = joined
+            kept = [draft for draft in kept if draft not in members[1:]]
+    return kept
+
+
+def _with_any_number(components: tuple[_Component, ...]) -> Iterator[tuple[_Component, ...]]:
+    """Patterns for any number in place of each that a layer's name ends with or has inside."""
+    for k, component in enumerate(components[:-1]):
+        if len(component) == 1 and "(" not in component[0]:
+            for number in re.finditer(r"(?<=_)\d+(?=_|$)", component[0]):
+                text = component[0][: number.start()] + r"\d+" + component[0][number.end() :]
+                yield (*components[:k], (text,), *components[k + 1 :])
 
 
 def _merged(drafts: Sequence[_Draft], universe: Sequence[str]) -> list[_Draft]:

@@ -144,7 +144,8 @@ class AbstractModel:
         if not weights:
             raise ModelError(
                 f"'{self.name}' has no weights: there is nothing to lay out; if they are made when "
-                "it is first called, call it on a keras.Input before"
+                "it is first called, give a functional model, as keras.Model(inputs, "
+                "model(inputs)) with a keras.Input makes one"
             )
         are_weights = {id(variable) for variable in weights}
         return make_table(

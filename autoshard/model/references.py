@@ -48,8 +48,7 @@ def recipe_of(
                 f"the model is {reference!r}; give a preset's name, a Keras model, or a callable "
                 "that returns one"
             )
-        name = getattr(reference, "__name__", type(reference).__name__)
-        return _from_callable(name, reference, dtype, lora_rank)
+        return _from_callable(_import_path(reference), reference, dtype, lora_rank)
     if "://" in reference:
         return _from_preset(reference, dtype, lora_rank)
     path = Path(reference)
@@ -82,6 +81,17 @@ def recipe_of(
         lora_rank=lora_rank,
         has_dtype="dtype" in given,
     )
+
+
+def _import_path(function: Callable[[], Any]) -> str:
+    """`module:name` where that finds the callable again, in another process too; else its name."""
+    name: str = getattr(function, "__name__", type(function).__name__)
+    module = getattr(function, "__module__", None) or "__main__"
+    found: Any = sys.modules.get(module)
+    path = getattr(function, "__qualname__", name)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return f"{module}:{path}" if found is function and module != "__main__" else name
 
 
 def _imported(reference: str) -> Callable[[], Any]:

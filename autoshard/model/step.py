@@ -41,7 +41,7 @@ def _check_length(model: AbstractModel, seq_len: int) -> None:
         if isinstance(layer, layer_class) and seq_len > layer.sequence_length:
             raise ModelError(
                 f"{model.task} takes at most {layer.sequence_length} tokens a sequence, the rows "
-                f"of '{path}', not {seq_len}"
+                f"of '{path}', not {seq_len}: give a seq_len of {layer.sequence_length} or less"
             )
 
 

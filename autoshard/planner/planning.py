@@ -88,8 +88,10 @@ class Planning:
             rules: of the plan.
             is_compiled: whether a compiler was asked about it.
         """
-        words = {word for rule in rules for word in re.findall(r"\w+", rule.pattern)}
-        if numbered := sorted(words & self.numbered_layers):
+        text = " ".join(rule.pattern for rule in rules)
+        names = [*re.findall(r"\w+", text), *re.findall(r"\w+_\\d\+", text)]
+        made_up = self.numbered_layers
+        if numbered := sorted(one for one in made_up if any(re.fullmatch(n, one) for n in names)):
             yield (
                 f"Keras made up {', '.join(numbered)}, and numbers such names as a process "
                 "makes layers: name the layers, or another run may not find them"
@@ -105,6 +107,11 @@ class Planning:
                 f"the model is compiled with {self.compiled_with}, but planned for {planned}: "
                 "slots, memory and time may differ; an optimizer to plan for can be given, one of "
                 f"{', '.join(OPTIMIZERS)}"
+            )
+        if self.setup.workload.policy == "bfloat16" and self.table.dtype == "float32":
+            yield (
+                "the weights are float32, although the step is planned in bfloat16: that is how "
+                f"{self.task} makes them whatever dtype it is given"
             )
         mesh = self.setup.mesh
         is_split = any(axis for rule in rules for axis in rule.spec)

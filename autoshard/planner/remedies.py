@@ -9,9 +9,11 @@ from autoshard.hardware.targets import target_of
 from autoshard.mesh import Mesh, round_up
 from autoshard.model.workload import DEFAULT_LORA_RANK
 from autoshard.planner.planning import Planning, run_planner
+from autoshard.planner.pricing import make_scorer
 from autoshard.planner.setup import Setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, trace_model
+from autoshard.search.candidates import family_choices, smallest_shards
 
 __all__ = ["Remedy", "remedies"]
 
@@ -53,11 +55,24 @@ def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) ->
                 )
             except (ModelError, UsageError):
                 break  # the model has no such step
+            if _held_bytes(planned, changed) > changed.memory_limit:
+                continue
             remedy = _remedy(change, run_planner(planned, changed, top=1))
             if remedy is not None:
                 found.append(remedy)
                 break
     return tuple(found)
+
+
+def _held_bytes(traced: TracedModel, setup: Setup) -> int:
+    """What weights and slots take on a device at the least, their shards the smallest.
+
+    Where that alone is too much, no layout fits, and none is searched for.
+    """
+    scorer = make_scorer(traced.program, setup)
+    shards = smallest_shards(family_choices(traced.program, setup.mesh), setup.mesh)
+    memory = scorer.score(shards).cost.memory
+    return memory.weights + memory.optimizer
 
 
 def _remedy(change: str, planning: Planning) -> Remedy | None:

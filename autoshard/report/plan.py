@@ -85,8 +85,10 @@ def _head(outcome: PlanOutcome) -> str:
 
 def notes(outcome: PlanOutcome) -> list[str]:
     """What a user should know of the plan before it is used, a line each."""
+    variables = outcome.planning.table.variables
+    rounds = any(one.trainable and one.dtype == "bfloat16" for one in variables)
     still = outcome.planning.setup.workload.stillness
-    said = [f"note: {still}"] if still else []
+    said = [f"note: {still}"] if still and rounds else []
     return said + [f"warning: {doubt}" for doubt in outcome.doubts]
 
 
@@ -159,7 +161,8 @@ def _whole(outcome: PlanOutcome) -> Iterator[str]:
     if mesh.n_devices == 1 or total < _TRIFLE * table.n_bytes:
         return
     named, undivided = [], 0
-    large = [family for family in families if family.n_bytes >= _TRIFLE * table.n_bytes]
+    by_size = sorted(families, key=lambda family: -family.n_bytes)
+    large = [one for one in by_size if one.n_bytes >= _TRIFLE * table.n_bytes] or by_size[:1]
     for family in large:
         legal = len(list(legal_specs(family.shape, mesh))) > 1
         why = "by choice" if legal else f"no axis divides {family.shape}"

@@ -33,6 +33,7 @@ __all__ = [
     "fixed_layouts",
     "legal_specs",
     "output_choices",
+    "smallest_shards",
     "split_by_hand",
 ]
 
@@ -144,6 +145,16 @@ def _unread(program: Program) -> set[str]:
 def first_specs(families: Sequence[Choices]) -> dict[str, Spec]:
     """Each family with its first spec: whole where it has a choice, outputs without a rule."""
     return {choices.name: choices.specs[0] for choices in families}
+
+
+def smallest_shards(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
+    """The layout under which a device holds the least of each family."""
+    return {
+        choices.name: min(
+            choices.specs, key=lambda spec: math.prod(shard_shape(choices.shape, spec, mesh))
+        )
+        for choices in families
+    }
 
 
 def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:

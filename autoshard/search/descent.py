@@ -24,13 +24,14 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.graph.program import Layout
 from autoshard.graph.propagation import Propagator
-from autoshard.mesh import Mesh, Spec, shard_shape
+from autoshard.mesh import Mesh, Spec
 from autoshard.search.candidates import (
     NO_RULE,
     Choices,
     asked_layouts,
     first_specs,
     fixed_layouts,
+    smallest_shards,
     split_by_hand,
 )
 
@@ -234,13 +235,11 @@ def starting_points(
     The second fits wherever anything does, or nearly, so that a tight limit leaves a way down. The
     third is what people do by hand.
     """
-    smallest = {
-        choices.name: min(
-            choices.specs, key=lambda spec: math.prod(shard_shape(choices.shape, spec, mesh))
-        )
-        for choices in families
-    }
-    return {**first_specs(families), **relaxed}, smallest, split_by_hand(families, mesh)
+    return (
+        {**first_specs(families), **relaxed},
+        smallest_shards(families, mesh),
+        split_by_hand(families, mesh),
+    )
 
 
 def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec] | None:
