@@ -17,7 +17,7 @@ from autoshard.model.workload import Workload
 from autoshard.processes.child import Child, child_environment
 from autoshard.xla.clock import collective_seconds, link_of, step_time
 from autoshard.xla.collectives import Collective, merge_collectives
-from autoshard.xla.compile import _temporary_bytes, compile_deep, compile_in
+from autoshard.xla.compile import _temporary_bytes, compile_deep, compile_in, worth_extrapolating
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.extrapolate import extrapolate
 from autoshard.xla.partitioned import _folded, target_collectives
@@ -188,6 +188,25 @@ def test_a_deep_compile_extends_two_copies_to_the_whole_model(child):
     assert step.argument_bytes == whole.argument_bytes
     moved, of_all = (sum(one.wire_bytes for one in s.collectives) for s in (step, whole))
     assert moved == of_all
+
+
+@pytest.mark.parametrize(
+    ("n_blocks", "period", "can_fold", "is_worth"),
+    [
+        (28, 1, True, True),
+        (34, 6, True, False),  # 16 and 28 blocks
+        (60, 6, True, True),  # 12 and 24
+        (35, 5, False, False),
+        (6, 1, True, False),
+    ],
+)
+def test_copies_are_compiled_where_they_are_smaller_than_the_model(
+    n_blocks, period, can_fold, is_worth
+):
+    stack = BlockStack(template="block_*", n_blocks=n_blocks, period=period, traced=n_blocks)
+    folded = stack.folded(2) if can_fold else stack
+    small = BlockStack(template="other_*", n_blocks=3, traced=3)
+    assert worth_extrapolating([folded, small]) == is_worth
 
 
 def test_what_lies_idle_is_counted_once():
