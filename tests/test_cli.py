@@ -209,7 +209,7 @@ def test_a_plan_is_compiled_by_xla_and_its_collectives_compared() -> None:
 def test_a_compiler_that_runs_past_its_limit_leaves_a_plan_marked_unverified(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("autoshard.planner.settling._COMPILE_SECONDS", {"cpu": 0.3})
+    monkeypatch.setattr("autoshard.planner.settling._COMPILE_SECONDS", 0.3)
     result = run("plan", SMALL, "--mesh", "1x8", *FLOAT)
     assert result.exit_code == 1
     assert "UNVERIFIED: " in result.stdout
