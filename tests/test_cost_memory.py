@@ -210,7 +210,8 @@ def test_partial_sums_that_are_scattered_wait_for_the_end_of_the_backward_half()
         few, many = (cost_of(updated(count), weight, weight, 0).memory for count in (2, 9))
         assert many.gradients - few.gradients == waiting
     # no more of them than there is room for
-    assert cost_of(updated(200), 0, 0, 0).memory.peak_bytes == pytest.approx(MACHINE.chip.hbm_bytes)
+    peak_bytes = cost_of(updated(200), 0, 0, 0).memory.peak_bytes
+    assert 0 <= MACHINE.chip.hbm_bytes - peak_bytes <= 2  # what rounding loses
 
 
 def test_only_the_tpu_compiler_puts_sums_off() -> None:

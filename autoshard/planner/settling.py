@@ -113,9 +113,8 @@ def settle(
     depth = "shallow" if is_shallow else "all blocks"
     with Child(child_environment(compiler), memory_limit_bytes=available_bytes()) as child:
         compile_whole = partial(compile_in, child, timeout_seconds=_COMPILE_SECONDS)
-        compile_first = compile_whole
-        if is_shallow:
-            compile_first = partial(compile_deep, child, timeout_seconds=_COMPILE_SECONDS)
+        compile_copies = partial(compile_deep, child, timeout_seconds=_COMPILE_SECONDS)
+        compile_first = compile_copies if is_shallow else compile_whole
         verdicts: list[Verdict] = []
         for candidate in _in_turn(planning, compiler, verdicts):
             on_progress(f"compile {candidate.name} for {compiler}, {depth}")
