@@ -24,12 +24,12 @@ from autoshard.search.local_search import State
 __all__ = ["Ascent", "Relaxation"]
 
 _MOST_STEPS = 200
-# Steps without memory prices at the start; steps without gain before prices move by half as much,
-# and before it ends.
+# Steps without memory prices at the start; steps without gain before prices move by half as much.
 _WARM_UP = 10
 _PATIENCE = 8
-_GIVE_UP = 25
-_GAIN = 1e-4
+# The relative gain that counts, and how many steps without one end it.
+_FINE = (1e-4, 25)
+_ROUGH = (1e-3, 10)
 
 
 class Relaxation:
@@ -151,10 +151,11 @@ class Ascent:
     Args:
         graph: the reduced problem.
         weights: of the sums, adding up to 1.
+        rough: whether a bound within a percent will do, where memory has no price.
     """
 
-    def __init__(self, graph: ChoiceGraph, weights: Floats) -> None:
-        self._graph = graph
+    def __init__(self, graph: ChoiceGraph, weights: Floats, *, rough: bool = False) -> None:
+        self._graph, self._rough = graph, rough
         self._relaxation = Relaxation(graph, weights)
         self._best_prices = self._relaxation.prices
         self._reach, self._stalled, self._since_gain = 0.1, 0, 0
@@ -163,7 +164,11 @@ class Ascent:
 
     def improving(self) -> bool:
         """Whether another step is worth its time."""
-        return self.n_steps < _MOST_STEPS and self._since_gain < _GIVE_UP
+        return self.n_steps < _MOST_STEPS and self._since_gain < self._ending[1]
+
+    @property
+    def _ending(self) -> tuple[float, int]:
+        return _ROUGH if self._rough and not self._relaxation.prices.any() else _FINE
 
     def step(self, known: float, *, choose: bool) -> dict[int, int]:
         """One sweep and a change of prices.
@@ -178,7 +183,7 @@ class Ascent:
         chosen = self._relaxation.sweep(choose=choose)
         bound = self._relaxation.bound()
         self.n_steps += 1
-        gained = bound > self.best_bound + _GAIN * abs(bound)
+        gained = bound > self.best_bound + self._ending[0] * abs(bound)
         self._stalled = 0 if gained else self._stalled + 1
         self._since_gain = 0 if gained else self._since_gain + 1
         if bound > self.best_bound:

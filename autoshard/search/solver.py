@@ -86,7 +86,7 @@ def solve(
         reduce_graph(graph, thorough=exact)
         search.n_nodes, search.n_edges = len(graph.alive), len(graph.edges())
         if not exact:
-            search.relax(graph)
+            search.relax(graph, rough=True)
             return search.solution()
         if graph.n_sums == 2 and graph.n_entries() <= _TOO_LARGE:
             search.weigh(graph)
@@ -225,12 +225,12 @@ class _Search:
                 break
         return graph
 
-    def relax(self, graph: ChoiceGraph) -> Ascent:
+    def relax(self, graph: ChoiceGraph, *, rough: bool = False) -> Ascent:
         """Raise the bound by dual ascent; the choices met on the way start descents."""
         self.offer(self._first_state(graph))
         # Mostly the first sum is the larger, and so the one to bound.
         weights = np.eye(graph.n_sums)[0] if self.weights is None else self.weights
-        ascent, over = Ascent(graph, weights), self.until(0.3)
+        ascent, over = Ascent(graph, weights, rough=rough), self.until(0.3)
         while ascent.improving() and not over() and self.relative_gap() > self.gap:
             answers = (ascent.n_steps + 1) % _ANSWER_EVERY == 0
             chosen = ascent.step(self.cost, choose=answers)
