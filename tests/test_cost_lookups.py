@@ -12,6 +12,7 @@ from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import price_op
 from autoshard.cost.values import StepCost
 from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.jaxpr import read_jaxpr
 from autoshard.graph.program import WHOLE, Layout
 from autoshard.graph.propagation import propagate
 from autoshard.hardware.targets import parse_target
@@ -46,7 +47,7 @@ def looked_up(
         StepInput(role="data", family=None),
     ]
     replaces: Sequence[int | None] = [0, None] if train else [None]
-    program = build_program(jax.make_jaxpr(step)(*shapes), inputs, replaces)
+    program = build_program(read_jaxpr(jax.make_jaxpr(step)(*shapes)), inputs, replaces)
     machine = Machine.of(parse_mesh(mesh), parse_target(target))
     fixed = {program.arguments[0].group: table, program.arguments[1].group: ids}
     fixed |= {out.group: result for out in program.outputs}
@@ -72,7 +73,7 @@ def updated(mesh: str, layouts: Sequence[Layout]) -> list[tuple[str, int]]:
         jax.ShapeDtypeStruct((512, 256), jnp.float32),
     )
     inputs = [StepInput(role="data", family=None) for _ in shapes]
-    program = build_program(jax.make_jaxpr(step)(*shapes), inputs, [None])
+    program = build_program(read_jaxpr(jax.make_jaxpr(step)(*shapes)), inputs, [None])
     axes = ("a", "b", "c")[: mesh.count("x") + 1]
     machine = Machine.of(parse_mesh(mesh, axes), parse_target("tpu:v5e:4x4"))
     (op,) = (op for op in program.ops if op.kind == "scatter")
@@ -154,7 +155,7 @@ def test_a_row_of_one_number_is_looked_up() -> None:
 
     shapes = jax.ShapeDtypeStruct((ROWS, 1), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     inputs = [StepInput(role="weight", family="table"), StepInput(role="data", family=None)]
-    program = build_program(jax.make_jaxpr(step)(*shapes), inputs, [None])
+    program = build_program(read_jaxpr(jax.make_jaxpr(step)(*shapes)), inputs, [None])
     machine = Machine.of(parse_mesh("1x8"), parse_target("tpu:v5e:2x4"))
     layouts = propagate(program, {program.arguments[0].group: (0,)}, machine.axis_sizes)
     assert StepPricer(program, machine).price(layouts).traffic == ()
@@ -203,7 +204,7 @@ def test_a_tile_is_turned_round_faster_in_the_vector_memory(n_rows: int, cycles:
         jax.ShapeDtypeStruct(IDS, jnp.int32),
     )
     inputs = [StepInput(role="weight", family="table"), StepInput(role="data", family=None)]
-    program = build_program(jax.make_jaxpr(step)(*shapes), inputs, [None])
+    program = build_program(read_jaxpr(jax.make_jaxpr(step)(*shapes)), inputs, [None])
     machine = Machine.of(parse_mesh("1x8"), parse_target("tpu:v5e:2x4"))
     clock = machine.chip.clock_hz
     assert clock is not None

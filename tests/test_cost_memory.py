@@ -12,6 +12,7 @@ from test_graph_rules import program_of
 from autoshard.cost.lifetimes import alive, lifetimes
 from autoshard.cost.step import StepPricer
 from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.jaxpr import read_jaxpr
 from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import propagate
 from autoshard.hardware.efficiency import memory_seconds
@@ -137,7 +138,7 @@ def test_a_cache_that_is_joined_from_parts_is_there_twice() -> None:
     shape = (64, 2, 1024, 1024)
     structs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (64, 1024, 1024))]
     inputs = [StepInput(role="cache", family=None), StepInput(role="data", family=None)]
-    program = build_program(jax.make_jaxpr(step)(*structs), inputs, [0])
+    program = build_program(read_jaxpr(jax.make_jaxpr(step)(*structs)), inputs, [0])
     assert [argument.is_rebuilt for argument in program.arguments] == [True, False]
     memory = cost_of(program, WHOLE, WHOLE).memory
     assert memory.kv_cache == 4 * 64 * 2 * KIB**2
@@ -176,7 +177,11 @@ def test_what_is_updated_in_shards_and_gathered_is_held_to_the_end(count: int) -
     inputs = [StepInput(role=role, family=None, count=count) for role in roles]
     closed = jax.make_jaxpr(step)(*structs)
     cost = cost_of(
-        build_program(closed, inputs, [0, 1], lambda layer: count), WHOLE, WHOLE, 1, WHOLE
+        build_program(read_jaxpr(closed), inputs, [0, 1], lambda layer: count),
+        WHOLE,
+        WHOLE,
+        1,
+        WHOLE,
     )
     n_bytes = 4 * 8192**2
     assert [(one.kind, one.n_bytes) for one in cost.traffic] == [("all-gather", n_bytes)] * 2
@@ -200,7 +205,7 @@ def updated(count: int) -> Program:
         StepInput(role="data", family=None),
     ]
     closed = jax.make_jaxpr(step)(*structs)
-    return build_program(closed, inputs, [0, 1], lambda layer: count, for_tpu=True)
+    return build_program(read_jaxpr(closed), inputs, [0, 1], lambda layer: count, for_tpu=True)
 
 
 def test_partial_sums_that_are_scattered_wait_for_the_end_of_the_backward_half() -> None:
@@ -230,7 +235,7 @@ def test_a_weight_that_is_kept_from_the_forward_half_is_gathered_once() -> None:
     structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     inputs = [StepInput(role=role, family=None) for role in ("weight", "weight", "data")]
     closed = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*structs)
-    program = build_program(closed, inputs, [None] * 3, lambda layer: 1, for_tpu=True)
+    program = build_program(read_jaxpr(closed), inputs, [None] * 3, lambda layer: 1, for_tpu=True)
     ((first, again),) = lifetimes(program).gathered_again
     assert not program.ops[first].backward and program.ops[again].backward
     layouts = propagate(program, {0: (WHOLE,), 1: (0,), 2: (0,)}, (8,))

@@ -13,6 +13,7 @@ from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.step import StepPricer
 from autoshard.cost.values import Memory, StepCost
 from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.jaxpr import read_jaxpr
 from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import Propagator, propagate
 from autoshard.hardware.efficiency import memory_seconds
@@ -156,7 +157,7 @@ def test_a_donated_weight_and_its_gradient_are_counted_as_shards(
         StepInput(role="weight", family="w", trainable=True),
         StepInput(role="data", family=None),
     ]
-    program = build_program(closed, inputs, [0])
+    program = build_program(read_jaxpr(closed), inputs, [0])
     cost = cost_of(program, 1, WHOLE)
     assert cost.memory.weights == rows * 8192 * 4 / 8
     assert cost.memory.activations >= 0

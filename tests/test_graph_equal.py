@@ -8,6 +8,7 @@ import pytest
 from test_graph_rules import program_of
 
 from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.jaxpr import read_jaxpr
 from autoshard.graph.program import Program
 
 
@@ -82,5 +83,5 @@ def test_blocks_of_a_stack_have_in_common_what_reads_none_of_their_weights(
         StepInput(role="data", family=None),
         *(StepInput(role="weight", family=name) for name in ("first", "second")),
     ]
-    program = build_program(closed, inputs, [None], lambda layer: 9, for_tpu=for_tpu)
+    program = build_program(read_jaxpr(closed), inputs, [None], lambda layer: 9, for_tpu=for_tpu)
     assert [op.count for op in program.ops if op.primitive == "concatenate"] == counts

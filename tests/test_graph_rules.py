@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.jaxpr import read_jaxpr
 from autoshard.graph.program import Program
 from autoshard.graph.rules import link_of
 
@@ -19,7 +20,7 @@ def program_of(
     closed = jax.make_jaxpr(function)(*structs)
     inputs = [StepInput(role="weight", family=f"w{i}") for i in range(len(shapes))]
     replaces = [None] * len(closed.jaxpr.outvars)
-    return build_program(closed, inputs, replaces, for_tpu=for_tpu)
+    return build_program(read_jaxpr(closed), inputs, replaces, for_tpu=for_tpu)
 
 
 def test_a_matmul_reduces_the_contracting_dimension_and_passes_the_others() -> None:

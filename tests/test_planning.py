@@ -14,6 +14,7 @@ from autoshard.cost.machine import Machine
 from autoshard.cost.step import StepPricer
 from autoshard.errors import ModelError
 from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.jaxpr import read_jaxpr
 from autoshard.graph.program import Program
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules, Rule
@@ -218,7 +219,7 @@ def step_program(*widths: int) -> Program:
         StepInput(role="weight", family=f"layer_{i}/w{i}/kernel", trainable=True)
         for i in range(len(shapes))
     ]
-    return build_program(closed, inputs, list(range(1, len(shapes) + 1)))
+    return build_program(read_jaxpr(closed), inputs, list(range(1, len(shapes) + 1)))
 
 
 def scorer_of(program: Program, mesh: Mesh, limit: int | None = None) -> Scorer:

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
 from autoshard.graph.caches import CacheMoves, cache_count, cache_moves, rebuilt_arguments
 from autoshard.graph.casts import held_arrays, with_narrow_results
 from autoshard.graph.equal import merge_equal
 from autoshard.graph.grouping import Grouping, Numbering, group_arrays
-from autoshard.graph.jaxpr import Equation, FlatJaxpr, read_jaxpr
+from autoshard.graph.jaxpr import Equation, FlatJaxpr
 from autoshard.graph.layer_outputs import layer_outputs
 from autoshard.graph.link import Label, Link
 from autoshard.graph.liveness import Lives, read_lives
@@ -50,7 +49,7 @@ class StepInput:
 
 
 def build_program(
-    closed: Any,
+    flat: FlatJaxpr,
     inputs: Sequence[StepInput],
     replaces: Sequence[int | None],
     count_of: Callable[[str], int] = lambda layer: 1,
@@ -58,10 +57,10 @@ def build_program(
     *,
     for_tpu: bool = False,
 ) -> Program:
-    """Read a traced step.
+    """Turn a step that was read into the program.
 
     Args:
-        closed: the step as a `jax.core.ClosedJaxpr` over flat arguments.
+        flat: the step.
         inputs: one an argument, in order.
         replaces: for each result, the index of the argument whose memory it takes, or None.
         count_of: how many times the whole model has a layer of the traced copy.
@@ -72,7 +71,7 @@ def build_program(
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
     """
-    flat, common = read_jaxpr(closed), frozenset[int]()
+    common = frozenset[int]()
     if for_tpu:
         own = [i for i, info in zip(flat.inputs, inputs, strict=True) if info.role != "data"]
         flat, common = merge_equal(flat, own)

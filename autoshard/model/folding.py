@@ -33,6 +33,8 @@ class BlockStack:
         lead: blocks before the first period.
         period: blocks after which the kinds of block repeat.
         traced: blocks of the folded model; equal to `n_blocks` where it is not folded.
+        counts: for how many real blocks each of these stands, where some are left out of the step
+            (see `autoshard.model.thinning`): 0 for those. Empty where none is.
     """
 
     template: str
@@ -41,6 +43,7 @@ class BlockStack:
     lead: int = 0
     period: int = 1
     traced: int
+    counts: tuple[int, ...] = ()
 
     @property
     def n_periods(self) -> int:
@@ -65,6 +68,8 @@ class BlockStack:
 
     def multiplicity(self, block: int) -> int:
         """How many real blocks a folded block, counted from 0, stands for."""
+        if self.counts:
+            return self.counts[block]
         extra = self.n_periods - self.traced_periods
         # The last of the first periods stands for those left out; with a single period, that one.
         middle = self.lead + max(0, self.traced_periods - 2) * self.period
@@ -90,9 +95,12 @@ class Folding:
 
     def __contains__(self, path: str) -> bool:
         """Whether it says of a path, or the beginning of one, for how many it stands."""
-        return path in self.shared or any(
-            _block_of(path, stack) is not None for stack in self.blocks
-        )
+        return path in self.shared or self.block_of(path) is not None
+
+    def block_of(self, path: str) -> tuple[str, int] | None:
+        """The block that a path lies in: the template of its stack, and its number there from 0."""
+        places = ((stack.template, _block_of(path, stack)) for stack in self.blocks)
+        return next(((template, block) for template, block in places if block is not None), None)
 
     def multiplicity(self, path: str) -> int | Fraction:
         """How many layers of the real model a layer, variable or output of this model stands for.

@@ -25,7 +25,7 @@ from autoshard.planner.setup import Setup
 from autoshard.processes.child import Child, child_environment
 from autoshard.units import format_bytes
 from autoshard.xla.clock import step_time
-from autoshard.xla.compile import compile_deep, compile_in, worth_extrapolating
+from autoshard.xla.compile import compile_deep, compile_in, copied_share
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.copies import complaint
 from autoshard.xla.partitioned import partitioned_seconds
@@ -33,8 +33,8 @@ from autoshard.xla.partitioned import partitioned_seconds
 __all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
 
 _N_SETTLED = 3
-# Of a program with more ops than this one candidate is compiled: each takes minutes.
-_MANY_OPS = 8_000
+# Where more ops than this are compiled for one candidate, one is: each takes minutes.
+_MANY_OPS = 9_200
 # The split by hand is compiled unless it is predicted to take so many times as long.
 _NEAR = 1.25
 # What is predicted to be so many times as fast as the best compiled is worth a compile.
@@ -109,7 +109,7 @@ def settle(
         XlaError: no candidate could be compiled, or the child died or ran out of time.
     """
     judge = partial(_verdict, model, planning, compiler)
-    is_shallow = worth_extrapolating(planning.blocks)
+    is_shallow = copied_share(planning.blocks) < 1
     depth = "shallow" if is_shallow else "all blocks"
     with Child(child_environment(compiler), memory_limit_bytes=available_bytes()) as child:
         compile_whole = partial(compile_in, child, timeout_seconds=_COMPILE_SECONDS)
@@ -159,7 +159,8 @@ def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ..
     that fits and is not far behind: it may find it faster.
     """
     fitting = tuple(candidate for candidate in planning.candidates if candidate.fits)
-    n_settled = 1 if len(planning.program.ops) > _MANY_OPS else _N_SETTLED
+    n_ops = sum(op.count for op in planning.program.ops) * min(1.0, copied_share(planning.blocks))
+    n_settled = 1 if n_ops > _MANY_OPS else _N_SETTLED
     chosen = (fitting or planning.candidates)[:n_settled]
     hand = planning.by_hand
     if compiler.chip.kind != "tpu" or hand is None or hand in chosen or not hand.fits:

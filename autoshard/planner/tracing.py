@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from autoshard.errors import ModelError
 from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.chains import blocks_read
+from autoshard.graph.jaxpr import FlatJaxpr, read_jaxpr
 from autoshard.graph.program import Program
 from autoshard.hardware.chips import Chip
 from autoshard.model.attention import attention_of
@@ -15,7 +18,9 @@ from autoshard.model.folding import Folding
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.paths import tails
 from autoshard.model.recipe import AbstractModel
+from autoshard.model.signature import Step
 from autoshard.model.step import generate_shapes, make_step, trace
+from autoshard.model.thinning import thin
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planner.stopwatch import Stopwatch
@@ -85,10 +90,52 @@ def make_program(
     """
     watch = watch or Stopwatch()
     with watch.stage("trace the step"), attention_of(chip):
-        step = make_step(folded, workload)
-        closed = trace(step)
+        copy, step, flat = _trace_thinned(folded, workload) or _trace(folded, workload)
     with watch.stage("build the op graph"):
-        return _program(closed, step, folded, for_tpu=chip is not None and chip.kind == "tpu")
+        return _program(flat, step, copy, for_tpu=chip is not None and chip.kind == "tpu")
+
+
+def _trace(model: AbstractModel, workload: Workload) -> tuple[AbstractModel, Step, FlatJaxpr]:
+    step = make_step(model, workload)
+    return model, step, read_jaxpr(trace(step))
+
+
+def _trace_thinned(
+    folded: AbstractModel, workload: Workload
+) -> tuple[AbstractModel, Step, FlatJaxpr] | None:
+    """The step of a copy with blocks left out; None where none can be.
+
+    Blocks that do not read each other's results are no chain. A decoding step has parts of a cache
+    for all of them.
+    """
+    thinned = folded if workload.kind == "decode" else thin(folded)
+    if thinned is folded:
+        return None
+    try:
+        traced = _trace(thinned, workload)
+    except ModelError:
+        return None
+    return traced if _are_chains(traced[2], thinned.folding) else None
+
+
+def _are_chains(flat: FlatJaxpr, folding: Folding) -> bool:
+    """Whether each block reads what the one made that stands for those left out before it."""
+    reads = blocks_read(flat, lambda layer: _in_block(layer, folding))
+    kept = (
+        [(stack.template, block) for block, count in enumerate(stack.counts) if count]
+        for stack in folding.blocks
+    )
+    return all(
+        before in reads.get(block, (before,))
+        for blocks in kept
+        for before, block in pairwise(blocks)
+        if block[1] - before[1] > 1
+    )
+
+
+def _in_block(layer: str, folding: Folding) -> tuple[str, int] | None:
+    blocks = (folding.block_of(tail) for tail in tails(layer))
+    return next((block for block in blocks if block is not None), None)
 
 
 def shapes_in_generate(
@@ -106,7 +153,7 @@ def shapes_in_generate(
         return None
 
 
-def _program(closed: Any, step: Any, folded: AbstractModel, *, for_tpu: bool) -> Program:
+def _program(flat: FlatJaxpr, step: Step, folded: AbstractModel, *, for_tpu: bool) -> Program:
     """The op graph of the traced copy, each op and argument with its count in the real model."""
     folded_table = folded.table()
     variables = folded_table.variables
@@ -126,7 +173,7 @@ def _program(closed: Any, step: Any, folded: AbstractModel, *, for_tpu: bool) ->
     ]
     replaces = [result.argument for result in step.results]
     return build_program(
-        closed,
+        flat,
         inputs,
         replaces,
         lambda layer: _layer_count(layer, folded.folding),

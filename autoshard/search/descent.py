@@ -62,7 +62,7 @@ _MEMORY_POWER = 0.01
 _PAIRED = 16
 
 # So many looks at ops, of all layouts together, after which no more pairs are tried and no shakes.
-_MOST_LOOKS = 5_000_000
+_MOST_LOOKS = 2_500_000
 
 # So often the best is shaken and descended from again.
 _SHAKES = 8

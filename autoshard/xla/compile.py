@@ -34,7 +34,7 @@ from autoshard.xla.lowering import lower
 from autoshard.xla.names import layer_paths
 from autoshard.xla.normalise import COMPILER_OPTIONS, cpu_normaliser
 
-__all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step", "worth_extrapolating"]
+__all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step", "copied_share"]
 
 # Copies with so many periods of blocks say how the program grows with the model.
 _SHALLOW, _DEEPER = 2, 4
@@ -88,7 +88,7 @@ def compile_deep(
     """The whole model's program, from copies with two and four periods of blocks.
 
     Args:
-        child: as for `compile_in`, of a model for which this is `worth_extrapolating`.
+        child: as for `compile_in`, of a model whose `copied_share` is less than 1.
         request: what to compile; its `periods` is not used.
         timeout_seconds: the limit of each compilation.
 
@@ -105,8 +105,10 @@ def compile_deep(
     return extrapolate(compiled(_SHALLOW), compiled(_DEEPER))
 
 
-def worth_extrapolating(blocks: Sequence[BlockStack]) -> bool:
-    """Whether the two copies of a model have fewer blocks, together, than the model.
+def copied_share(blocks: Sequence[BlockStack]) -> float:
+    """How many blocks the two copies of a model have together, for one of its own.
+
+    From 1 on it is no use to compile them in its place.
 
     Args:
         blocks: its stacks, each folded where it can be.
@@ -116,7 +118,8 @@ def worth_extrapolating(blocks: Sequence[BlockStack]) -> bool:
         for periods in (_SHALLOW, _DEEPER)
         for stack in blocks
     )
-    return sum(copied) < sum(stack.n_blocks for stack in blocks)
+    n_blocks = sum(stack.n_blocks for stack in blocks)
+    return sum(copied) / n_blocks if n_blocks else 1.0
 
 
 def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> CompiledStep:
