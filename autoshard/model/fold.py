@@ -17,6 +17,7 @@ from autoshard.errors import ModelError, UsageError
 from autoshard.model.blocks import Stack, blocks_like, elsewhere, find_stacks
 from autoshard.model.folding import BlockStack, Folding, find_repetition
 from autoshard.model.recipe import AbstractModel, build_recipe
+from autoshard.model.thinning import without_blocks
 
 __all__ = ["PLANNED_PERIODS", "fold"]
 
@@ -27,13 +28,15 @@ Keys = tuple[str | int, ...]
 Rows = Counter[tuple[Any, ...]]
 
 
-def fold(model: AbstractModel, *, periods: int | None) -> AbstractModel:
+def fold(model: AbstractModel, *, periods: int | None, leaves_out: bool = False) -> AbstractModel:
     """Build a model again with fewer blocks.
 
     Args:
         model: the whole model.
         periods: how many periods of each stack to keep, at least 1; None for all, so that the
             stacks are found and nothing is left out.
+        leaves_out: whether a step may leave blocks out that the model cannot be built without (see
+            `autoshard.model.thinning`); its blocks are known to be chains.
 
     Raises:
         UsageError: fewer than 1.
@@ -56,8 +59,26 @@ def fold(model: AbstractModel, *, periods: int | None) -> AbstractModel:
             if attempt and attempt[1][template].traced == stack.traced:
                 (folded, stacks), config = attempt, changed
                 break
-    folding = Folding(blocks=tuple(stacks.values()), shared=_shared(whole, model, folded))
+    counts = _left_out(stacks, wanted) if leaves_out else {}
+    if copy := without_blocks(folded, counts) if counts else None:
+        folded, stacks = copy, wanted
+    else:
+        counts = {}
+    shared = _shared(whole, model, folded)
+    folding = Folding(blocks=tuple(stacks.values()), shared=shared, counts=counts)
     return replace(folded, folding=folding)
+
+
+def _left_out(
+    stacks: Mapping[str, BlockStack], wanted: Mapping[str, BlockStack]
+) -> dict[str, tuple[int, ...]]:
+    """For how many blocks each block stands, of the stacks that are larger than wanted."""
+    counts = {}
+    for template, stack in wanted.items():
+        if stack.traced < stacks[template].traced:
+            stood_for = {stack.real_block(b): stack.multiplicity(b) for b in range(stack.traced)}
+            counts[template] = tuple(stood_for.get(b, 0) for b in range(stack.n_blocks))
+    return counts
 
 
 def _shared(

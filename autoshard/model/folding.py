@@ -33,8 +33,6 @@ class BlockStack:
         lead: blocks before the first period.
         period: blocks after which the kinds of block repeat.
         traced: blocks of the folded model; equal to `n_blocks` where it is not folded.
-        counts: for how many real blocks each of these stands, where some are left out of the step
-            (see `autoshard.model.thinning`): 0 for those. Empty where none is.
     """
 
     template: str
@@ -43,7 +41,6 @@ class BlockStack:
     lead: int = 0
     period: int = 1
     traced: int
-    counts: tuple[int, ...] = ()
 
     @property
     def n_periods(self) -> int:
@@ -68,8 +65,6 @@ class BlockStack:
 
     def multiplicity(self, block: int) -> int:
         """How many real blocks a folded block, counted from 0, stands for."""
-        if self.counts:
-            return self.counts[block]
         extra = self.n_periods - self.traced_periods
         # The last of the first periods stands for those left out; with a single period, that one.
         middle = self.lead + max(0, self.traced_periods - 2) * self.period
@@ -84,6 +79,8 @@ class Folding:
         blocks: the stacks.
         shared: for how many weights of the real model each stands that has a path which several
             blocks share: their mean.
+        counts: template of a stack of which blocks are left out of the step (see
+            `autoshard.model.thinning`) -> for how many each stands: 0 for those.
 
     >>> stack = BlockStack(template="decoder_block_*", n_blocks=28, traced=3)
     >>> [Folding(blocks=(stack,)).multiplicity(f"decoder_block_{i}/attention") for i in range(3)]
@@ -92,6 +89,7 @@ class Folding:
 
     blocks: tuple[BlockStack, ...] = ()
     shared: Mapping[str, Fraction] = field(default_factory=dict)
+    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __contains__(self, path: str) -> bool:
         """Whether it says of a path, or the beginning of one, for how many it stands."""
@@ -111,7 +109,9 @@ class Folding:
         if path in self.shared:
             return self.shared[path]
         counts = (
-            stack.multiplicity(block)
+            self.counts[stack.template][block]
+            if stack.template in self.counts
+            else stack.multiplicity(block)
             for stack in self.blocks
             if (block := _block_of(path, stack)) is not None
         )

@@ -16,11 +16,11 @@ from typing import Any
 
 from autoshard.errors import ModelError
 from autoshard.model.blocks import Stack, find_stacks
-from autoshard.model.folding import BlockStack, Folding
+from autoshard.model.folding import BlockStack
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel, build_recipe, layers_by_path
 
-__all__ = ["thin", "thinned_counts"]
+__all__ = ["thin", "thinned_counts", "without_blocks"]
 
 # Of two the first stands for all others: fewer alike cannot be made less.
 _LEAST_ALIKE = 3
@@ -39,21 +39,36 @@ def thin(model: AbstractModel) -> AbstractModel:
         model itself where none can be.
     """
     counts = _counts(model)
-    if model.recipe is None or not counts:
+    copy = without_blocks(model, counts) if counts else None
+    if copy is None:
         return model
+    folding = replace(model.folding, shared=_shared(model, copy), counts=counts)
+    return replace(copy, folding=folding)
+
+
+def without_blocks(
+    model: AbstractModel, counts: Mapping[str, Sequence[int]]
+) -> AbstractModel | None:
+    """Build a model again of which a step leaves blocks out; None where that is not possible.
+
+    Args:
+        model: what is built again.
+        counts: template of a stack -> for how many blocks each stands: 0 for those to leave out.
+
+    Returns:
+        The copy, with no `folding`.
+    """
     try:
-        copy = build_recipe(model.recipe)
+        copy = build_recipe(model.recipe) if model.recipe else model
     except ModelError:
-        return model
+        return None
     before, after = layers_by_path(model.model), layers_by_path(copy.model)
     if before.keys() != after.keys() or any(before[path] is after[path] for path in before):
-        return model  # a callable may return one model again and again
+        return None  # a callable may return one model again and again
     for found in find_stacks(copy):
         if found.template in counts:
             _leave_out(found, counts[found.template])
-    blocks = (replace(s, counts=counts.get(s.template, ())) for s in model.folding.blocks)
-    folding = Folding(blocks=tuple(blocks), shared=_shared(model, copy))
-    return replace(copy, dtype=model.dtype, folding=folding)
+    return replace(copy, dtype=model.dtype)
 
 
 def _counts(model: AbstractModel) -> dict[str, tuple[int, ...]]:

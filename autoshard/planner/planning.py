@@ -55,7 +55,8 @@ class Planning:
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` is slow or fails, or None.
         program: the op graph of the step.
-        blocks: the stacks of repeated blocks, as many blocks of each traced as the program has.
+        blocks: the stacks of repeated blocks, as far as the model can be built with fewer.
+        leaves_out: whether a step may leave out blocks of the others: they are chains.
     """
 
     setup: Setup
@@ -69,6 +70,7 @@ class Planning:
     rivals: tuple[Candidate, ...]
     program: Program
     blocks: tuple[BlockStack, ...]
+    leaves_out: bool
     by_hand: Candidate | None
     plain: Candidate | None
     no_rule: Candidate
@@ -210,6 +212,7 @@ def run_planner(
         without_generate=beyond,
         program=traced.program,
         blocks=folded.folding.blocks,
+        leaves_out=traced.leaves_out,
     )
 
 

@@ -109,7 +109,7 @@ def settle(
         XlaError: no candidate could be compiled, or the child died or ran out of time.
     """
     judge = partial(_verdict, model, planning, compiler)
-    is_shallow = copied_share(planning.blocks) < 1
+    is_shallow = _copied_share(planning) < 1
     depth = "shallow" if is_shallow else "all blocks"
     with Child(child_environment(compiler), memory_limit_bytes=available_bytes()) as child:
         compile_whole = partial(compile_in, child, timeout_seconds=_COMPILE_SECONDS)
@@ -159,13 +159,17 @@ def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ..
     that fits and is not far behind: it may find it faster.
     """
     fitting = tuple(candidate for candidate in planning.candidates if candidate.fits)
-    n_ops = sum(op.count for op in planning.program.ops) * min(1.0, copied_share(planning.blocks))
+    n_ops = sum(op.count for op in planning.program.ops) * min(1.0, _copied_share(planning))
     n_settled = 1 if n_ops > _MANY_OPS else _N_SETTLED
     chosen = (fitting or planning.candidates)[:n_settled]
     hand = planning.by_hand
     if compiler.chip.kind != "tpu" or hand is None or hand in chosen or not hand.fits:
         return chosen
     return chosen if hand.step_seconds > _NEAR * chosen[0].step_seconds else (*chosen, hand)
+
+
+def _copied_share(planning: Planning) -> float:
+    return copied_share(planning.blocks, leaves_out=planning.leaves_out)
 
 
 def _underrated(planning: Planning, verdicts: Sequence[Verdict]) -> Candidate | None:
@@ -197,6 +201,7 @@ def _verdict(
         mesh=planning.setup.mesh,
         rules=candidate.rules,
         target=str(compiler),
+        leaves_out=planning.leaves_out,
         attention=planning.setup.target.chip.name,
     )
     try:

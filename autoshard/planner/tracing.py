@@ -35,9 +35,10 @@ class TracedModel:
     Attributes:
         whole: the model.
         table: its variables.
-        folded: the copy with fewer blocks that was traced.
+        folded: the copy with fewer blocks.
         workload: the step, with the model's dtype.
         program: the op graph of the copy's step.
+        leaves_out: whether that step leaves more blocks out.
     """
 
     whole: AbstractModel
@@ -45,6 +46,7 @@ class TracedModel:
     folded: AbstractModel
     workload: Workload
     program: Program
+    leaves_out: bool
 
 
 def trace_model(
@@ -64,21 +66,18 @@ def trace_model(
         table = whole.table()
         folded = fold(whole, periods=PLANNED_PERIODS)
     workload = whole.adapted(workload)
+    program, leaves_out = _make_program(folded, workload, chip, watch)
     return TracedModel(
         whole=whole,
         table=table,
         folded=folded,
         workload=workload,
-        program=make_program(folded, workload, chip, watch),
+        program=program,
+        leaves_out=leaves_out,
     )
 
 
-def make_program(
-    folded: AbstractModel,
-    workload: Workload,
-    chip: Chip | None = None,
-    watch: Stopwatch | None = None,
-) -> Program:
+def make_program(folded: AbstractModel, workload: Workload, chip: Chip | None = None) -> Program:
     """The op graph of a model's step.
 
     Args:
@@ -86,13 +85,19 @@ def make_program(
         workload: the step.
         chip: the target's: it decides how attention runs, and TPU compilers rewrite a step before
             they partition it; None for a CPU, which takes it as it is.
-        watch: measures the stages.
     """
-    watch = watch or Stopwatch()
+    return _make_program(folded, workload, chip, Stopwatch())[0]
+
+
+def _make_program(
+    folded: AbstractModel, workload: Workload, chip: Chip | None, watch: Stopwatch
+) -> tuple[Program, bool]:
+    """See `make_program`; and whether the step leaves blocks out."""
     with watch.stage("trace the step"), attention_of(chip):
         copy, step, flat = _trace_thinned(folded, workload) or _trace(folded, workload)
     with watch.stage("build the op graph"):
-        return _program(flat, step, copy, for_tpu=chip is not None and chip.kind == "tpu")
+        program = _program(flat, step, copy, for_tpu=chip is not None and chip.kind == "tpu")
+    return program, copy is not folded
 
 
 def _trace(model: AbstractModel, workload: Workload) -> tuple[AbstractModel, Step, FlatJaxpr]:
@@ -122,8 +127,8 @@ def _are_chains(flat: FlatJaxpr, folding: Folding) -> bool:
     """Whether each block reads what the one made that stands for those left out before it."""
     reads = blocks_read(flat, lambda layer: _in_block(layer, folding))
     kept = (
-        [(stack.template, block) for block, count in enumerate(stack.counts) if count]
-        for stack in folding.blocks
+        [(template, block) for block, count in enumerate(counts) if count]
+        for template, counts in folding.counts.items()
     )
     return all(
         before in reads.get(block, (before,))

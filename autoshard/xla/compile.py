@@ -105,16 +105,19 @@ def compile_deep(
     return extrapolate(compiled(_SHALLOW), compiled(_DEEPER))
 
 
-def copied_share(blocks: Sequence[BlockStack]) -> float:
+def copied_share(blocks: Sequence[BlockStack], *, leaves_out: bool = False) -> float:
     """How many blocks the two copies of a model have together, for one of its own.
 
     From 1 on it is no use to compile them in its place.
 
     Args:
         blocks: its stacks, each folded where it can be.
+        leaves_out: whether blocks of the others may be left out of the step.
     """
     copied = (
-        stack.folded(periods).traced if stack.traced < stack.n_blocks else stack.n_blocks
+        stack.folded(periods).traced
+        if leaves_out or stack.traced < stack.n_blocks
+        else stack.n_blocks
         for periods in (_SHALLOW, _DEEPER)
         for stack in blocks
     )
@@ -137,7 +140,7 @@ def compile_step(request: CompileRequest, progress: Callable[[str], None]) -> Co
     target = parse_target(request.target)
     with attention_of(get_chip(request.attention) if request.attention else target.chip):
         progress("build")
-        model, step = _built(request.model, request.workload, request.periods)
+        model, step = _built(request.model, request.workload, request.periods, request.leaves_out)
         progress("lower")
         lowered, jaxpr = lower(step, request.rules, request.mesh, target)
     progress("compile")
@@ -207,9 +210,11 @@ def _temporary_bytes(memory: Any, target: Target) -> int:
 
 
 @lru_cache(maxsize=_KEPT_STEPS)
-def _built(name: str, workload: Workload, periods: int | None) -> tuple[AbstractModel, Step]:
+def _built(
+    name: str, workload: Workload, periods: int | None, leaves_out: bool
+) -> tuple[AbstractModel, Step]:
     whole = build(name, dtype=workload.dtype, lora_rank=workload.lora_rank)
-    model = fold(whole, periods=periods)
+    model = fold(whole, periods=periods, leaves_out=leaves_out)
     return model, make_step(model, workload)
 
 

@@ -24,6 +24,7 @@ class CompileRequest:
         rules: the layout map.
         target: the machine, such as `cpu:8` or `tpu:v5e:2x4`.
         periods: how many periods of each stack of repeated blocks; None for the whole model.
+        leaves_out: whether blocks may be left out of the step that the model has to have.
         attention: the chip whose attention the step takes, such as `tpu:v5e`; None for the
             target's.
     """
@@ -34,6 +35,7 @@ class CompileRequest:
     rules: LayoutRules
     target: str
     periods: int | None = None
+    leaves_out: bool = False
     attention: str | None = None
 
     def __post_init__(self) -> None:
