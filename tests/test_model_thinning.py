@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+from autoshard.hardware.targets import parse_target
+from autoshard.layout.rules import Rule
+from autoshard.mesh import parse_mesh
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.folding import BlockStack
@@ -13,6 +16,10 @@ from autoshard.model.workload import Workload
 from autoshard.pipeline import make_plan
 from autoshard.planner import tracing
 from autoshard.planner.tracing import make_program
+from autoshard.processes.child import Child, child_environment
+from autoshard.xla.collectives import merge_collectives
+from autoshard.xla.compile import compile_deep, compile_in
+from autoshard.xla.compiled import CompileRequest
 
 TRAIN = Workload(batch=8, seq_len=32, dtype="float32")
 N_BLOCKS = 9
@@ -156,3 +163,25 @@ def test_a_decoding_step_has_all_its_blocks() -> None:
         op.layer.split("block_")[1].split("/")[0] for op in program.ops if "block_" in op.layer
     }
     assert len(blocks) == model.folding.blocks[0].traced
+
+
+def test_copies_with_blocks_left_out_compile_to_the_whole_models_program() -> None:
+    rules = (
+        Rule(pattern=r"block_\d+/up/kernel", spec=(None, "model")),
+        Rule(pattern=r"block_\d+/down/kernel", spec=("model", None)),
+    )
+    request = CompileRequest(
+        model=f"{__name__}:chain",
+        workload=Workload(kind="prefill", batch=8, seq_len=32, dtype="float32"),
+        mesh=parse_mesh("1x8"),
+        rules=rules,
+        target="cpu:8",
+        leaves_out=True,
+    )
+    with Child(child_environment(parse_target("cpu:8"))) as child:
+        deep = compile_deep(child, request, timeout_seconds=300.0)
+        whole = compile_in(child, request, timeout_seconds=300.0)
+    assert deep.is_whole
+    assert [(stack.template, stack.traced) for stack in deep.blocks] == [("block_*", N_BLOCKS)]
+    assert deep.argument_bytes == whole.argument_bytes
+    assert set(deep.collectives) == set(merge_collectives(whole.collectives, ["block_*"]))
