@@ -11,7 +11,7 @@ from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.folding import BlockStack
 from autoshard.model.keras_import import import_keras, import_keras_hub
-from autoshard.model.thinning import thin, thinned_counts
+from autoshard.model.thinning import counts_of, stand_ins, thin
 from autoshard.model.workload import Workload
 from autoshard.pipeline import make_plan
 from autoshard.planner import tracing
@@ -50,6 +50,47 @@ def gemma3() -> Any:
         sliding_window_size=16,
         vision_encoder=None,
     )
+
+
+def frozen() -> Any:
+    """A chain before which nothing is trained."""
+    model = chain()
+    model.get_layer("tokens_in").trainable = False
+    return model
+
+
+def again() -> Any:
+    """A chain whose first block is called four times more."""
+    return _net(lambda blocks, x: _one_after_another([*blocks, *blocks[:1] * 4], x))
+
+
+def halving() -> Any:
+    """A chain in which the sequence is halved from block to block."""
+    pool = import_keras().layers.MaxPooling1D
+    return _net(lambda blocks, x: _one_after_another([*blocks[:1], *_halved(blocks[1:], pool)], x))
+
+
+def _halved(blocks: Any, pool: Any) -> Any:
+    return [layer for block in blocks for layer in (pool(2, padding="same"), block)]
+
+
+def with_a_block_in_its_head() -> Any:
+    """A chain, and a layer of another name that has a block's name inside it."""
+    keras = import_keras()
+
+    class Head(keras.layers.Layer):  # type: ignore[misc, name-defined]
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.inner = _block(4)
+
+        def build(self, shape: Any) -> None:
+            self.inner.build(shape)
+            self.built = True
+
+        def call(self, x: Any) -> Any:
+            return self.inner(x)
+
+    return _net(lambda blocks, x: Head(name="head")(_one_after_another(blocks, x)))
 
 
 def _net(join: Any) -> Any:
@@ -102,17 +143,21 @@ def _block(number: int) -> Any:
 def test_the_first_of_what_repeats_stands_for_all_but_the_last(kinds, counts) -> None:
     n_blocks = len(kinds)
     stack = BlockStack(template="block_*", n_blocks=n_blocks, traced=n_blocks)
-    assert thinned_counts(kinds, stack) == counts
-    for kind in set(kinds):
-        stood_for = sum(n for n, of in zip(counts, kinds, strict=True) if of == kind)
-        assert stood_for == kinds.count(kind)
+    kept = stand_ins(kinds)
+    assert counts_of(kept, stack) == counts
+    assert sorted(block for stood_for in kept.values() for block in stood_for) == [*range(n_blocks)]
+    assert all(kinds[b] == kinds[block] for block, stood_for in kept.items() for b in stood_for)
 
 
 def test_a_folded_copys_counts_are_shared_out() -> None:
-    stack = BlockStack(template="block_*", n_blocks=30, period=3, traced=6)
-    assert thinned_counts("aabaab", stack) == (9, 9, 9, 1, 1, 1)
     stack = BlockStack(template="block_*", n_blocks=40, period=4, traced=8)
-    assert thinned_counts("aaabaaab", stack) == (18, 0, 9, 9, 2, 0, 1, 1)
+    looks = [(kind, stack.multiplicity(block)) for block, kind in enumerate("aaabaaab")]
+    assert counts_of(stand_ins(looks), stack) == (18, 0, 9, 9, 2, 0, 1, 1)
+
+
+def test_a_stack_says_what_its_folded_blocks_stand_for() -> None:
+    stack = BlockStack(template="block_*", n_blocks=8, lead=1, period=2, traced=6)
+    assert stack.stand_ins() == {0: (0,), 1: (1, 3), 2: (2, 4), 5: (5,), 6: (6,), 7: (7,)}
 
 
 @pytest.mark.parametrize("make", [chain, gemma3])
@@ -137,6 +182,18 @@ def test_only_the_ends_of_a_row_are_traced(make, n_left) -> None:
     assert len(blocks) == n_left
     n_weights = sum(a.count for a in program.arguments if a.role == "weight")
     assert n_weights == len(build(make).model.weights)
+
+
+def matmul_flops(program: Any) -> int:
+    return sum(op.flops * op.count for op in program.ops)
+
+
+@pytest.mark.parametrize("make", [chain, frozen, again, halving, fan, with_a_block_in_its_head])
+def test_no_flops_are_lost_or_made_up(make, monkeypatch) -> None:
+    model = fold(build(make), periods=2)
+    program = make_program(model, model.adapted(TRAIN))
+    monkeypatch.setattr(tracing, "thin", lambda folded: folded)
+    assert matmul_flops(program) == matmul_flops(make_program(model, model.adapted(TRAIN)))
 
 
 def test_blocks_beside_each_other_are_no_chain() -> None:

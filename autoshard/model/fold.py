@@ -17,7 +17,7 @@ from autoshard.errors import ModelError, UsageError
 from autoshard.model.blocks import Stack, blocks_like, elsewhere, find_stacks
 from autoshard.model.folding import BlockStack, Folding, find_repetition
 from autoshard.model.recipe import AbstractModel, build_recipe
-from autoshard.model.thinning import without_blocks
+from autoshard.model.thinning import counts_of, without_blocks
 
 __all__ = ["PLANNED_PERIODS", "fold"]
 
@@ -59,26 +59,19 @@ def fold(model: AbstractModel, *, periods: int | None, leaves_out: bool = False)
             if attempt and attempt[1][template].traced == stack.traced:
                 (folded, stacks), config = attempt, changed
                 break
-    counts = _left_out(stacks, wanted) if leaves_out else {}
-    if copy := without_blocks(folded, counts) if counts else None:
+    kept = {
+        template: stack.stand_ins()
+        for template, stack in wanted.items()
+        if leaves_out and stack.traced < stacks[template].traced
+    }
+    counts = {template: counts_of(each, stacks[template]) for template, each in kept.items()}
+    if copy := without_blocks(folded, kept) if kept else None:
         folded, stacks = copy, wanted
     else:
         counts = {}
     shared = _shared(whole, model, folded)
     folding = Folding(blocks=tuple(stacks.values()), shared=shared, counts=counts)
     return replace(folded, folding=folding)
-
-
-def _left_out(
-    stacks: Mapping[str, BlockStack], wanted: Mapping[str, BlockStack]
-) -> dict[str, tuple[int, ...]]:
-    """For how many blocks each block stands, of the stacks that are larger than wanted."""
-    counts = {}
-    for template, stack in wanted.items():
-        if stack.traced < stacks[template].traced:
-            stood_for = {stack.real_block(b): stack.multiplicity(b) for b in range(stack.traced)}
-            counts[template] = tuple(stood_for.get(b, 0) for b in range(stack.n_blocks))
-    return counts
 
 
 def _shared(

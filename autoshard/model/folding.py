@@ -70,6 +70,15 @@ class BlockStack:
         middle = self.lead + max(0, self.traced_periods - 2) * self.period
         return 1 + extra if middle <= block < middle + self.period else 1
 
+    def stand_ins(self) -> dict[int, tuple[int, ...]]:
+        """The real blocks that folded ones are copies of -> those that each stands for."""
+        kept = {self.real_block(block): [self.real_block(block)] for block in range(self.traced)}
+        middle = self.lead + max(0, self.traced_periods - 2) * self.period
+        for block in range(self.n_blocks):
+            if block not in kept:
+                kept[middle + (block - middle) % self.period].append(block)
+        return {block: tuple(stood_for) for block, stood_for in kept.items()}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folding:
@@ -97,7 +106,7 @@ class Folding:
 
     def block_of(self, path: str) -> tuple[str, int] | None:
         """The block that a path lies in: the template of its stack, and its number there from 0."""
-        places = ((stack.template, _block_of(path, stack)) for stack in self.blocks)
+        places = ((stack.template, self._number(path, stack)) for stack in self.blocks)
         return next(((template, block) for template, block in places if block is not None), None)
 
     def multiplicity(self, path: str) -> int | Fraction:
@@ -113,14 +122,16 @@ class Folding:
             if stack.template in self.counts
             else stack.multiplicity(block)
             for stack in self.blocks
-            if (block := _block_of(path, stack)) is not None
+            if (block := self._number(path, stack)) is not None
         )
         return math.prod(counts)
 
-
-def _block_of(path: str, stack: BlockStack) -> int | None:
-    match = re.match(rf"{block_pattern(stack.template)}(?=/|$)", path)
-    return int(match[1] or 0) - stack.start if match else None
+    def _number(self, path: str, stack: BlockStack) -> int | None:
+        """The number from 0 of the block in this stack that a path lies in; None for no such."""
+        match = re.match(rf"{block_pattern(stack.template)}(?=/|$)", path)
+        number = int(match[1] or 0) - stack.start if match else -1
+        n_blocks = len(self.counts.get(stack.template, range(stack.traced)))
+        return number if 0 <= number < n_blocks else None
 
 
 def find_repetition(kinds: Sequence[Hashable]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """A model's step as an op graph: all of planning that no mesh changes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,10 +17,10 @@ from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.paths import tails
-from autoshard.model.recipe import AbstractModel
+from autoshard.model.recipe import AbstractModel, layers_by_path
 from autoshard.model.signature import Step
 from autoshard.model.step import generate_shapes, make_step, trace
-from autoshard.model.thinning import thin
+from autoshard.model.thinning import called_alike, counts_of, thin
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planner.stopwatch import Stopwatch
@@ -38,7 +38,8 @@ class TracedModel:
         folded: the copy with fewer blocks.
         workload: the step, with the model's dtype.
         program: the op graph of the copy's step.
-        leaves_out: whether that step leaves more blocks out.
+        leaves_out: whether that step leaves more blocks out, and those that two periods do
+            without.
     """
 
     whole: AbstractModel
@@ -97,7 +98,17 @@ def _make_program(
         copy, step, flat = _trace_thinned(folded, workload) or _trace(folded, workload)
     with watch.stage("build the op graph"):
         program = _program(flat, step, copy, for_tpu=chip is not None and chip.kind == "tpu")
-    return program, copy is not folded
+    return program, copy is not folded and _is_plain(copy.folding)
+
+
+def _is_plain(folding: Folding) -> bool:
+    """Whether the blocks left out are those between the first periods and the last one."""
+    stacks = (stack for stack in folding.blocks if stack.template in folding.counts)
+    return all(
+        folding.counts[stack.template]
+        == counts_of(stack.folded(PLANNED_PERIODS).stand_ins(), stack)
+        for stack in stacks
+    )
 
 
 def _trace(model: AbstractModel, workload: Workload) -> tuple[AbstractModel, Step, FlatJaxpr]:
@@ -120,27 +131,36 @@ def _trace_thinned(
         traced = _trace(thinned, workload)
     except ModelError:
         return None
-    return traced if _are_chains(traced[2], thinned.folding) else None
+    return traced if called_alike(thinned) and _are_chains(traced[2], thinned) else None
 
 
-def _are_chains(flat: FlatJaxpr, folding: Folding) -> bool:
+def _are_chains(flat: FlatJaxpr, thinned: AbstractModel) -> bool:
     """Whether each block reads what the one made that stands for those left out before it."""
-    reads = blocks_read(flat, lambda layer: _in_block(layer, folding))
+    folding, layers = thinned.folding, frozenset(layers_by_path(thinned.model))
+    reads = blocks_read(flat, lambda layer: folding.block_of(_own_path(layer, folding, layers)))
     kept = (
         [(template, block) for block, count in enumerate(counts) if count]
         for template, counts in folding.counts.items()
     )
     return all(
-        before in reads.get(block, (before,))
+        before in reads.get(block, ())
         for blocks in kept
         for before, block in pairwise(blocks)
         if block[1] - before[1] > 1
     )
 
 
-def _in_block(layer: str, folding: Folding) -> tuple[str, int] | None:
-    blocks = (folding.block_of(tail) for tail in tails(layer))
-    return next((block for block in blocks if block is not None), None)
+def _own_path(layer: str, folding: Folding, layers: Collection[str]) -> str:
+    """The path by which the model knows a traced op's layer; "" where that is in no block.
+
+    `head/block_4` is another layer than the fourth block.
+    """
+    for tail in tails(layer):
+        if tail in folding:
+            return tail
+        if "/" in tail and tail in layers:
+            break
+    return ""
 
 
 def shapes_in_generate(
@@ -167,6 +187,7 @@ def _program(flat: FlatJaxpr, step: Step, folded: AbstractModel, *, for_tpu: boo
         families.setdefault(variable.path, {})[variable.shape] = variable.family
     trainable = {variable.path for variable in variables if variable.trainable}
     multiplicity = folded.folding.multiplicity
+    layers = frozenset(layers_by_path(folded.model))
     inputs = [
         StepInput(
             role=argument.role,
@@ -181,7 +202,7 @@ def _program(flat: FlatJaxpr, step: Step, folded: AbstractModel, *, for_tpu: boo
         flat,
         inputs,
         replaces,
-        lambda layer: _layer_count(layer, folded.folding),
+        lambda layer: _layer_count(layer, folded.folding, layers),
         folded_table.templates,
         for_tpu=for_tpu,
     )
@@ -192,6 +213,6 @@ def _family(families: Mapping[tuple[int, ...], str], shape: tuple[int, ...]) -> 
     return next(iter(families.values())) if len(families) == 1 else families.get(shape)
 
 
-def _layer_count(layer: str, folding: Folding) -> int:
+def _layer_count(layer: str, folding: Folding, layers: Collection[str]) -> int:
     """How many layers of the real model the layer of a traced op stands for."""
-    return next((int(folding.multiplicity(tail)) for tail in tails(layer) if tail in folding), 1)
+    return int(folding.multiplicity(_own_path(layer, folding, layers)))
