@@ -172,14 +172,17 @@ def test_the_plan_and_its_prices_are_those_of_the_whole_step(make, monkeypatch) 
     assert peak == pytest.approx(whole.predicted.peak_bytes_per_device, rel=0.01)
 
 
+def blocks_of(program: Any) -> set[str]:
+    """The numbers of the blocks that have ops."""
+    layers = [op.layer for op in program.ops if "block_" in op.layer]
+    return {layer.split("block_")[1].split("/")[0] for layer in layers}
+
+
 @pytest.mark.parametrize(("make", "n_left"), [(chain, 2), (gemma3, 8)])
 def test_only_the_ends_of_a_row_are_traced(make, n_left) -> None:
     model = fold(build(make), periods=2)
     program = make_program(model, model.adapted(TRAIN))
-    blocks = {
-        op.layer.split("block_")[1].split("/")[0] for op in program.ops if "block_" in op.layer
-    }
-    assert len(blocks) == n_left
+    assert len(blocks_of(program)) == n_left
     n_weights = sum(a.count for a in program.arguments if a.role == "weight")
     assert n_weights == len(build(make).model.weights)
 
@@ -216,10 +219,7 @@ def test_a_decoding_step_has_all_its_blocks() -> None:
     workload = Workload(kind="decode", batch=8, seq_len=64)
     model = fold(build("gemma3_1b", dtype=workload.policy), periods=2)
     program = make_program(model, workload)
-    blocks = {
-        op.layer.split("block_")[1].split("/")[0] for op in program.ops if "block_" in op.layer
-    }
-    assert len(blocks) == model.folding.blocks[0].traced
+    assert len(blocks_of(program)) == model.folding.blocks[0].traced
 
 
 def test_copies_with_blocks_left_out_compile_to_the_whole_models_program() -> None:

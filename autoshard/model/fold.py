@@ -64,11 +64,10 @@ def fold(model: AbstractModel, *, periods: int | None, leaves_out: bool = False)
         for template, stack in wanted.items()
         if leaves_out and stack.traced < stacks[template].traced
     }
-    counts = {template: counts_of(each, stacks[template]) for template, each in kept.items()}
-    if copy := without_blocks(folded, kept) if kept else None:
+    counts = {}
+    if kept and (copy := without_blocks(folded, kept)):
+        counts = {template: counts_of(each, stacks[template]) for template, each in kept.items()}
         folded, stacks = copy, wanted
-    else:
-        counts = {}
     shared = _shared(whole, model, folded)
     folding = Folding(blocks=tuple(stacks.values()), shared=shared, counts=counts)
     return replace(folded, folding=folding)

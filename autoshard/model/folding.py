@@ -66,18 +66,23 @@ class BlockStack:
     def multiplicity(self, block: int) -> int:
         """How many real blocks a folded block, counted from 0, stands for."""
         extra = self.n_periods - self.traced_periods
-        # The last of the first periods stands for those left out; with a single period, that one.
-        middle = self.lead + max(0, self.traced_periods - 2) * self.period
-        return 1 + extra if middle <= block < middle + self.period else 1
+        return 1 + extra if 0 <= block - self._middle < self.period else 1
 
     def stand_ins(self) -> dict[int, tuple[int, ...]]:
         """The real blocks that folded ones are copies of -> those that each stands for."""
         kept = {self.real_block(block): [self.real_block(block)] for block in range(self.traced)}
-        middle = self.lead + max(0, self.traced_periods - 2) * self.period
         for block in range(self.n_blocks):
             if block not in kept:
-                kept[middle + (block - middle) % self.period].append(block)
+                kept[self._middle + (block - self._middle) % self.period].append(block)
         return {block: tuple(stood_for) for block, stood_for in kept.items()}
+
+    @property
+    def _middle(self) -> int:
+        """The first block of the period that stands for those left out.
+
+        It is the last of the first periods; with a single period, that one.
+        """
+        return self.lead + max(0, self.traced_periods - 2) * self.period
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

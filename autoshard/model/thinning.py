@@ -61,8 +61,10 @@ def without_blocks(model: AbstractModel, kept: Mapping[str, StandIns]) -> Abstra
     Returns:
         The copy, with no `folding`.
     """
+    if model.recipe is None:
+        return None
     try:
-        copy = build_recipe(model.recipe) if model.recipe else model
+        copy = build_recipe(model.recipe)
         before, after = layers_by_path(model.model), layers_by_path(copy.model)
         if before.keys() != after.keys() or any(before[path] is after[path] for path in before):
             return None  # a callable may return one model again and again

@@ -56,7 +56,8 @@ class Planning:
         without_generate: a better layout under which `generate` is slow or fails, or None.
         program: the op graph of the step.
         blocks: the stacks of repeated blocks, as far as the model can be built with fewer.
-        leaves_out: whether a step may leave out blocks of the others: they are chains.
+        leaves_out: whether a step may leave blocks out where the model cannot be built without
+            them: they are chains.
     """
 
     setup: Setup

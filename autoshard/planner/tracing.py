@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -38,8 +39,8 @@ class TracedModel:
         folded: the copy with fewer blocks.
         workload: the step, with the model's dtype.
         program: the op graph of the copy's step.
-        leaves_out: whether that step leaves more blocks out, and those that two periods do
-            without.
+        leaves_out: whether that step leaves out blocks that the copy has, and those alone that two
+            periods do without.
     """
 
     whole: AbstractModel
@@ -191,6 +192,12 @@ def _program(flat: FlatJaxpr, step: Step, folded: AbstractModel, *, for_tpu: boo
     trainable = {variable.path for variable in variables if variable.trainable}
     multiplicity = folded.folding.multiplicity
     layers = frozenset(layers_by_path(folded.model))
+
+    @cache
+    def layer_count(layer: str) -> int:
+        """How many layers of the real model the layer of a traced op stands for."""
+        return int(multiplicity(_own_path(layer, folded.folding, layers)))
+
     inputs = [
         StepInput(
             role=argument.role,
@@ -205,7 +212,7 @@ def _program(flat: FlatJaxpr, step: Step, folded: AbstractModel, *, for_tpu: boo
         flat,
         inputs,
         replaces,
-        lambda layer: _layer_count(layer, folded.folding, layers),
+        layer_count,
         folded_table.templates,
         for_tpu=for_tpu,
     )
@@ -214,8 +221,3 @@ def _program(flat: FlatJaxpr, step: Step, folded: AbstractModel, *, for_tpu: boo
 def _family(families: Mapping[tuple[int, ...], str], shape: tuple[int, ...]) -> str | None:
     """The family of an argument, of those under its path by shape; two weights may share a path."""
     return next(iter(families.values())) if len(families) == 1 else families.get(shape)
-
-
-def _layer_count(layer: str, folding: Folding, layers: Collection[str]) -> int:
-    """How many layers of the real model the layer of a traced op stands for."""
-    return int(folding.multiplicity(_own_path(layer, folding, layers)))
