@@ -10,12 +10,16 @@ from test_cost_step import MACHINE, cost_of
 from test_graph_rules import program_of
 
 from autoshard.cost.lifetimes import alive, lifetimes
+from autoshard.cost.machine import Machine
+from autoshard.cost.memory import OpBytes
 from autoshard.cost.step import StepPricer
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.jaxpr import read_jaxpr
 from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import propagate
 from autoshard.hardware.efficiency import memory_seconds
+from autoshard.hardware.targets import parse_target
+from autoshard.mesh import parse_mesh
 
 KIB = 1024
 
@@ -255,3 +259,51 @@ def test_idle_room_is_added_to_training_on_tpus_alone() -> None:
     tpu, other = (StepPricer(program, one).price(layouts).memory for one in machines)
     held = sum(argument.n_bytes for argument in program.arguments)
     assert tpu.peak_bytes - held == pytest.approx(1.06 * (other.peak_bytes - held), rel=1e-3)
+
+
+def working(program: Program, dims: list[tuple[int, ...]], mesh: str = "1x8") -> list[float]:
+    """What each op needs beside operands and results: arguments and one matmul's result laid out.
+
+    Dimensions are for each axis of a mesh.
+    """
+    machine = Machine.of(parse_mesh(mesh), parse_target("tpu:v5e:2x4"))
+    matmul = next(op for op in program.ops if op.kind == "contraction")
+    groups = [*(argument.group for argument in program.arguments), matmul.results[0].group]
+    fixed = dict(zip(groups, dims, strict=True))
+    pricer = StepPricer(program, machine)
+    pricer.price(propagate(program, fixed, machine.axis_sizes))
+    return pricer._n_bytes[:, OpBytes._fields.index("working")].tolist()
+
+
+def test_sums_of_what_is_returned_are_there_before_they_are_scattered() -> None:
+    # [65,536, 4,096] in bfloat16, summed over eight devices, each of which returns an eighth
+    program = program_of(lambda x, w: x @ w, (65_536, 1024), (1024, 4096), dtype="bfloat16")
+    assert working(program, [(1,), (0,), (0,)]) == [65_536 * 4096 * 2]
+
+
+@pytest.mark.parametrize(("width", "is_turned"), [(8 * 320, True), (8 * 256, False)])
+def test_a_ring_that_cuts_tiles_of_a_transposed_table_apart_copies_it(
+    width: int, is_turned: bool
+) -> None:
+    def logits(x: Any, table: Any) -> Any:
+        return (x * jnp.sum(x, axis=-1, keepdims=True)) @ table.T
+
+    program = program_of(logits, (8, 512, width), (262_144, width), dtype="bfloat16")
+    # The ring makes its result in one place and writes it to another.
+    result, shard = 8 * 512 * 262_144 * 2 // 8, 262_144 * width * 2 // 8
+    assert working(program, [(2,), (0,), (2,)])[-1] == result + is_turned * shard
+    assert working(program, [(WHOLE,), (0,), (2,)])[-1] == 0
+
+
+def test_a_matmul_beside_which_its_operand_is_gathered_again_leaves_what_it_sums() -> None:
+    def loss(x: Any, w: Any) -> Any:
+        return jnp.sum(jnp.tanh(jnp.tanh(x) @ w) ** 2)
+
+    shapes = (32_768, 2048), (2048, 32_768)
+    program = program_of(jax.grad(loss, argnums=1), *shapes, dtype="bfloat16")
+    matmul = next(i for i, op in enumerate(program.ops) if op.kind == "contraction")
+    # Rows of the data lie over the first axis, so do columns of the result, and the second is
+    # summed over; or the rows stay where they are.
+    columns = working(program, [(0, 1), (1, 0), (1, WHOLE)], mesh="2x4")
+    rows = working(program, [(0, 1), (WHOLE, 0), (0, WHOLE)], mesh="2x4")
+    assert (columns[matmul], rows[matmul]) == (32_768 * 16_384 * 2, 0)

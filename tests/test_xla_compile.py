@@ -1,9 +1,7 @@
 """Real compiles. Models are built and compiled in children, by references to this file."""
 
-import re
 from dataclasses import replace
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +15,7 @@ from autoshard.model.workload import Workload
 from autoshard.processes.child import Child, child_environment
 from autoshard.xla.clock import collective_seconds, link_of, step_time
 from autoshard.xla.collectives import Collective, merge_collectives
-from autoshard.xla.compile import _temporary_bytes, compile_deep, compile_in, copied_share
+from autoshard.xla.compile import _heap_bytes, compile_deep, compile_in, copied_share
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.extrapolate import extrapolate
 from autoshard.xla.partitioned import _folded, target_collectives
@@ -209,37 +207,31 @@ def test_copies_are_compiled_where_they_are_smaller_than_the_model(
     assert (copied_share([folded, small]) < 1) == is_worth
 
 
-def test_what_lies_idle_is_counted_once():
-    # 110 bytes stay, 350 are in use at once at the most: of the 410 in all 60 are 30 idle, twice.
-    said = SimpleNamespace(
-        argument_size_in_bytes=100,
-        output_size_in_bytes=50,
-        alias_size_in_bytes=40,
-        temp_size_in_bytes=300,
-        peak_memory_in_bytes=350,
+def test_temporaries_are_those_in_the_main_memory(tmp_path):
+    assert _heap_bytes(tmp_path) is None
+    (tmp_path / "module_0000.jit_step.after_optimizations-buffer-assignment.txt").write_text(
+        "allocation 0: size 4194304, parameter 0, shape |bf16[2048,1024]|:\n"
+        " value: <7 param.1 @0> (size=4194304,offset=0): bf16[2048,1024]{1,0}\n"
+        "allocation 2: size 3000, preallocated-temp:\n"
+        "allocation 3: size 500, color 1, preallocated-temp:\n"
     )
-    assert _temporary_bytes(said, parse_target("tpu:v5e:2x4")) == 270
-    assert _temporary_bytes(said, parse_target("gpu:h100-sxm:8")) == 300
-    said.peak_memory_in_bytes = 0  # not said
-    assert _temporary_bytes(said, parse_target("tpu:v5e:2x4")) == 300
+    assert _heap_bytes(tmp_path) == 3000
 
 
 @pytest.mark.tpu
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the tpu extra")
-def test_temporaries_are_the_heap_of_the_tpu_compilers_own_buffer_assignment(tmp_path):
-    environment = child_environment(parse_target("tpu:v5e:2x4"))
-    with Child(environment | {"XLA_FLAGS": f"--xla_dump_to={tmp_path}"}) as child:
+def test_the_tpu_compilers_heap_holds_what_is_in_use_at_once():
+    target = parse_target("tpu:v5e:2x4")
+    with Child(child_environment(target)) as child:
         step = compiled(
             child,
             model=f"{__name__}:wide_gemma",
             workload=Workload(kind="train", batch=8, seq_len=512),
             rules=(),
-            target="tpu:v5e:2x4",
+            target=str(target),
         )
-    (dump,) = tmp_path.glob("*jit_step*buffer-assignment.txt")
-    (heap,) = re.findall(r"allocation \d+: size (\d+), preallocated-temp", dump.read_text())
-    assert step.temporary_bytes == pytest.approx(int(heap), rel=0.005)
-    assert 0 < step.live_bytes < step.peak_bytes
+    # What is in use counts the chip's vector memory too; idle is up to a fifth.
+    assert step.live_bytes - target.chip.vmem_bytes < step.peak_bytes < 1.25 * step.live_bytes
 
 
 def test_a_layout_that_keras_refuses_is_one_line(child):

@@ -9,7 +9,8 @@
 - New values of weights and slots that are gathered, for they were made in shards, are held to the
   end.
 - A result that is copied into the order it is returned in is there twice (see
-  `autoshard.cost.results`). So is one that is made of two sums of pieces, and then sliced.
+  `autoshard.cost.results`). So is one that is made of two sums of pieces, and then sliced, and so
+  are scores of attention that are summed before (see `autoshard.cost.scores`).
 - A gradient dies at its update, unless it is the first or waits for others to be added to.
 - TPUs put off the reduce-scatter of gradients to the end of the backward half, so that partial sums
   of all blocks wait there, as many as there is room for in the chip's memory. (gemma_2b_en on 4x2,
@@ -31,7 +32,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autoshard.cost.lifetimes import Bytes, alive, lifetimes
+from autoshard.cost.collective_matmul import PIECES_IN_PLACE
+from autoshard.cost.lifetimes import Bytes, alive, last_forward_matmul, lifetimes
 from autoshard.cost.machine import Machine
 from autoshard.cost.results import ResultCopies
 from autoshard.cost.strategies import OpCost
@@ -40,7 +42,7 @@ from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import Array, Chain, Layout, Op, Program
 from autoshard.graph.splits import layout_of
-from autoshard.hardware.efficiency import ON_CHIP_SHARE
+from autoshard.hardware.efficiency import ON_CHIP_SHARE, TILE_LANES
 
 __all__ = ["OpBytes", "PeakMemory"]
 
@@ -99,6 +101,12 @@ class PeakMemory:
         trains = any(op.backward for op in program.ops)
         self._idle_share = _IDLE_SHARE if trains and machine.compiles_for_tpu else 0.0
         self._lifetimes = lifetimes(program)
+        self._last_forward = last_forward_matmul(program.ops)
+        self._turned = {
+            op.results[0].identity
+            for op in program.ops
+            if op.primitive == "transpose" and op.operands[0].is_held and machine.compiles_for_tpu
+        }
         self._gradients = [
             (index, self._lifetimes.gradients[array.group], array.n_bytes)
             for index, op in enumerate(program.ops)
@@ -191,8 +199,11 @@ class PeakMemory:
             sliced_late = op.slicing is not None and cost.share == 1
             if cost.is_copied or (sliced_late and cost.is_windowed):
                 working += made
-            if op.kind in FUSED or (self.copies.is_returned(array) and not sliced_late):
-                working += self.copies.n_bytes(op, layout)
+            is_apart = made != shard or self._is_summed_apart(index, cost)
+            if op.kind in FUSED:
+                continue
+            if self.copies.is_returned(array) and not sliced_late:
+                working += self.copies.n_bytes(op, layout) + (made if is_apart else 0)
                 continue
             is_gradient = array.group in self._lifetimes.gradients
             if is_gradient and self._lifetimes.last_read[index] > index:
@@ -202,8 +213,9 @@ class PeakMemory:
                 gradient += shard
             else:
                 left += shard // cost.n_summed
-            working += made if made != shard else 0
+            working += made if is_apart else 0
             put_off += made if is_gradient and self._is_put_off(op, cost) else 0
+        working += self._turned_bytes(index, around, cost)
         kept, own = self.chained_bytes(index, cost)
         return OpBytes(
             made=left,
@@ -213,6 +225,47 @@ class PeakMemory:
             gradient=gradient,
             put_off=put_off,
         )
+
+    def _is_summed_apart(self, index: int, cost: OpCost) -> bool:
+        """Whether an all-reduce leaves what it sums beside the sums.
+
+        A TPU sums in place what a matmul makes, but not where something is gathered meanwhile, as
+        for its own gradient beside the last matmul of the forward half.
+        """
+        op = self._program.ops[index]
+        return (
+            index == self._last_forward
+            and self._machine.compiles_for_tpu
+            and any(
+                transfer.operand is None and transfer.kind == "all-reduce"
+                for transfer in cost.transfers
+            )
+            and any(
+                transfer.operand is not None and not op.operands[transfer.operand].is_held
+                for transfer in cost.transfers
+            )
+        )
+
+    def _turned_bytes(self, index: int, around: Sequence[Layout], cost: OpCost) -> int:
+        """What a TPU writes of a transposed weight of which a ring takes slices.
+
+        It is brought into their order first, if they cut tiles of it apart.
+        """
+        op, sizes = self._program.ops[index], self._axis_sizes
+        n_bytes = 0
+        for transfer in cost.transfers:
+            if transfer.operand is None or transfer.pieces <= PIECES_IN_PLACE:
+                continue
+            axis = self._machine.axis_of(transfer.axis)
+            factor = op.operands[transfer.operand].factors[around[transfer.operand][axis]]
+            if factor is None or op.factor_sizes[factor] // transfer.pieces % TILE_LANES == 0:
+                continue
+            n_bytes += sum(
+                local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)
+                for array in op.operands
+                if array.identity in self._turned and array.factors[0] == factor
+            )
+        return n_bytes
 
     def _is_put_off(self, op: Op, cost: OpCost) -> bool:
         """Whether partial sums of a gradient wait to be reduce-scattered."""

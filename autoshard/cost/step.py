@@ -12,6 +12,7 @@ from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.lifetimes import last_forward_matmul, weights_read
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
+from autoshard.cost.scores import SharedKeyScores
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import (
@@ -29,6 +30,8 @@ from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.efficiency import memory_seconds
 
 __all__ = ["StepPricer"]
+
+_WORKING = OpBytes._fields.index("working")
 
 # What makes two collectives the same one -> the collective as the step counts it.
 _Traffics = dict[tuple[object, ...], Traffic]
@@ -55,6 +58,12 @@ class _Share:
     transfers: tuple[_Moved, ...]
     moved: frozenset[tuple[int, int]]
     n_bytes: OpBytes
+
+
+def _is_summed(share: _Share | None) -> bool:
+    """Whether an all-reduce sums what an op makes."""
+    transfers = share.transfers if share else ()
+    return any(one.operand is None and one.kind == "all-reduce" for _, one, *_ in transfers)
 
 
 def _matmuls_by_operand(ops: Sequence[Op]) -> dict[int, list[int]]:
@@ -87,6 +96,7 @@ class StepPricer:
         self._readers = _matmuls_by_operand(program.ops)
         self._maxima = _with_maxima(program.ops) if machine.compiles_for_tpu else set()
         self._kept = _kept_weights(program.ops) if machine.compiles_for_tpu else set()
+        self._scores = SharedKeyScores(program, machine)
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
@@ -113,14 +123,20 @@ class StepPricer:
         apart = apart or Apart()
         torn = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn.items()}
         shares = {index: self._share(index, seen) for index, seen in (torn | apart.around).items()}
+        moving = {**self._moving, **shares}
+        scores = list(self._scores.written(layouts, lambda index: _is_summed(moving.get(index))))
         n_bytes = self._n_bytes
-        if shares:
+        if shares or scores:
             n_bytes = n_bytes.copy()
-            n_bytes[list(shares)] = [share.n_bytes for share in shares.values()]
+            for index, share in shares.items():
+                n_bytes[index] = share.n_bytes
+            for written in scores:
+                n_bytes[written.sums, _WORKING] += written.n_bytes
         traffic: _Traffics = {}
         compute = self._ops_seconds(shares)
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
-        compute += self._move(traffic, {**self._moving, **shares})
+        compute += self._move(traffic, moving)
+        compute += sum(written.seconds for written in scores)
         self._wait_for_last_weight(traffic)
         compute += self._move_as_asked(traffic, apart.moved)
         for index, own in apart.torn.items():

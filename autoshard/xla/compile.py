@@ -4,9 +4,12 @@
 `compile_step` runs. `compile_lowered` is the part that knows nothing of models.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from autoshard.errors import OutOfMemoryError, XlaError
@@ -38,6 +41,9 @@ __all__ = ["compile_deep", "compile_in", "compile_lowered", "compile_step", "cop
 
 # Copies with so many periods of blocks say how the program grows with the model.
 _SHALLOW, _DEEPER = 2, 4
+
+# In a buffer assignment, what is no argument or result and lies in the main memory.
+_HEAP = re.compile(r"^allocation \d+: size (\d+), preallocated-temp", re.MULTILINE)
 
 # Steps that a child keeps for the next layout: of one model, shallow, deeper and whole.
 _KEPT_STEPS = 4
@@ -165,10 +171,12 @@ def compile_lowered(
         XlaError: the compiler refused the program.
     """
     on_cpu = target.chip.kind == "cpu"
-    try:
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS if on_cpu else None)
-    except Exception as error:
-        raise _refused(error, target) from error
+    with TemporaryDirectory(prefix="autoshard-") as folder:
+        try:
+            compiled = lowered.compile(compiler_options=_options(target, folder))
+        except Exception as error:
+            raise _refused(error, target) from error
+        heap_bytes = _heap_bytes(Path(folder))
     module = parse_hlo(compiled.as_text())
     weights = [argument.path for argument in step.arguments if argument.role == "weight"]
     layers = layer_paths(weights)
@@ -178,7 +186,7 @@ def compile_lowered(
         blocks=blocks,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
-        temporary_bytes=_temporary_bytes(memory, target),
+        temporary_bytes=memory.temp_size_in_bytes if heap_bytes is None else heap_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         live_bytes=memory.peak_memory_in_bytes or None,
         collectives=read_collectives(
@@ -193,20 +201,23 @@ def compile_lowered(
     )
 
 
-def _temporary_bytes(memory: Any, target: Target) -> int:
-    """What a program takes beside its arguments and results.
+def _options(target: Target, folder: str) -> dict[str, Any] | None:
+    """What to tell the target's compiler: the TPU's, to write what it knows into a folder."""
+    if target.chip.kind == "tpu":
+        return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    return COMPILER_OPTIONS if target.chip.kind == "cpu" else None
 
-    libtpu counts twice what lies idle between arrays: what the program takes beyond the most that
-    is in use at once. Of five programs of training the heap in its own buffer assignment is what is
-    said here to 0.5%. (In use counts the vector memory too, of which little is at the peak.)
+
+def _heap_bytes(folder: Path) -> int | None:
+    """What a program takes beside its arguments and results, by the compiler's buffer assignment.
+
+    What libtpu says after it counts twice what lies idle between arrays. None where the compiler
+    wrote no assignment.
     """
-    n_bytes: int = memory.temp_size_in_bytes
-    live: int = memory.peak_memory_in_bytes
-    if target.chip.kind != "tpu" or not live:
-        return n_bytes
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    twice_idle: int = max(0, held + n_bytes - live)
-    return n_bytes - twice_idle // 2
+    assignment = next(folder.glob("*buffer-assignment.txt"), None)
+    if assignment is None:
+        return None
+    return sum(int(n_bytes) for n_bytes in _HEAP.findall(assignment.read_text()))
 
 
 @lru_cache(maxsize=_KEPT_STEPS)
