@@ -293,6 +293,14 @@ def test_a_ring_that_cuts_tiles_of_a_transposed_table_apart_copies_it(
     result, shard = 8 * 512 * 262_144 * 2 // 8, 262_144 * width * 2 // 8
     assert working(program, [(2,), (0,), (2,)])[-1] == result + is_turned * shard
     assert working(program, [(WHOLE,), (0,), (2,)])[-1] == 0
+    # Four pieces need no loop.
+    few = working(program, [(WHOLE, 2), (WHOLE, 0), (WHOLE, 2)], mesh="2x4")
+    assert few[-1] == 0
+
+
+def test_a_transposed_table_that_is_gathered_itself_is_no_ring_s_weight() -> None:
+    program = program_of(lambda x, t: x @ t.T, (8, 512, 2560), (262_144, 2560), dtype="bfloat16")
+    assert working(program, [(0,), (1,), (0,)])[-1] < 262_144 * 2560 * 2
 
 
 def test_a_matmul_beside_which_its_operand_is_gathered_again_leaves_what_it_sums() -> None:
@@ -307,3 +315,5 @@ def test_a_matmul_beside_which_its_operand_is_gathered_again_leaves_what_it_sums
     columns = working(program, [(0, 1), (1, 0), (1, WHOLE)], mesh="2x4")
     rows = working(program, [(0, 1), (WHOLE, 0), (0, WHOLE)], mesh="2x4")
     assert (columns[matmul], rows[matmul]) == (32_768 * 16_384 * 2, 0)
+    forward = program_of(lambda x, w: jnp.sum(jnp.tanh(x) @ w), *shapes, dtype="bfloat16")
+    assert set(working(forward, [(0, 1), (1, 0), (1, WHOLE)], mesh="2x4")) == {0}

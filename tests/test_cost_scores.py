@@ -1,5 +1,6 @@
 """The scores of attention that a TPU writes beside their exponentials."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from test_cost_step import MACHINE, cost_of
 from test_graph_rules import program_of
 
 from autoshard.cost.scores import SharedKeyScores
+from autoshard.cost.step import StepPricer
 from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import propagate
 from autoshard.hardware.efficiency import memory_seconds
@@ -17,20 +19,33 @@ LENGTH, HEADS, WIDTH = 1024, 16, 128
 SCORES = 4 * HEADS * LENGTH * LENGTH * 4  # batch 4, in float32
 
 
-def attention(x: Any, query: Any, key: Any, n_shared: int) -> Any:
+def attention(x: Any, query: Any, key: Any, n_shared: int, order: str = "query first") -> Any:
     """Heads of the query, so many of which share one of the key and value."""
-    heads = jnp.einsum("btd,dhk->bthk", x, query)
+    if query.ndim == 2:
+        heads = (x @ query).reshape(*x.shape[:2], HEADS, WIDTH)
+    else:
+        heads = jnp.einsum("btd,dhk->bthk", x, query)
     keys = jnp.repeat(jnp.einsum("btd,dhk->bthk", x, key), n_shared, axis=2)
-    scores = jnp.einsum("bthk,bshk->bhts", heads, keys).astype("float32")
-    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores).astype(keys.dtype), keys)
+    if order == "query first":
+        scores = jnp.einsum("bthk,bshk->bhts", heads, keys)
+    else:
+        scores = jnp.swapaxes(jnp.einsum("bshk,bthk->bhst", keys, heads), 2, 3)
+    shares = jax.nn.softmax(scores.astype("float32")).astype(keys.dtype)
+    return jnp.einsum("bhts,bshk->bthk", shares, keys)
 
 
-def step(n_shared: int = 2) -> Program:
+def step(n_shared: int = 2, is_flat: bool = False, order: str = "query first") -> Program:
     return program_of(
-        lambda x, query, key: attention(x, query, key, n_shared),
-        *((4, LENGTH, 2048), (2048, HEADS, WIDTH), (2048, HEADS // n_shared, WIDTH)),
+        lambda x, query, key: attention(x, query, key, n_shared, order),
+        (4, LENGTH, 2048),
+        (2048, HEADS * WIDTH) if is_flat else (2048, HEADS, WIDTH),
+        (2048, HEADS // n_shared, WIDTH),
         dtype="bfloat16",
     )
+
+
+def matmuls(program: Program) -> list[int]:
+    return [index for index, op in enumerate(program.ops) if op.kind == "contraction"]
 
 
 def written(program: Program, dims: tuple[int, ...], summed: set[int]) -> list[Any]:
@@ -39,21 +54,43 @@ def written(program: Program, dims: tuple[int, ...], summed: set[int]) -> list[A
     return list(SharedKeyScores(program, MACHINE).written(layouts, summed.__contains__))
 
 
+@pytest.mark.parametrize(
+    "program",
+    [step(), step(is_flat=True), step(order="key first")],
+    ids=["heads of the weight", "heads of its result", "key first"],
+)
 @pytest.mark.parametrize(("place", "is_read_again"), [(0, True), (2, False)])
-def test_they_are_where_the_query_is_summed_or_they_are(place: int, is_read_again: bool) -> None:
-    program = step()
-    matmuls = [i for i, op in enumerate(program.ops) if op.kind == "contraction"]
-    ((sums, n_bytes, seconds),) = written(program, (WHOLE,) * 3, {matmuls[place]})
+def test_they_are_where_the_query_is_summed_or_they_are(
+    program: Program, place: int, is_read_again: bool
+) -> None:
+    ((sums, n_bytes, seconds),) = written(program, (WHOLE,) * 3, {matmuls(program)[place]})
     assert program.ops[sums].primitive == "reduce_sum"
     assert n_bytes == SCORES
     twice = memory_seconds(MACHINE.chip, SCORES, SCORES)
     assert seconds == (twice if is_read_again else 0.0)
 
 
+def test_they_are_a_devices_share_and_small_ones_take_no_time() -> None:
+    program = step()
+    ((_, n_bytes, seconds),) = written(program, (WHOLE, 1, 1), set(matmuls(program)[:1]))
+    assert (n_bytes, seconds) == (SCORES // 8, 0.0)
+
+
 def test_they_are_not_for_another_sum_nor_where_each_head_has_a_key() -> None:
-    key = [i for i, op in enumerate(step().ops) if op.kind == "contraction"][1]
-    assert written(step(), (WHOLE,) * 3, {key}) == []
+    assert written(step(), (WHOLE,) * 3, set(matmuls(step())[1:2])) == []
     assert written(step(n_shared=1), (WHOLE,) * 3, set(range(100))) == []
+
+
+def test_only_a_tpus_compiler_writes_them() -> None:
+    machine = replace(MACHINE, as_partitioned=True)
+    assert not SharedKeyScores(step(), machine)._scores
+    assert len(SharedKeyScores(step(), MACHINE)._scores) == 1
+
+
+@pytest.mark.parametrize("shapes", [((1, 64), (64, 1)), ((64, 1), (1, 1)), ((1, 64), (64,))])
+def test_matmuls_without_a_dimension_above_one_have_none(shapes: Any) -> None:
+    program = program_of(lambda x, w: jax.nn.softmax(jnp.dot(x, w)), *shapes)
+    assert not SharedKeyScores(program, MACHINE)._scores
 
 
 def test_those_of_a_query_that_is_summed_take_memory_and_time() -> None:
@@ -64,3 +101,24 @@ def test_those_of_a_query_that_is_summed_take_memory_and_time() -> None:
     assert more == pytest.approx(SCORES, rel=0.05)
     # The projections are faster by less than the scores are read and written in.
     assert summed.compute_seconds > whole.compute_seconds
+
+
+def test_a_step_costs_the_same_the_second_time() -> None:
+    program = step()
+    pricer = StepPricer(program, MACHINE)
+    fixed = {
+        argument.group: (dim,) for argument, dim in zip(program.arguments, (2, 0, 0), strict=True)
+    }
+    layouts = propagate(program, fixed, (8,))
+    assert pricer.price(layouts) == pricer.price(layouts)
+
+
+def test_each_block_that_an_op_stands_for_writes_them() -> None:
+    program = step()
+    several = replace(program, ops=tuple(replace(op, count=3) for op in program.ops))
+    layouts = propagate(program, {a.group: (WHOLE,) for a in program.arguments}, (8,))
+    query = set(matmuls(program)[:1]).__contains__
+    ((one,), (three,)) = (
+        SharedKeyScores(each, MACHINE).written(layouts, query) for each in (program, several)
+    )
+    assert three.seconds == 3 * one.seconds and three.n_bytes == one.n_bytes

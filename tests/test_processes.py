@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,13 @@ def _eat(request, progress):
     time.sleep(60)
 
 
+def _leave_a_file(request, progress):
+    left = Path(tempfile.mkdtemp()) / "left"
+    left.touch()
+    Path(request).write_text(str(left))
+    time.sleep(60)
+
+
 def _raise_ours(request, progress):
     raise UnknownNameError("model", "gema", ["gemma"])
 
@@ -93,6 +101,14 @@ def test_a_child_answers_calls_in_sequence_from_one_process_and_names_its_stages
         assert child.call(f"{HERE}:_double", 21, timeout_seconds=60) == 42
         assert child.call(f"{HERE}:_process_id", None, timeout_seconds=60) == first != os.getpid()
     assert stages == ["import", "import", "double", "import"]
+
+
+def test_what_a_child_leaves_behind_goes_with_it(tmp_path):
+    told = tmp_path / "told"
+    with Child() as child, pytest.raises(ChildTimeoutError):
+        child.call(f"{HERE}:_leave_a_file", str(told), timeout_seconds=5)
+    left = Path(told.read_text())
+    assert left.is_absolute() and not left.exists() and not left.parent.exists()
 
 
 def test_a_request_that_the_child_cannot_read_is_an_error_that_says_so(monkeypatch):

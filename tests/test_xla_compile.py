@@ -13,6 +13,7 @@ from autoshard.mesh import parse_mesh
 from autoshard.model.folding import BlockStack
 from autoshard.model.workload import Workload
 from autoshard.processes.child import Child, child_environment
+from autoshard.xla import compile as compile_module
 from autoshard.xla.clock import collective_seconds, link_of, step_time
 from autoshard.xla.collectives import Collective, merge_collectives
 from autoshard.xla.compile import _heap_bytes, compile_deep, compile_in, copied_share
@@ -216,20 +217,31 @@ def test_temporaries_are_those_in_the_main_memory(tmp_path):
         "allocation 3: size 500, color 1, preallocated-temp:\n"
     )
     assert _heap_bytes(tmp_path) == 3000
+    (tmp_path / "module_0001.jit_other.after_optimizations-buffer-assignment.txt").write_text("")
+    assert _heap_bytes(tmp_path) == 3000
+
+
+def with_heap(asked, progress):
+    """A step, and the heap that was read of its buffer assignment."""
+    read = []
+    own = compile_module._heap_bytes
+    compile_module._heap_bytes = lambda folder: read.append(own(folder)) or read[-1]
+    return compile_module.compile_step(asked, progress), read
 
 
 @pytest.mark.tpu
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the tpu extra")
-def test_the_tpu_compilers_heap_holds_what_is_in_use_at_once():
+def test_the_tpu_compilers_heap_is_that_of_its_buffer_assignment():
     target = parse_target("tpu:v5e:2x4")
+    asked = request(
+        model=f"{__name__}:wide_gemma",
+        workload=Workload(kind="train", batch=8, seq_len=512),
+        rules=(),
+        target=str(target),
+    )
     with Child(child_environment(target)) as child:
-        step = compiled(
-            child,
-            model=f"{__name__}:wide_gemma",
-            workload=Workload(kind="train", batch=8, seq_len=512),
-            rules=(),
-            target=str(target),
-        )
+        step, read = child.call(f"{__name__}:with_heap", asked, timeout_seconds=SECONDS)
+    assert read == [step.temporary_bytes]
     # What is in use counts the chip's vector memory too; idle is up to a fifth.
     assert step.live_bytes - target.chip.vmem_bytes < step.peak_bytes < 1.25 * step.live_bytes
 

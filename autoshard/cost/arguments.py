@@ -17,7 +17,7 @@ from collections import Counter
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
 from autoshard.graph.program import Argument, Layout, Program
-from autoshard.hardware.efficiency import ON_CHIP_SHARE, TILE_LANES, TILE_ROWS, memory_seconds
+from autoshard.hardware.efficiency import TILE_LANES, TILE_ROWS, memory_seconds
 from autoshard.mesh import round_up
 
 __all__ = ["ArgumentPricer"]
@@ -92,6 +92,6 @@ class ArgumentPricer:
             return (1 + is_trained) * memory_seconds(chip, n_bytes, n_bytes)
         n_tiles = n_bytes * math.prod(argument.shape) / argument.n_bytes / (TILE_ROWS * TILE_LANES)
         n_copies = self._tables[argument.family, argument.shape] if is_trained else 1
-        fits = n_copies * n_bytes <= ON_CHIP_SHARE * chip.vmem_bytes
+        fits = n_copies * n_bytes <= self._machine.on_chip_bytes
         cycles = _TILE_CYCLES_ON_CHIP if fits else _TILE_CYCLES
         return (1 + is_trained) * n_tiles * cycles / chip.clock_hz

@@ -9,6 +9,7 @@ from typing import Self
 from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import Layout
 from autoshard.hardware.chips import Chip
+from autoshard.hardware.efficiency import ON_CHIP_SHARE
 from autoshard.hardware.links import AxisLink, group_link
 from autoshard.hardware.targets import Target
 from autoshard.mesh import Mesh
@@ -92,6 +93,11 @@ class Machine:
         """The layouts by whole axes and `uncut`, where no part of an axis is on its own."""
         by_axis = self.parts.by_axis(layouts) if self.parts.is_cut else None
         return (layouts, self) if by_axis is None else (by_axis, self.uncut)
+
+    @property
+    def on_chip_bytes(self) -> float:
+        """Of the largest array that may live in a core's vector memory, and of all that do."""
+        return ON_CHIP_SHARE * self.chip.vmem_bytes
 
     @property
     def compiles_for_tpu(self) -> bool:

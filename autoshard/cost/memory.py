@@ -10,7 +10,7 @@
   end.
 - A result that is copied into the order it is returned in is there twice (see
   `autoshard.cost.results`). So is one that is made of two sums of pieces, and then sliced, and so
-  are scores of attention that are summed before (see `autoshard.cost.scores`).
+  are some scores of attention (see `autoshard.cost.scores`).
 - A gradient dies at its update, unless it is the first or waits for others to be added to.
 - TPUs put off the reduce-scatter of gradients to the end of the backward half, so that partial sums
   of all blocks wait there, as many as there is room for in the chip's memory. (gemma_2b_en on 4x2,
@@ -37,12 +37,12 @@ from autoshard.cost.lifetimes import Bytes, alive, last_forward_matmul, lifetime
 from autoshard.cost.machine import Machine
 from autoshard.cost.results import ResultCopies
 from autoshard.cost.strategies import OpCost
-from autoshard.cost.transfers import local_bytes
+from autoshard.cost.transfers import is_all_reduced, local_bytes
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
-from autoshard.graph.program import Array, Chain, Layout, Op, Program
+from autoshard.graph.program import WHOLE, Array, Chain, Layout, Op, Program
 from autoshard.graph.splits import layout_of
-from autoshard.hardware.efficiency import ON_CHIP_SHARE, TILE_LANES
+from autoshard.hardware.efficiency import TILE_LANES
 
 __all__ = ["OpBytes", "PeakMemory"]
 
@@ -86,7 +86,6 @@ class PeakMemory:
         machine: what it runs on.
 
     Attributes:
-        small_bytes: of the largest array that may live on the chip.
         copies: of the program's results.
     """
 
@@ -96,17 +95,12 @@ class PeakMemory:
         self._axis_sizes = machine.axis_sizes
         self._vmem = machine.chip.vmem_bytes
         self._counts = np.array([float(op.count) for op in program.ops])
-        self.small_bytes = ON_CHIP_SHARE * self._vmem
         self._writes_chains = machine.chip.kind == "gpu"
         trains = any(op.backward for op in program.ops)
         self._idle_share = _IDLE_SHARE if trains and machine.compiles_for_tpu else 0.0
         self._lifetimes = lifetimes(program)
         self._last_forward = last_forward_matmul(program.ops)
-        self._turned = {
-            op.results[0].identity
-            for op in program.ops
-            if op.primitive == "transpose" and op.operands[0].is_held and machine.compiles_for_tpu
-        }
+        self._turned = _transposed_weights(program.ops) if machine.compiles_for_tpu else set()
         self._gradients = [
             (index, self._lifetimes.gradients[array.group], array.n_bytes)
             for index, op in enumerate(program.ops)
@@ -151,7 +145,7 @@ class PeakMemory:
         """What the ops have made that is in memory when that is most: gradients apart."""
         times = self._lifetimes
         made, gathered, chained, working, gradient, put_off = ops.T
-        n, limit = len(ops), self.small_bytes
+        n, limit = len(ops), self._machine.on_chip_bytes
         gathered = gathered.copy()
         for first, again in times.gathered_again:
             gathered[again] = max(0.0, gathered[again] - gathered[first])
@@ -199,7 +193,7 @@ class PeakMemory:
             sliced_late = op.slicing is not None and cost.share == 1
             if cost.is_copied or (sliced_late and cost.is_windowed):
                 working += made
-            is_apart = made != shard or self._is_summed_apart(index, cost)
+            is_apart = (made != shard) or self._is_summed_apart(index, cost)
             if op.kind in FUSED:
                 continue
             if self.copies.is_returned(array) and not sliced_late:
@@ -229,27 +223,26 @@ class PeakMemory:
     def _is_summed_apart(self, index: int, cost: OpCost) -> bool:
         """Whether an all-reduce leaves what it sums beside the sums.
 
-        A TPU sums in place what a matmul makes, but not where something is gathered meanwhile, as
-        for its own gradient beside the last matmul of the forward half.
+        A TPU sums in place what a matmul makes, but not where something is gathered meanwhile: an
+        activation, beside the last matmul of the forward half, once more for its own gradient.
         """
         op = self._program.ops[index]
         return (
             index == self._last_forward
             and self._machine.compiles_for_tpu
-            and any(
-                transfer.operand is None and transfer.kind == "all-reduce"
-                for transfer in cost.transfers
-            )
+            and is_all_reduced(cost.transfers)
             and any(
                 transfer.operand is not None and not op.operands[transfer.operand].is_held
                 for transfer in cost.transfers
+                if transfer.kind == "all-gather"
             )
         )
 
     def _turned_bytes(self, index: int, around: Sequence[Layout], cost: OpCost) -> int:
         """What a TPU writes of a transposed weight of which a ring takes slices.
 
-        It is brought into their order first, if they cut tiles of it apart.
+        It is brought into their order first, if they cut tiles of it apart: those of `table.T`,
+        whose first dimension is the table's last.
         """
         op, sizes = self._program.ops[index], self._axis_sizes
         n_bytes = 0
@@ -257,13 +250,16 @@ class PeakMemory:
             if transfer.operand is None or transfer.pieces <= PIECES_IN_PLACE:
                 continue
             axis = self._machine.axis_of(transfer.axis)
-            factor = op.operands[transfer.operand].factors[around[transfer.operand][axis]]
-            if factor is None or op.factor_sizes[factor] // transfer.pieces % TILE_LANES == 0:
+            dim = around[transfer.operand][axis]
+            factor = None if dim == WHOLE else op.operands[transfer.operand].factors[dim]
+            if factor is None or (op.factor_sizes[factor] // transfer.pieces) % TILE_LANES == 0:
                 continue
             n_bytes += sum(
                 local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)
-                for array in op.operands
-                if array.identity in self._turned and array.factors[0] == factor
+                for position, array in enumerate(op.operands)
+                if position != transfer.operand
+                and array.identity in self._turned
+                and array.factors[0] == factor
             )
         return n_bytes
 
@@ -319,3 +315,12 @@ class PeakMemory:
 
     def _shard(self, n_bytes: int, group: int, layouts: Sequence[Layout]) -> int:
         return local_bytes(n_bytes, layouts[group], self._axis_sizes)
+
+
+def _transposed_weights(ops: Sequence[Op]) -> set[int]:
+    """What of the arguments is transposed, by identity."""
+    return {
+        op.results[0].identity
+        for op in ops
+        if op.primitive == "transpose" and op.results and op.operands[0].is_held
+    }

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
 from autoshard.graph.program import Layout, Op, Program
-from autoshard.hardware.efficiency import ON_CHIP_SHARE, memory_seconds
+from autoshard.hardware.efficiency import memory_seconds
 
-__all__ = ["SharedKeyScores", "Written"]
+__all__ = ["SharedKeyScores", "Written", "with_maxima"]
 
 
 class Written(NamedTuple):
@@ -35,9 +35,9 @@ class Written(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """Indices of the matmuls that make the query and the scores, and of the reduction."""
+    """Indices of the matmuls that make the query (if one does) and the scores, and of the sums."""
 
-    query: int
+    query: int | None
     scores: int
     sums: int
 
@@ -64,31 +64,56 @@ class SharedKeyScores:
             layouts: one a group.
             is_summed: whether an all-reduce sums what the op of an index makes.
         """
-        chip, sizes = self._machine.chip, self._machine.axis_sizes
+        machine = self._machine
         for query, scores, sums in self._scores:
-            reads_again = is_summed(query)
+            reads_again = query is not None and is_summed(query)
             if not (reads_again or is_summed(scores)):
                 continue
             array, count = self._ops[sums].operands[0], self._ops[sums].count
-            n_bytes = local_bytes(array.n_bytes, layouts[array.group], sizes)
-            is_small = n_bytes <= ON_CHIP_SHARE * chip.vmem_bytes
-            takes_time = reads_again and not is_small
-            seconds = count * memory_seconds(chip, n_bytes, n_bytes) if takes_time else 0.0
+            n_bytes = local_bytes(array.n_bytes, layouts[array.group], machine.axis_sizes)
+            seconds = 0.0
+            if reads_again and n_bytes > machine.on_chip_bytes:
+                seconds = count * memory_seconds(machine.chip, n_bytes, n_bytes)
             yield Written(sums=sums, n_bytes=n_bytes, seconds=seconds)
 
 
 def _shared_key_scores(ops: Sequence[Op]) -> Iterator[_Scores]:
-    made_by: dict[int, int] = {}
-    with_maxima: set[int] = set()
-    for index, op in enumerate(ops):
-        if op.backward or not op.operands:
+    for scores in sorted(with_maxima(ops)):
+        op = ops[scores]
+        keys = [array for array in op.operands if array.repetition is not None]
+        others = [array for array in op.operands if array.repetition is None]
+        if op.backward or len(keys) != 1 or len(others) != 1:
             continue
-        group = op.operands[0].group
-        if op.kind == "contraction":
+        after = range(scores + 1, len(ops))
+        sums = next((i for i in after if _sums_up(ops[i], op.results[0].group)), None)
+        if sums is not None:
+            yield _Scores(query=_made_by(ops[:scores], others[0].group), scores=scores, sums=sums)
+
+
+def with_maxima(ops: Sequence[Op]) -> set[int]:
+    """The matmuls of whose results maxima are found, as of logits and of attention's scores."""
+    made_by: dict[int, int] = {}
+    found = set()
+    for index, op in enumerate(ops):
+        if op.kind == "contraction" and op.results:
             made_by[op.results[0].group] = index
-        elif op.primitive == "reduce_max" and group in made_by:
-            with_maxima.add(group)
-        elif op.primitive == "reduce_sum" and group in with_maxima:
-            query, key = ops[made_by[group]].operands
-            if key.repetition is not None and query.group in made_by:
-                yield _Scores(query=made_by[query.group], scores=made_by[group], sums=index)
+        elif op.primitive == "reduce_max" and op.operands[0].group in made_by:
+            found.add(made_by[op.operands[0].group])
+    return found
+
+
+def _sums_up(op: Op, group: int) -> bool:
+    return op.primitive == "reduce_sum" and group in {array.group for array in op.operands}
+
+
+def _made_by(ops: Sequence[Op], group: int) -> int | None:
+    """The last matmul that makes arrays of a group, or what is reshaped to them."""
+    groups = {group}
+    for index, op in reversed(list(enumerate(ops))):
+        if not groups.intersection(array.group for array in op.results):
+            continue
+        if op.kind == "contraction":
+            return index
+        if op.kind == "reshape":
+            groups |= {array.group for array in op.operands}
+    return None

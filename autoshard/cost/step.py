@@ -12,12 +12,13 @@ from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.lifetimes import last_forward_matmul, weights_read
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
-from autoshard.cost.scores import SharedKeyScores
+from autoshard.cost.scores import SharedKeyScores, with_maxima
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import (
     Transfer,
     collective,
+    is_all_reduced,
     local_bytes,
     result_moves,
     transfer_by_part,
@@ -60,12 +61,6 @@ class _Share:
     n_bytes: OpBytes
 
 
-def _is_summed(share: _Share | None) -> bool:
-    """Whether an all-reduce sums what an op makes."""
-    transfers = share.transfers if share else ()
-    return any(one.operand is None and one.kind == "all-reduce" for _, one, *_ in transfers)
-
-
 def _matmuls_by_operand(ops: Sequence[Op]) -> dict[int, list[int]]:
     """Identity of an array that the step makes -> the matmuls of the forward pass that read it."""
     readers: dict[int, list[int]] = {}
@@ -94,7 +89,7 @@ class StepPricer:
         self._around = [picker(op.groups) for op in program.ops]
         self._touching = program.touching()
         self._readers = _matmuls_by_operand(program.ops)
-        self._maxima = _with_maxima(program.ops) if machine.compiles_for_tpu else set()
+        self._maxima = with_maxima(program.ops) if machine.compiles_for_tpu else set()
         self._kept = _kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._scores = SharedKeyScores(program, machine)
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
@@ -124,7 +119,7 @@ class StepPricer:
         torn = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn.items()}
         shares = {index: self._share(index, seen) for index, seen in (torn | apart.around).items()}
         moving = {**self._moving, **shares}
-        scores = list(self._scores.written(layouts, lambda index: _is_summed(moving.get(index))))
+        scores = list(self._scores.written(layouts, lambda index: _is_summed(index, moving)))
         n_bytes = self._n_bytes
         if shares or scores:
             n_bytes = n_bytes.copy()
@@ -291,7 +286,7 @@ class StepPricer:
     def _chain_seconds(self, index: int, cost: OpCost) -> float:
         """What it takes a TPU to write what fused ops make for a matmul, and to read that again."""
         n_bytes = sum(self._peak.chained_bytes(index, cost)) if self.machine.compiles_for_tpu else 0
-        if n_bytes <= self._peak.small_bytes:
+        if n_bytes <= self.machine.on_chip_bytes:
             return 0.0
         return memory_seconds(self.machine.chip, n_bytes, n_bytes)
 
@@ -369,16 +364,10 @@ class StepPricer:
         return seconds
 
 
-def _with_maxima(ops: Sequence[Op]) -> set[int]:
-    """The matmuls of whose results maxima are found, as of logits and of attention's scores."""
-    made_by: dict[int, int] = {}
-    found = set()
-    for index, op in enumerate(ops):
-        if op.kind == "contraction" and op.results:
-            made_by[op.results[0].group] = index
-        elif op.primitive == "reduce_max" and op.operands[0].group in made_by:
-            found.add(made_by[op.operands[0].group])
-    return found
+def _is_summed(index: int, moving: Mapping[int, _Share]) -> bool:
+    """Whether an all-reduce sums what an op makes."""
+    share = moving.get(index)
+    return share is not None and is_all_reduced(transfer for _, transfer, *_ in share.transfers)
 
 
 def _kept_weights(ops: Sequence[Op]) -> set[int]:

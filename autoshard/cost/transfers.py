@@ -8,7 +8,7 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -24,6 +24,7 @@ __all__ = [
     "as_all_reduce",
     "collective",
     "folded_sums",
+    "is_all_reduced",
     "lies_in_op",
     "local_bytes",
     "moved_bytes",
@@ -80,6 +81,11 @@ class Transfer:
 def local_bytes(n_bytes: int, layout: Layout, axis_sizes: tuple[int, ...]) -> int:
     """Bytes of one device's shard."""
     return -(-n_bytes // n_parts(layout, axis_sizes))
+
+
+def is_all_reduced(transfers: Iterable[Transfer]) -> bool:
+    """Whether an all-reduce sums the result of an op with such transfers."""
+    return any(one.operand is None and one.kind == "all-reduce" for one in transfers)
 
 
 @cache

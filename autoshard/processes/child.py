@@ -94,6 +94,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._replies: IO[bytes] | None = None
         self._log: IO[bytes] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._stage = "start"
         self._killed = False
 
@@ -146,7 +147,7 @@ class Child:
             _kill_group(self._process)
 
     def close(self) -> None:
-        """Kill the child and all that it started."""
+        """Kill the child and all that it started, and remove what it has left behind."""
         process, self._process = self._process, None
         streams = [self._replies, self._log]
         if process is not None:
@@ -157,12 +158,16 @@ class Child:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _start(self) -> subprocess.Popen[bytes]:
         reader, writer = os.pipe()
         # What this process can import the child can: a user's own model module, say.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._folder = tempfile.TemporaryDirectory(prefix="autoshard-", ignore_cleanup_errors=True)
+        environment = {"PYTHONPATH": path, "TMPDIR": self._folder.name, **self._environment}
         self._stage = "start"
         try:
             self._process = subprocess.Popen(
@@ -172,7 +177,7 @@ class Child:
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=(writer,),
-                env={**os.environ, "PYTHONPATH": path, **self._environment},
+                env={**os.environ, **environment},
                 start_new_session=True,
             )
         finally:

@@ -171,12 +171,10 @@ def compile_lowered(
         XlaError: the compiler refused the program.
     """
     on_cpu = target.chip.kind == "cpu"
-    with TemporaryDirectory(prefix="autoshard-") as folder:
-        try:
-            compiled = lowered.compile(compiler_options=_options(target, folder))
-        except Exception as error:
-            raise _refused(error, target) from error
-        heap_bytes = _heap_bytes(Path(folder))
+    try:
+        compiled, heap_bytes = _compiled(lowered, target)
+    except Exception as error:
+        raise _refused(error, target) from error
     module = parse_hlo(compiled.as_text())
     weights = [argument.path for argument in step.arguments if argument.role == "weight"]
     layers = layer_paths(weights)
@@ -201,23 +199,24 @@ def compile_lowered(
     )
 
 
-def _options(target: Target, folder: str) -> dict[str, Any] | None:
-    """What to tell the target's compiler: the TPU's, to write what it knows into a folder."""
-    if target.chip.kind == "tpu":
-        return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    return COMPILER_OPTIONS if target.chip.kind == "cpu" else None
+def _compiled(lowered: Any, target: Target) -> tuple[Any, int | None]:
+    """The program, and what a TPU's takes beside its arguments and results, in bytes.
+
+    What libtpu says of that afterwards counts twice what lies idle between arrays.
+    """
+    if target.chip.kind != "tpu":
+        options = COMPILER_OPTIONS if target.chip.kind == "cpu" else None
+        return lowered.compile(compiler_options=options), None
+    with TemporaryDirectory(prefix="autoshard-") as folder:
+        writing = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        return lowered.compile(compiler_options=writing), _heap_bytes(Path(folder))
 
 
 def _heap_bytes(folder: Path) -> int | None:
-    """What a program takes beside its arguments and results, by the compiler's buffer assignment.
-
-    What libtpu says after it counts twice what lies idle between arrays. None where the compiler
-    wrote no assignment.
-    """
-    assignment = next(folder.glob("*buffer-assignment.txt"), None)
-    if assignment is None:
-        return None
-    return sum(int(n_bytes) for n_bytes in _HEAP.findall(assignment.read_text()))
+    """The heap of the buffer assignment that a compiler has written; None where it says of none."""
+    texts = [path.read_text("utf-8") for path in folder.glob("*buffer-assignment.txt")]
+    sizes = [int(n_bytes) for text in texts for n_bytes in _HEAP.findall(text)]
+    return max(sizes, default=None)
 
 
 @lru_cache(maxsize=_KEPT_STEPS)
