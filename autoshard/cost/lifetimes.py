@@ -29,6 +29,7 @@ class Lifetimes:
             gather: from when until when it is there.
         copies: how many like each of these there are at once in the whole model.
         may_be_on_chip: all but what the forward half leaves to the backward one.
+        last_forward: the matmul that ends the forward half, see `last_forward_matmul`.
         gathered_again: pairs of a matmul of the forward half and one of the backward half, for
             which the first keeps the weight that it gathers.
         sums_end: until when partial sums of gradients may wait: the last matmul that makes some.
@@ -41,6 +42,7 @@ class Lifetimes:
     end: Times
     copies: Bytes
     may_be_on_chip: npt.NDArray[np.bool_]
+    last_forward: int | None
     gathered_again: tuple[tuple[int, int], ...]
     sums_end: int
     gradients: dict[int, int]
@@ -74,7 +76,8 @@ def lifetimes(program: Program) -> Lifetimes:
         chains_read[index] = max(chain.readers[-1] for chain in chained.values())
     gathered_from = _gathered_from(ops)
     gathered_to = np.arange(len(ops))
-    again = _gathered_again(ops)
+    last_forward = last_forward_matmul(ops)
+    again = _gathered_again(ops, last_forward)
     for first, later in again:
         gathered_to[first] = max(gathered_to[first], later)
     gathered_to[updates] = len(ops) - 1
@@ -90,6 +93,7 @@ def lifetimes(program: Program) -> Lifetimes:
             [_copies(ops, crosses), _copies(ops, _crosses(ops, chains_read)), n_gathered]
         ),
         may_be_on_chip=np.concatenate([~crosses, np.ones(2 * len(ops), dtype=bool)]),
+        last_forward=last_forward,
         gathered_again=again,
         sums_end=max(makes_gradient, default=0),
         gradients=gradients,
@@ -125,9 +129,8 @@ def _gathered_from(ops: Sequence[Op]) -> Times:
     return start
 
 
-def _gathered_again(ops: Sequence[Op]) -> tuple[tuple[int, int], ...]:
+def _gathered_again(ops: Sequence[Op], last: int | None) -> tuple[tuple[int, int], ...]:
     """The last matmul of the forward half, with each of the backward half that reads its weight."""
-    last = last_forward_matmul(ops)
     if last is None:
         return ()
     kept = weights_read(ops[last])

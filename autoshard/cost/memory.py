@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autoshard.cost.collective_matmul import PIECES_IN_PLACE
-from autoshard.cost.lifetimes import Bytes, alive, last_forward_matmul, lifetimes
+from autoshard.cost.lifetimes import Bytes, alive, lifetimes
 from autoshard.cost.machine import Machine
 from autoshard.cost.results import ResultCopies
 from autoshard.cost.strategies import OpCost
@@ -99,7 +99,6 @@ class PeakMemory:
         trains = any(op.backward for op in program.ops)
         self._idle_share = _IDLE_SHARE if trains and machine.compiles_for_tpu else 0.0
         self._lifetimes = lifetimes(program)
-        self._last_forward = last_forward_matmul(program.ops)
         self._turned = _transposed_weights(program.ops) if machine.compiles_for_tpu else set()
         self._gradients = [
             (index, self._lifetimes.gradients[array.group], array.n_bytes)
@@ -193,11 +192,11 @@ class PeakMemory:
             sliced_late = op.slicing is not None and cost.share == 1
             if cost.is_copied or (sliced_late and cost.is_windowed):
                 working += made
-            is_apart = (made != shard) or self._is_summed_apart(index, cost)
             if op.kind in FUSED:
                 continue
+            apart = made if made != shard or self._is_summed_apart(index, cost) else 0
             if self.copies.is_returned(array) and not sliced_late:
-                working += self.copies.n_bytes(op, layout) + (made if is_apart else 0)
+                working += self.copies.n_bytes(op, layout) + apart
                 continue
             is_gradient = array.group in self._lifetimes.gradients
             if is_gradient and self._lifetimes.last_read[index] > index:
@@ -207,7 +206,7 @@ class PeakMemory:
                 gradient += shard
             else:
                 left += shard // cost.n_summed
-            working += made if is_apart else 0
+            working += apart
             put_off += made if is_gradient and self._is_put_off(op, cost) else 0
         working += self._turned_bytes(index, around, cost)
         kept, own = self.chained_bytes(index, cost)
@@ -228,7 +227,7 @@ class PeakMemory:
         """
         op = self._program.ops[index]
         return (
-            index == self._last_forward
+            index == self._lifetimes.last_forward
             and self._machine.compiles_for_tpu
             and is_all_reduced(cost.transfers)
             and any(

@@ -87,7 +87,8 @@ def _shared_key_scores(ops: Sequence[Op]) -> Iterator[_Scores]:
         after = range(scores + 1, len(ops))
         sums = next((i for i in after if _sums_up(ops[i], op.results[0].group)), None)
         if sums is not None:
-            yield _Scores(query=_made_by(ops[:scores], others[0].group), scores=scores, sums=sums)
+            query = _made_by(ops, others[0].group, before=scores)
+            yield _Scores(query=query, scores=scores, sums=sums)
 
 
 def with_maxima(ops: Sequence[Op]) -> set[int]:
@@ -106,10 +107,11 @@ def _sums_up(op: Op, group: int) -> bool:
     return op.primitive == "reduce_sum" and group in {array.group for array in op.operands}
 
 
-def _made_by(ops: Sequence[Op], group: int) -> int | None:
-    """The last matmul that makes arrays of a group, or what is reshaped to them."""
+def _made_by(ops: Sequence[Op], group: int, *, before: int) -> int | None:
+    """The last matmul before an op that makes arrays of a group, or what is reshaped to them."""
     groups = {group}
-    for index, op in reversed(list(enumerate(ops))):
+    for index in reversed(range(before)):
+        op = ops[index]
         if not groups.intersection(array.group for array in op.results):
             continue
         if op.kind == "contraction":
