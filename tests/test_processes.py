@@ -208,7 +208,8 @@ def test_a_killed_child_ends_the_call_of_another_thread(tmp_path):
 def _parent_of_a_hanging_child(note):
     """Run as a program: a parent that waits for a child that hangs."""
     return (
-        "import sys; sys.path[:0] = [sys.argv[1]]\n"
+        "import signal, sys; sys.path[:0] = [sys.argv[1]]\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it\n"
         "from autoshard.processes.child import Child\n"
         "with Child() as child:\n"
         f"    child.call('{HERE}:_hang', {note!r}, timeout_seconds=60)\n"
