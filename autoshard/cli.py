@@ -16,9 +16,11 @@ import click
 from autoshard import __version__
 from autoshard.errors import AutoshardError, PlanFileError, UsageError
 from autoshard.model.keras_import import PLANNING_ONLY
-from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN
+from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN, DTYPES, OPTIMIZERS
 
 __all__ = ["chips", "check", "compare", "explain", "inspect", "main", "models", "plan", "verify"]
+
+_DTYPE_HELP = f"Keras dtype policy: {', '.join(DTYPES)}. [default: bfloat16, or what the model has]"
 
 
 class _Group(click.Group):
@@ -79,11 +81,12 @@ def _step_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--lora-rank", type=click.IntRange(min=1), help="Rank of the low-rank factors."
             ),
+            click.option("--dtype", help=_DTYPE_HELP),
             click.option(
-                "--dtype", help="Keras dtype policy. [default: bfloat16, or what the model has]"
-            ),
-            click.option(
-                "--optimizer", default=DEFAULT_OPTIMIZER, show_default=True, help="Keras optimizer."
+                "--optimizer",
+                default=DEFAULT_OPTIMIZER,
+                show_default=True,
+                help=f"Keras optimizer: {', '.join(OPTIMIZERS)}.",
             ),
             click.option(
                 "--memory-limit", help="Memory a device, like 15GiB. [default: the chip's]"
@@ -127,7 +130,7 @@ def _format_option(*forms: str) -> Callable[[Callable[..., None]], Callable[...,
 )
 @_format_option("text", "json", "python")
 @click.option("--timings", is_flag=True, help="Add the seconds of each stage.")
-@click.option("-o", "--output", help="Write the plan file here.")
+@click.option("-o", "--output", help="Write the plan file here, also one that is not verified.")
 def plan(
     model: str,
     mesh: str | None,
@@ -145,14 +148,16 @@ def plan(
     _check_writable(output)
     with _progress() as announce:
         outcome = make_plan(model, mesh, axes=_names(axes), on_progress=announce, **options)
-    if output:
-        outcome.plan.save(output)
-    if form == "json":
-        click.echo(outcome.plan.to_json(), nl=False)
-    elif form == "python":
-        click.echo(outcome.plan.to_python(), nl=False)
-    else:
-        click.echo(plan_text(outcome, timings=timings))
+    try:
+        if output:
+            outcome.plan.save(output)
+    finally:  # what was found is printed also where it cannot be written
+        if form == "json":
+            click.echo(outcome.plan.to_json(), nl=False)
+        elif form == "python":
+            click.echo(outcome.plan.to_python(), nl=False)
+        else:
+            click.echo(plan_text(outcome, timings=timings))
     if form != "text":
         for note in notes(outcome):
             click.echo(f"autoshard: {note}", err=True)
@@ -168,7 +173,7 @@ def plan(
 @click.argument("model")
 @click.option("--layer", help="Only the variables under this layer, a line each.")
 @click.option("--lora-rank", type=click.IntRange(min=1), help="Rank of low-rank factors to add.")
-@click.option("--dtype", help="Keras dtype policy. [default: bfloat16, or what the model has]")
+@click.option("--dtype", help=_DTYPE_HELP)
 @_format_option("text", "json", "csv", "markdown")
 def inspect(
     model: str, layer: str | None, lora_rank: int | None, dtype: str | None, form: str
@@ -277,7 +282,7 @@ def explain(plan_file: str) -> None:
 @click.option("--model", help="The model of a LAYOUT that is no plan.")
 @click.option("--mesh", help="Devices along each axis, like 1x8, of a LAYOUT that is no plan.")
 @click.option("--axes", help="Names of the mesh axes, data axis first, joined by commas.")
-@click.option("--target", help="cpu, tpu:v3:2x2, gpu:h100-sxm:8, attached. [default: the plan's]")
+@click.option("--target", help="cpu, tpu:v3:2x2, gpu:h100-sxm:8, attached. [default: a plan's own]")
 @click.option("--workload", help="As in plan, of a LAYOUT that is no plan.")
 @click.option("--batch", type=click.IntRange(min=1), help="As in plan.")
 @click.option("--seq-len", type=click.IntRange(min=1), help="As in plan.")
@@ -379,7 +384,7 @@ def _check_writable(output: str | None) -> None:
     path = Path(output)
     if path.suffix == ".py":
         raise UsageError(f"-o writes JSON: name it {path.stem}.json; source is printed")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise PlanFileError(f"cannot write {output}: it is a directory")
     if not is_stream(path) and not os.access(path.absolute().parent, os.W_OK):
         raise PlanFileError(f"cannot write {output}: no such folder, or it is not writable")

@@ -68,7 +68,6 @@ class UnknownNameError(UsageError):
         near = list(dict.fromkeys([*begins, *close]))[:3]
         offer = f"; did you mean {' or '.join(near)}?" if near else ""
         super().__init__(f"unknown {kind} '{name}'{offer}{' ' + hint if hint else ''}")
-        self.name = name
         self.near = tuple(near)
 
 

@@ -1,5 +1,6 @@
 """The public functions: each runs the stages it needs and returns a value."""
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -92,11 +93,11 @@ def inspect(model: Any, *, lora_rank: int | None = None, dtype: str | None = Non
         model: a preset name, `package.module:callable`, a local preset or configuration, a
             `kaggle://` or `hf://` handle, a Keras model, or a callable that returns one.
         lora_rank: rank of low-rank factors to add, or None.
-        dtype: Keras dtype policy; by default that of the model where one is made already, or
-            bfloat16.
+        dtype: Keras dtype policy; by default bfloat16 for presets, and what a model, a callable
+            or a file has.
 
     Raises:
-        UnknownNameError: there is no such model.
+        UnknownNameError: there is no such model, or no such dtype policy.
         ModelError: Keras cannot build it without values.
     """
     return build(model, dtype=dtype, lora_rank=lora_rank).table()
@@ -132,7 +133,8 @@ def plan(
             `attached` for what JAX sees; by default the smallest v5e slice of that many devices.
         slices: so many of that target, joined by the data-centre network (GPU nodes: InfiniBand).
         workload: `train`, `lora`, `prefill` or `decode`.
-        batch: sequences of the global batch; by default 8, or the next multiple of the data axis.
+        batch: sequences of the global batch; by default 8, or the next multiple of the data axis
+            (with `devices` of all of them).
         seq_len: tokens a sequence.
         lora_rank: rank of the low-rank factors.
         dtype: as for `inspect`.
@@ -213,6 +215,8 @@ def make_plan(
     """
     if verify not in get_args(Verify):
         raise UsageError(f"verify is {verify!r}; give 'none', 'cpu' or 'target'")
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if verify != "none" and not isinstance(model, str):
         raise UsageError(
             "a compiler runs in a process of its own, which must build the model: pass its name or "

@@ -25,6 +25,7 @@ from autoshard.errors import (
     UsageError,
 )
 from autoshard.files import write_whole
+from autoshard.hardware.targets import check_devices, parse_target
 from autoshard.layout.distribution import keras_layout_map
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, format_rules, match, rules_text
@@ -146,6 +147,10 @@ class Plan:
                 f"field 'batch_dim_name' is {json.dumps(record.get('batch_dim_name'))}; expected "
                 f'the first axis of the mesh, "{plan.batch_dim_name}"'
             )
+        try:
+            check_devices(plan.mesh, parse_target(plan.target))
+        except UsageError as error:
+            raise PlanFileError(f"field 'target': {error}") from None
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -278,13 +283,15 @@ keras.distribution.set_distribution(distribution)
         return {path: PartitionSpec(*(match(self.rules, path) or ())) for path in paths}
 
     def _build(self, model: Any) -> ModelTable:
-        model = self.model.name if model is None else model
+        given = self.model.name if model is None else model
         # A name or a callable is built as the workload has it, a model stays as it is.
-        made = isinstance(model, str) or not hasattr(model, "weights")
+        made = isinstance(given, str) or not hasattr(given, "weights")
         asked: dict[str, Any] = {"dtype": self.workload.dtype, "lora_rank": self.workload.lora_rank}
         try:
-            abstract = build(model, **asked) if made else build(model)
+            abstract = build(given, **asked) if made else build(given)
         except UnknownNameError:
+            if model is not None:
+                raise
             raise ModelError(
                 f"the plan was made for the model '{self.model.name}', which no name finds again: "
                 "pass the model"
@@ -348,7 +355,9 @@ def _start_of(path: str) -> str:
 
 def is_stream(path: Path) -> bool:
     """Whether a path is no file to be replaced but one to write to, as a pipe or `/dev/stdout`."""
-    return path.is_relative_to("/dev") or (path.exists() and not path.is_file())
+    if path.is_relative_to("/dev") and not path.is_relative_to("/dev/shm"):
+        return True
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

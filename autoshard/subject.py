@@ -1,5 +1,6 @@
 """What is verified, by a compiler or by a run: a model, its layout, the devices and the step."""
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +43,7 @@ class Subject:
 def subject_of(
     layout: Any,
     *,
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     target: str | None = None,
     memory_limit: str | int | None = None,
     **options: Any,
@@ -72,6 +73,8 @@ def subject_of(
                 "model whose layout this is"
             )
         return _planned(plan, target, memory_limit)
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if not isinstance(model, str):
         raise UsageError("the compiler's process builds the model itself: pass its name")
     plan = plan_of(layout)
@@ -87,7 +90,7 @@ def subject_of(
     generate = plan.generate if plan else setup.generate
     setup = replace(setup, workload=built.adapted(workload), generate=generate)
     rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
-    resolve(rules, built.table(), setup.mesh).checked()
+    resolve(rules, built.table(), setup.mesh).accepted()
     return Subject(
         name=model,
         model=built,

@@ -75,6 +75,7 @@ def plan_small(*options: str) -> Result:
         (("plan", "test_cli:empty", "--mesh", "1x8"), 1, "nothing to lay out"),
         (("models", "gema_7b"), 2, "unknown preset 'gema_7b'; did you mean"),
         (("inspect", "gemma_2b_en", "--layer", "decoder_blok_0"), 2, "decoder_block_0"),
+        (("inspect", "gemma_2b_en", "--dtype", "bf16"), 2, "unknown dtype 'bf16'"),
         (("inspect", "tests"), 1, "it has no config.json"),
         (("verify", "kerashub", "--model", SMALL), 2, "needs its mesh"),
     ],

@@ -308,3 +308,35 @@ def test_of_a_single_row_the_matrix_is_dealt_out_again(rows: int, kind: str) -> 
     (transfer,) = price_op(op, ((contracting,), (0,), (columns,)), MACHINE).transfers
     matrix, sums = 4096 * 8192 * 2 // 8, rows * 8192 * 2
     assert (transfer.kind, transfer.n_bytes) == (kind, matrix if rows == 1 else sums)
+
+
+def test_sums_over_two_of_three_axes_are_one_over_these() -> None:
+    gradient = program_of(lambda x, y: jnp.einsum("bsd,bsv->dv", x, y), (8, 512, 256), (8, 512, 64))
+    split, whole = (0, WHOLE, 1), (WHOLE, WHOLE, WHOLE)
+    machine = Machine.of(parse_mesh("2x2x2", ["data", "seq", "model"]), TARGET)
+    (folded,) = price_op(gradient.ops[0], (split, split, whole), machine).transfers
+    assert machine.groups[folded.axis] == (0, 2)
+    assert machine.links[folded.axis].size == 4
+
+
+def test_a_dimension_is_gathered_while_those_before_are_still_split() -> None:
+    # XLA's partitioner on a 2x4 mesh: f32[128, 512] by groups of 4, then f32[256, 512] by pairs.
+    product = program_of(lambda x, w: x @ w, (8, 16, 256), (256, 512))
+    machine = Machine.of(parse_mesh("2x4"), TARGET)
+    rows = (0, 1)
+    moved = price_op(product.ops[0], (rows, (0, 1), rows), machine).transfers
+    assert [(one.kind, one.axis, one.n_bytes) for one in moved] == [
+        ("all-gather", 1, 128 * 512 * 2),  # float32 is rounded to bfloat16 before
+        ("all-gather", 0, 256 * 512 * 2),
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "peak"), [("bfloat16", 989e12), ("float32", 494e12)])
+def test_a_gpu_multiplies_float32_as_such_in_a_model_of_another_dtype(
+    dtype: str, peak: float
+) -> None:
+    product = program_of(lambda x, w: x @ w, (8192, 8192), (8192, 8192), dtype=dtype)
+    machine = Machine.of(parse_mesh("1x8"), parse_target("gpu:h100-sxm:8"))
+    seconds = price_op(product.ops[0], ((0,), (WHOLE,), (0,)), machine).compute_seconds
+    assert seconds == pytest.approx(2 * 8192**3 / 8 / peak, rel=0.5)
+    assert seconds > 2 * 8192**3 / 8 / peak

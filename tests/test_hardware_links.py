@@ -211,3 +211,9 @@ def test_of_groups_that_are_not_laid_out_alike_the_worst_counts() -> None:
     assert link.kind == "network"  # the second group has two members on one node, one on the next
     assert link.bytes_per_second == uneven.chip.network_bytes_per_second
     assert group_link(("model",), parse_mesh("3x4"), uneven).kind == "nvlink"
+
+
+def test_a_mesh_axis_is_as_fast_as_its_slowest_group() -> None:
+    # Hosts of 2x2 chips, three in a row: the first group of eight is two hosts side by side, a
+    # ring; the second is the end of one row and the start of the next, a path.
+    assert link("6x8", "tpu:v5e:6x8").bytes_per_second == 45 * GB

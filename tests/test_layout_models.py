@@ -11,7 +11,7 @@ from test_end_to_end import small_gemma_backbone
 
 from autoshard.checking import check
 from autoshard.cost.values import Memory
-from autoshard.errors import UsageError
+from autoshard.errors import UnknownNameError, UsageError
 from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.resolve import resolve
@@ -126,6 +126,8 @@ def test_partition_specs_come_from_the_name_alone_or_from_a_model(gemma_plan: Pl
     assert tuple(by_name["decoder_block_27/ffw_linear/kernel"]) == ("model", None)
     assert tuple(by_name["decoder_block_27/ffw_gating/kernel"]) == ()
     assert by_name == gemma_plan.partition_specs(model("gemma_7b_en").model)
+    with pytest.raises(UnknownNameError, match="did you mean gemma_7b_en"):
+        gemma_plan.partition_specs("gemma_7b_ne")
 
 
 def test_a_plan_for_low_rank_factors_is_checked_with_them(gemma_plan: Plan, tmp_path: Path) -> None:

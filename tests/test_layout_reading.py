@@ -49,6 +49,11 @@ def test_a_map_of_another_name_is_found_by_its_construction() -> None:
     assert [rule.spec for rule in parse_layout(both)] == [(None,), ("model",)]
 
 
+def test_a_map_that_an_object_holds_is_found_by_its_construction() -> None:
+    source = 'self.lm = LayoutMap(mesh)\nself.lm["a/kernel"] = ("model",)\n'
+    assert parse_layout(source) == (Rule(pattern="a/kernel", spec=("model",)),)
+
+
 def test_another_name_of_a_map_is_that_map() -> None:
     source = 'lm = LayoutMap(mesh)\nrules = lm\nlm["a"] = ("x",)\nrules["b"] = ("y",)\n'
     assert [rule.pattern for rule in parse_layout(source)] == ["a", "b"]
@@ -125,6 +130,16 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
             'layout_map = Backbone.get_layout_map(mesh)\nlayout_map["a"] = ("model",)',
             "the layout, line 1: cannot read Backbone.get_layout_map(mesh): the rules that it "
             "holds are not in this source",
+        ),
+        (
+            'from maps import layout_map\nlayout_map["a"] = ("model",)',
+            "the layout, line 1: cannot read from maps import layout_map: the rules that it holds "
+            "are not in this source",
+        ),
+        (
+            'maps["a"] = LayoutMap(mesh)\nmaps["a"]["b"] = ("model",)',
+            "the layout, line 1: cannot read maps['a']: a LayoutMap is read under a name of its "
+            "own",
         ),
         (
             'if large:\n    layout_map["a"] = ("model",)\nelse:\n    layout_map["a"] = (None,)',

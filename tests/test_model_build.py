@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from autoshard.errors import ModelError, UsageError
+from autoshard.errors import ModelError, UnknownNameError, UsageError
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.inputs import output_structure
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.step import make_step, trace
 from autoshard.model.workload import Workload
@@ -87,6 +88,36 @@ def test_a_model_that_was_not_called_has_no_weights_yet() -> None:
     with pytest.raises(ModelError, match=r"nothing to lay out.*with a keras\.Input"):
         build(subclassed).table()
     assert build(called).table().n_parameters == 15
+    with pytest.raises(ModelError, match="does not say what inputs it takes"):
+        output_structure(build(called).model)
+
+
+def test_a_layer_that_holds_another_counts_by_its_own_weights() -> None:
+    class Scale(import_keras().layers.Layer):  # type: ignore[misc]
+        def build(self, shape: Any) -> None:
+            self.drop = import_keras().layers.Dropout(0.1)
+            self.scale = self.add_weight(shape=shape[-1:], name="scale")
+
+        def call(self, inputs: Any) -> Any:
+            return self.drop(inputs) * self.scale
+
+    def network() -> Any:
+        rows = import_keras().Input((4,), name="rows")
+        return import_keras().Model(rows, Scale(name="only", dtype="float32")(rows))
+
+    assert build(network).dtype == "float32"
+    with pytest.raises(UsageError, match="made with dtype float32, and bfloat16 is asked for"):
+        build(network, dtype="bfloat16")
+
+
+def test_names_that_are_no_path_are_unknown_models() -> None:
+    with pytest.raises(UnknownNameError, match="unknown model"):
+        build("a" * 300)
+
+
+def test_a_dtype_that_is_none_is_said_before_keras_is_asked() -> None:
+    with pytest.raises(UnknownNameError, match="unknown dtype 'bf16'; did you mean bfloat16"):
+        build("gemma_2b_en", dtype="bf16")
 
 
 def test_low_rank_factors_leave_little_to_train() -> None:

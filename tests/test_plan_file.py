@@ -29,7 +29,7 @@ from autoshard.records.parts import (
     Reason,
     Versions,
 )
-from autoshard.sharding_plan import Plan, load, plan_of
+from autoshard.sharding_plan import Plan, is_stream, load, plan_of
 
 RULES = (
     Rule(pattern="token_embedding/embeddings", spec=("model", None)),
@@ -121,7 +121,7 @@ plans = st.builds(
     mesh=st.just(MESH),
     rules=rules,
     workload=st.sampled_from([Workload(), Workload(kind="lora", lora_rank=4)]),
-    target=texts,
+    target=st.sampled_from(["tpu:v5e:2x4", "gpu:h100-sxm:8", "tpu:v3:2x2", "cpu:8"]),
     predicted=predictions,
     compiled=st.none() | compiled,
     reasons=st.lists(
@@ -255,6 +255,21 @@ def test_standard_output_is_written_to_like_any_other_text(capsys: Any) -> None:
     PLAN.save("/dev/stdout")
     print("after")
     assert capsys.readouterr().out == f"before\n{PLAN.to_json()}after\n"
+
+
+def test_a_file_in_memory_is_a_file_like_any_other() -> None:
+    assert not is_stream(Path("/dev/shm/plan.json"))
+    assert is_stream(Path("/dev/stdout"))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("moon", "unknown chip 'moon'"), ("tpu:v5e:2x2", "target tpu:v5e:2x2 has 4")],
+)
+def test_a_plan_is_for_a_target_of_as_many_devices(target: str, message: str) -> None:
+    text = PLAN.to_json().replace(f'"{PLAN.target}"', f'"{target}"')
+    with pytest.raises(PlanFileError, match=message):
+        Plan.from_json(text)
 
 
 def test_a_number_that_json_lacks_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_a_stream_is_left_whole_by_rules_for_all_its_addends_or_by_none(gemma: P
         ({stream.name: split}, True),
         ({}, True),
     ):
-        assert _holds(result.scorer.score({**weights, **laid}), groups) == holds
+        assert _holds(result.scorer.score({**weights, **laid}), groups, ["model"]) == holds
 
 
 def two_of_one_name() -> Any:
@@ -463,9 +463,14 @@ def test_made_up_names_are_told_of_where_a_rule_takes_any_number_of_them() -> No
             found = keras.layers.Dense(256)(found)
         return keras.Model(rows, found)
 
-    rules = (Rule(pattern=r"dense_\d+/kernel", spec=(None, "model")),)
-    (doubt,) = plan(network, make_setup("1x8")).doubts(rules, is_compiled=True)
-    assert "Keras made up" in doubt and "dense_" in doubt
+    planning = plan(network, make_setup("1x8"))
+    for pattern in (r"dense_\d+/kernel", "dense_(1|2|3|4)/kernel"):
+        rules = (Rule(pattern=pattern, spec=(None, "model")),)
+        (doubt,) = planning.doubts(rules, is_compiled=True)
+        assert "Keras made up" in doubt and "dense_" in doubt
+    for pattern in (".*kernel", r"dense(_\d+)?/kernel"):
+        rules = (Rule(pattern=pattern, spec=(None, "model")),)
+        assert list(planning.doubts(rules, is_compiled=True)) == []
 
 
 def test_weights_that_stay_in_float32_are_told_of() -> None:

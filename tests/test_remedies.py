@@ -85,3 +85,8 @@ def test_a_model_without_low_rank_factors_is_offered_the_rest() -> None:
     outcome = make_plan(dense, "1x2", dtype="float32", memory_limit="3MB")
     assert not outcome.fits
     assert [remedy.change.split()[0] for remedy in outcome.remedies] == ["--mesh"]
+
+
+def test_no_more_devices_are_offered_than_a_mesh_may_have() -> None:
+    offered = [change for change, _ in _more_devices(make_setup("64x128"))]
+    assert len(offered) == 3  # 65,536; the next doubling passes 100,000

@@ -8,7 +8,7 @@ import pytest
 from test_planning import plan
 
 import autoshard.planner.settling as settling
-from autoshard.errors import ChildError, OutOfMemoryError, XlaError
+from autoshard.errors import ChildError, ChildTimeoutError, OutOfMemoryError, XlaError
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules
 from autoshard.pipeline import make_plan
@@ -323,6 +323,23 @@ def test_a_child_that_died_says_nothing_of_any(verdicts) -> None:
 
     with pytest.raises(ChildError, match="killed"):
         verdicts(dead, dead)
+
+
+def test_a_child_that_dies_over_the_second_leaves_the_verdict_on_the_first(
+    verdicts, ranked, in_order
+) -> None:
+    asked = []
+
+    def dies(request: CompileRequest) -> CompiledStep:
+        asked.append(request.rules)
+        if request.rules == ranked[1]:
+            raise ChildTimeoutError("no answer within 580 s")
+        return in_order(request)
+
+    found = verdicts(dies, in_order)
+    assert names(found) == ["candidate 1", "candidate 2"]
+    assert found[1].error == "no answer within 580 s"
+    assert asked == ranked[:2]
 
 
 def test_a_layout_that_only_compiles_shallow_is_no_winner(verdicts, ranked) -> None:

@@ -68,7 +68,7 @@ def _table_sums(
     made = layout_of(op.results[0], choice)
     summed = local_bytes(op.results[0].n_bytes, made, sizes)
     for axis in idle:
-        n_summed = min(sizes[axis], n_slices)
+        n_summed = math.gcd(sizes[axis], n_slices)
         n_slices //= n_summed
         if n_summed > 1:
             # What a group moves, of what all devices of the axis would.

@@ -1,5 +1,6 @@
 """What a step runs on."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ class Machine:
         chip: one device.
         parts: the mesh axes of more than one device, in order, and what each is cut into. An axis
             of layouts is a part of one.
-        links: what carries each part; then, where some axis is cut, what carries each axis; last,
-            what carries all of them together.
+        links: what carries each part; then, where some axis is cut, what carries each axis; then
+            what carries several axes together, of three any two; all of them last.
         matmul_dtype: dtype of the matmuls, for the peak.
         as_partitioned: whether the collectives are wanted as the partitioner makes them, without
             what the TPU compiler makes of them: it finds gathers of the forward pass that are
@@ -57,7 +58,8 @@ class Machine:
         """
         axes = mesh.parallel_axes
         parts = parts or AxisParts.uncut([mesh.sizes[axis] for axis in axes])
-        links = [group_link(group, mesh, target) for group in [*((axis,) for axis in axes), axes]]
+        groups = [tuple(axes[axis] for axis in group) for group in _groups_of_axes(len(axes))]
+        links = [group_link(group, mesh, target) for group in groups]
         if parts.is_cut:
             links = [*_part_links(parts, mesh, target), *links]
         return cls(chip=target.chip, parts=parts, links=tuple(links), matmul_dtype=matmul_dtype)
@@ -72,22 +74,27 @@ class Machine:
         """The index of the link of all axes together."""
         return len(self.links) - 1
 
-    def axes_of(self, link: int) -> tuple[int, ...]:
-        """The axes of a layout over which a link goes."""
-        n_axes = len(self.axis_sizes)
-        if link < n_axes:
-            return (link,)
-        return tuple(range(n_axes)) if link == self.all_axes else self.parts.places[link - n_axes]
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The axes of a layout over which each link goes."""
+        places = self.parts.places
+        several = [
+            tuple(itertools.chain.from_iterable(places[axis] for axis in group))
+            for group in _groups_of_axes(len(places))
+        ]
+        parts = [(place,) for place in range(len(self.axis_sizes))] if self.parts.is_cut else []
+        return (*parts, *several)
 
     def axis_of(self, link: int) -> int:
         """The first of them: what a collective over the link moves, all split one dimension of."""
-        return self.axes_of(link)[0]
+        return self.groups[link][0]
 
     @cached_property
     def uncut(self) -> "Machine":
         """The same with layouts by whole mesh axes; its links are the last of this one's."""
         parts = AxisParts.uncut([math.prod(of) for of in self.parts.parts])
-        return replace(self, parts=parts, links=self.links[-len(parts.sizes) - 1 :])
+        n_links = len(_groups_of_axes(len(parts.sizes)))
+        return replace(self, parts=parts, links=self.links[-n_links:])
 
     def simplest(self, layouts: Sequence[Layout]) -> tuple[Sequence[Layout], "Machine"]:
         """The layouts by whole axes and `uncut`, where no part of an axis is on its own."""
@@ -123,6 +130,17 @@ class Machine:
     def decomposes_sums(self) -> bool:
         """Whether the chip's compiler makes rings of permutations of reduce-scatters."""
         return self.compiles_for_tpu and self.hides_permutes
+
+
+def _groups_of_axes(n_axes: int) -> list[tuple[int, ...]]:
+    """Each of some mesh axes, and several of them together, all of them last.
+
+    >>> _groups_of_axes(3)
+    [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+    """
+    sizes = range(1, n_axes + 1)
+    groups = [group for size in sizes for group in itertools.combinations(range(n_axes), size)]
+    return groups or [()]
 
 
 def _part_links(parts: AxisParts, mesh: Mesh, target: Target) -> list[AxisLink]:

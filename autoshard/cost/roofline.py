@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.single_rows import matrix_seconds
-from autoshard.cost.transfers import local_bytes, moved_bytes, n_parts
+from autoshard.cost.transfers import FLOAT32, local_bytes, moved_bytes, n_parts
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
 from autoshard.graph.vectors import vectors_of
@@ -119,14 +119,22 @@ def _multiplying(op: Op, choice: Choice, machine: Machine) -> float:
         if vectors is not None:
             matrix = op.operands[0 if vectors else -1]
             return _thinness(op, matrix, choice, machine) * matrix_seconds(flops / 2, machine)
-    in_eight_bits = all(array.itemsize == 1 for array in op.operands)
-    dtype = "int8" if in_eight_bits else machine.matmul_dtype
+    dtype = _matmul_dtype(op, machine)
     if op.kind == "contraction":
         shape = _matmul_shape(op, local, n_parts(choice, sizes))
         efficiency = matmul_efficiency(chip, *shape, dtype)
     else:  # a loop, whose matmuls may have any shape
         efficiency = chip.matmul_efficiency_max
     return flops / (chip.flops_per_second(dtype) * efficiency)
+
+
+def _matmul_dtype(op: Op, machine: Machine) -> str:
+    """The dtype in which an op multiplies: TPUs round float32 to what the others are of."""
+    itemsizes = [array.itemsize for array in op.operands]
+    if all(itemsize == 1 for itemsize in itemsizes):
+        return "int8"
+    is_wide = FLOAT32 in itemsizes and machine.chip.kind == "gpu"
+    return "float32" if is_wide else machine.matmul_dtype
 
 
 def _adding(op: Op, choice: Choice, machine: Machine) -> float:

@@ -160,12 +160,16 @@ class StepPricer:
         for index in sorted(moving):
             for once, transfer, moved, beside in moving[index].transfers:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
-                # all-reduced once.
-                if once not in traffic:
+                # all-reduced once: once in all what every block reads or adds to.
+                known = traffic.get(once)
+                if known is None:
                     if beside is not None and self._runs_beside(index, transfer, moving):
                         moved = beside
                     traffic[once] = moved
                     seconds += transfer.memory_seconds * moved.count
+                elif moved.count < known.count and moved.layer == known.layer:
+                    traffic[once] = replace(known, count=moved.count)
+                    seconds -= transfer.memory_seconds * (known.count - moved.count)
                 if transfer.pieces > 1:
                     windowed[once] = transfer
         if not windowed:

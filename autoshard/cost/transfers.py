@@ -45,8 +45,7 @@ class Transfer:
 
     Attributes:
         kind: as in `autoshard.hardware.collectives`.
-        axis: index into `Machine.links`: of a part of a mesh axis, of one, or of all of them for a
-            permutation.
+        axis: index into `Machine.links`: of a part of a mesh axis, of one, or of several together.
         n_bytes: as `autoshard.hardware.collectives` counts them for the kind.
         seconds: time of one.
         overlapped: whether the chip's compiler hides it behind compute.
@@ -134,16 +133,16 @@ def as_all_reduce(transfer: Transfer, machine: Machine) -> Transfer:
 
 
 def folded_sums(transfers: Sequence[Transfer], machine: Machine) -> list[Transfer]:
-    """With the all-reduces of one result, axis after axis, as one over all axes.
+    """With the all-reduces of one result, axis after axis, as one over all of these axes.
 
     The compilers of TPUs and GPUs fold them (XLA's `all_reduce_folder.cc`), the partitioner does
     not.
     """
     sums = [one for one in transfers if one.operand is None and one.kind == "all-reduce"]
-    axes = [axis for one in sums for axis in machine.axes_of(one.axis)]
-    if not machine.folds_sums or len(sums) < 2 or sorted(axes) != [*range(len(machine.axis_sizes))]:
+    axes = tuple(sorted(axis for one in sums for axis in machine.groups[one.axis]))
+    if not machine.folds_sums or len(sums) < 2 or axes not in machine.groups:
         return list(transfers)
-    folded = as_all_reduce(replace(sums[0], axis=machine.all_axes), machine)
+    folded = as_all_reduce(replace(sums[0], axis=machine.groups.index(axes)), machine)
     return [*(one for one in transfers if one not in sums), folded]
 
 
@@ -338,12 +337,15 @@ def _moves(
     """
     sizes = machine.axis_sizes
     all_bytes = array.n_bytes if position is None else moved_bytes(op, array, machine)
-    for axis, (source, target) in enumerate(zip(have, want, strict=True)):
+    # XLA gathers the last dimension first: what is gathered is still split along those before.
+    now = [have[axis] if dim == WHOLE else dim for axis, dim in enumerate(want)]
+    for axis in sorted(range(len(have)), key=have.__getitem__, reverse=True):
+        source, target = have[axis], want[axis]
         if source in (target, WHOLE):
             continue
         if target == WHOLE:
-            # The gathered array is still split over the axes that split it before and after.
-            n_bytes = local_bytes(all_bytes, want, sizes)
+            now[axis] = WHOLE
+            n_bytes = local_bytes(all_bytes, tuple(now), sizes)
             on_tpu = machine.chip.kind == "tpu"
             early = array.is_held or (on_tpu and op.backward and sizes[axis] > 2)
             yield collective("all-gather", axis, n_bytes, machine, position, want, not early)

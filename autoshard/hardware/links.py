@@ -65,7 +65,7 @@ class AxisLink:
 
 
 def group_link(axes: Sequence[str], mesh: Mesh, target: Target) -> AxisLink:
-    """The links of a collective over the product of some mesh axes.
+    """The links of a collective over the product of some mesh axes: those of the slowest group.
 
     Args:
         axes: names of axes of the mesh.
@@ -76,10 +76,7 @@ def group_link(axes: Sequence[str], mesh: Mesh, target: Target) -> AxisLink:
         MeshError: the mesh and the target have different numbers of devices.
     """
     check_devices(mesh, target)
-    groups = _groups(axes, mesh, target)
-    if target.n_slices == 1:
-        groups = groups[:1]  # the others are laid out alike
-    links = (_link(places, ",".join(axes), target) for places in groups)
+    links = (_link(places, ",".join(axes), target) for places in _groups(axes, mesh, target))
     return min(links, key=lambda link: (link.bytes_per_second, -link.launch_seconds))
 
 

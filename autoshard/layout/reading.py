@@ -171,13 +171,14 @@ class _Source:
 
     def _note(self, target: ast.expr, value: ast.expr) -> None:
         """Remember names that hold a string or a LayoutMap; another name of a map is that map."""
-        if isinstance(target, ast.Name):
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                self._strings.setdefault(target.id, []).append(value.value)
-            elif _makes_map(value):
-                self._maps[target.id] = target.id
-            elif _last_name(value) in self._maps:
-                self._maps[target.id] = self._maps[_last_name(value)]
+        name = _last_name(target)
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            if isinstance(target, ast.Name):
+                self._strings.setdefault(name, []).append(value.value)
+        elif name and _makes_map(value):
+            self._maps[name] = name
+        elif name and _last_name(value) in self._maps:
+            self._maps[name] = self._maps[_last_name(value)]
 
     def rules(self, unreadable: list[str]) -> LayoutRules:
         """The rules; why others cannot be read is added to `unreadable`."""
@@ -212,8 +213,18 @@ class _Source:
         return self._maps.get(written, written)
 
     def _made_elsewhere(self) -> Iterator[str]:
-        """Where a map comes from what is no LayoutMap of this source, and may hold rules."""
+        """Where a map comes from what is no LayoutMap of this source, and may hold rules.
+
+        Or is kept where what is set in it is not seen, as in a list of maps.
+        """
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.ImportFrom):
+                names = {alias.asname or alias.name for alias in node.names}
+                if not names.isdisjoint(self._maps):
+                    yield str(self._error(node, "the rules that it holds are not in this source"))
         for target, value in self._statements:
+            if _makes_map(value) and not _last_name(target):
+                yield str(self._error(target, "a LayoutMap is read under a name of its own"))
             if (
                 _last_name(target) in self._maps
                 and not _makes_map(value)

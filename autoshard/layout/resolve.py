@@ -65,7 +65,7 @@ class Finding:
 
     @property
     def severity(self) -> Literal["error", "warning"]:
-        """`error` where Keras refuses the model, `warning` where it goes on silently."""
+        """`error` where Keras refuses the model or a line cannot be read, else `warning`."""
         return "warning" if self.kind in _WARNINGS else "error"
 
 
@@ -84,14 +84,25 @@ class Resolution:
     outputs: Mapping[str, Spec]
     findings: tuple[Finding, ...]
 
+    def accepted(self) -> "Resolution":
+        """This resolution, if Keras accepts the map.
+
+        Raises:
+            LayoutError: it does not; the text is that of the first finding which says so.
+        """
+        for finding in self.findings:
+            if finding.severity == "error":
+                raise LayoutError(finding.message)
+        return self
+
     def checked(self) -> "Resolution":
         """This resolution, if it gives every family one spec that Keras accepts.
 
         Raises:
             LayoutError: it does not; the text is that of the first finding which says so.
         """
-        for finding in self.findings:
-            if finding.severity == "error" or finding.kind == "split-family":
+        for finding in self.accepted().findings:
+            if finding.kind == "split-family":
                 raise LayoutError(finding.message)
         return self
 

@@ -13,14 +13,13 @@ from autoshard.model.recipe import (
     AbstractModel,
     Recipe,
     build_recipe,
-    inner_layers,
     is_task,
     layers_by_path,
     with_task,
     wrap,
 )
 from autoshard.model.references import recipe_of
-from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED
+from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED, check_dtype
 
 __all__ = ["build"]
 
@@ -43,11 +42,12 @@ def build(
         lora_rank: give the backbone low-rank factors of this rank and freeze the rest.
 
     Raises:
-        UnknownNameError: there is no model of that name.
+        UnknownNameError: there is no model, or no dtype policy, of that name.
         UsageError: the callable cannot be imported, or the model takes no low-rank factors, or has
             another dtype policy than `dtype`.
         ModelError: Keras cannot build the model without values.
     """
+    check_dtype(dtype)
     keras = import_keras()
     if isinstance(reference, keras.layers.Layer) and not isinstance(reference, keras.Model):
         raise UsageError(f"'{reference.name}' is a layer; give a keras.Model with it")
@@ -109,16 +109,9 @@ def _given(model: Any, lora_rank: int | None) -> AbstractModel:
 
 
 def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
-    """With the dtype policy of most parameters."""
-    sizes: Counter[str] = Counter()
-    for path, layer in layers_by_path(model.model).items():
-        if not inner_layers(layer):
-            policy = layer.dtype_policy
-            name = policy[path].name if isinstance(policy, Mapping) else policy.name
-            name = QUANTIZED if name.startswith(QUANTIZED) else name
-            sizes[name] += sum(math.prod(weight.shape) for weight in layer.weights)
-    name = max(sizes, key=sizes.__getitem__, default="")
-    if not sizes[name]:
+    """With the dtype policy that it is made with."""
+    name = _own_dtype(model)
+    if not name:
         return model
     if asked not in (None, name):
         raise UsageError(
@@ -126,6 +119,19 @@ def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
             f"out, or make the model with {asked}"
         )
     return replace(model, dtype=name)
+
+
+def _own_dtype(model: AbstractModel) -> str:
+    """The dtype policy of most parameters, "" where there are none."""
+    sizes: Counter[str] = Counter()
+    for path, layer in layers_by_path(model.model).items():
+        policy = layer.dtype_policy
+        name = policy[path].name if isinstance(policy, Mapping) else policy.name
+        name = QUANTIZED if name.startswith(QUANTIZED) else name
+        own = (*layer._trainable_variables, *layer._non_trainable_variables)
+        sizes[name] += sum(math.prod(variable.shape) for variable in own)
+    name = max(sizes, key=sizes.__getitem__, default="")
+    return name if sizes[name] else ""
 
 
 def _rebuildable(model: AbstractModel) -> AbstractModel:

@@ -39,8 +39,23 @@ def _functional(model: Any) -> Any:
 
 
 def output_structure(model: Any) -> Any:
-    """The symbolic outputs of a functional Keras model, in its own structure."""
-    return _functional(model)._outputs_struct
+    """The symbolic outputs of a functional Keras model, in its own structure.
+
+    Raises:
+        ModelError: the model does not say what it takes and returns.
+    """
+    return _structure(model, "_outputs_struct")
+
+
+def _structure(model: Any, kept_as: str) -> Any:
+    structure = getattr(_functional(model), kept_as, None)
+    if structure is None:
+        raise ModelError(
+            f"{type(model).__name__} '{model.name}' does not say what inputs it takes; give a "
+            "functional model, as keras.Model(inputs, model(inputs)) with a keras.Input makes one, "
+            "or a KerasHub backbone or task"
+        )
+    return structure
 
 
 def model_inputs(
@@ -64,13 +79,7 @@ def model_inputs(
         ModelError: the model does not say what it takes.
     """
     keras = import_keras()
-    structure = getattr(_functional(model), "_inputs_struct", None)
-    if structure is None:
-        raise ModelError(
-            f"{type(model).__name__} '{model.name}' does not say what inputs it takes; give a "
-            "functional model, as keras.Model(inputs, model(inputs)) with a keras.Input makes one, "
-            "or a KerasHub backbone or task"
-        )
+    structure = _structure(model, "_inputs_struct")
     tensors = keras.tree.flatten(structure)
     symbolic = _symbolic_shapes(model, structure)
     shapes = _filled(symbolic, getattr(model, "backbone", model), workload, pictures)

@@ -52,9 +52,9 @@ def recipe_of(
     if "://" in reference:
         return _from_preset(reference, dtype, lora_rank)
     path = Path(reference)
-    if reference and (path / "config.json").is_file():
+    if reference and os.path.isfile(path / "config.json"):
         return _from_preset(reference, dtype, lora_rank)
-    if reference and path.is_dir() and reference not in catalogue.names():
+    if reference and os.path.isdir(path) and reference not in catalogue.names():
         raise ModelError(f"the folder '{reference}' is no preset: it has no config.json")
     if path.suffix in (".keras", ".json"):
         return _from_file(path, dtype, lora_rank)

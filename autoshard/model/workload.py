@@ -1,5 +1,6 @@
 """The workload: what the model is asked to do in one step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ __all__ = [
     "QUANTIZED",
     "Kind",
     "Workload",
+    "check_dtype",
 ]
 
 Kind = Literal["train", "lora", "prefill", "decode"]
@@ -32,6 +34,23 @@ DEFAULT_LORA_RANK = 4
 # XLA counts the elements of an array in 64 bits, and each token has many.
 _MOST_TOKENS = 2**40
 DTYPES = (DEFAULT_DTYPE, "float16", "float32", "mixed_bfloat16", QUANTIZED)
+
+
+def check_dtype(dtype: object) -> None:
+    """Make sure that a dtype policy is one of `DTYPES`, or None.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if dtype is not None:
+        _check_name("dtype", dtype, DTYPES)
+
+
+def _check_name(what: str, name: object, known: Sequence[str]) -> None:
+    if not isinstance(name, str):
+        raise UsageError(f"{what} is {name!r}; give its name, one of {', '.join(known)}")
+    if name not in known:
+        raise UnknownNameError(what, name, known, f"(one of {', '.join(known)})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +78,9 @@ class Workload:
     lora_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for what, name, known in (
-            ("workload", self.kind, KINDS),
-            ("dtype", self.dtype, DTYPES),
-            ("optimizer", self.optimizer, OPTIMIZERS),
-        ):
-            if what == "dtype" and name is None:
-                continue
-            if not isinstance(name, str):
-                raise UsageError(f"{what} is {name!r}; give its name, one of {', '.join(known)}")
-            if name not in known:
-                raise UnknownNameError(what, name, known, f"(one of {', '.join(known)})")
+        _check_name("workload", self.kind, KINDS)
+        check_dtype(self.dtype)
+        _check_name("optimizer", self.optimizer, OPTIMIZERS)
         if self.batch < 1 or self.seq_len < 1:
             raise UsageError(
                 f"a batch of {self.batch} sequences of {self.seq_len} tokens is no work: "

@@ -17,6 +17,7 @@ from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel
 from autoshard.search.descent import Scored
 from autoshard.units import whole_number
+from autoshard.xla.attached import attached_target
 
 __all__ = ["Tradeoff", "make_setups", "mesh_shapes", "plan_shapes", "tradeoffs"]
 
@@ -74,6 +75,8 @@ def make_setups(
     n_devices, batch = whole_number("devices", n_devices), whole_number("batch", batch)
     shapes = mesh_shapes(n_devices)
     batch = round_up(DEFAULT_BATCH, n_devices) if batch is None else batch
+    if target == "attached":  # asked for once
+        target = attached_target()
     return tuple(
         make_setup(
             str(mesh),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from autoshard.errors import LayoutError, MeshError
 from autoshard.graph.program import Program
-from autoshard.layout.rules import LayoutRules
+from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
 from autoshard.model.folding import BlockStack
@@ -29,6 +29,8 @@ __all__ = [
 
 # Of all floating point operations; cutting pictures into patches takes a hundredth.
 _MANY_CONVOLUTIONS = 0.1
+# No process makes so many layers of a class.
+_NO_NUMBER = 987_654_321
 
 # Each further axis multiplies the layouts of every array.
 _MOST_AXES = 3
@@ -91,10 +93,7 @@ class Planning:
             rules: of the plan.
             is_compiled: whether a compiler was asked about it.
         """
-        text = " ".join(rule.pattern for rule in rules)
-        names = [*re.findall(r"\w+", text), *re.findall(r"\w+_\\d\+", text)]
-        made_up = self.numbered_layers
-        if numbered := sorted(one for one in made_up if any(re.fullmatch(n, one) for n in names)):
+        if numbered := sorted(self._relied_upon(rules)):
             yield (
                 f"Keras made up {', '.join(numbered)}, and numbers such names as a process "
                 "makes layers: name the layers, or another run may not find them"
@@ -143,6 +142,17 @@ class Planning:
                 "convolutions are priced as the matmuls they are made of: where channels are few, "
                 "time and memory may be several times what is predicted"
             )
+
+    def _relied_upon(self, rules: LayoutRules) -> set[str]:
+        """The layers whose names Keras made up, and for which rules differ by their number."""
+        paths = [*(variable.path for variable in self.table.variables), *self.table.output_paths]
+        return {
+            name
+            for path in paths
+            for name in self.numbered_layers.intersection(path.split("/"))
+            for renamed in _renumbered(path, name)
+            if matching_rules(rules, path) != matching_rules(rules, renamed)
+        }
 
     def cache_specs(self, scored: Scored) -> tuple[Spec, ...]:
         """How a layout lays out each array of a KV cache.
@@ -223,6 +233,13 @@ def _check(setup: Setup) -> None:
         raise MeshError(
             f"mesh {setup.mesh} splits over {n_axes} axes; plans are made for up to {_MOST_AXES}"
         )
+
+
+def _renumbered(path: str, name: str) -> Iterator[str]:
+    """A path whose layer `name` has no number, or one that no process comes to."""
+    stem = re.sub(r"_\d+$", "", name)
+    for other in (stem, f"{stem}_{_NO_NUMBER}"):
+        yield "/".join(other if one == name else one for one in path.split("/"))
 
 
 def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:

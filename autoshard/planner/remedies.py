@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoshard.errors import ModelError, UsageError
+from autoshard.errors import MeshError, ModelError, UsageError
 from autoshard.hardware.targets import target_of
 from autoshard.mesh import Mesh, round_up
 from autoshard.model.workload import DEFAULT_LORA_RANK
@@ -107,8 +107,11 @@ def _more_devices(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Twice the devices of the same chip along the last axis, and twice that."""
     mesh, n_slices = setup.mesh, setup.target.n_slices
     for _ in range(_MOST_DOUBLINGS):
-        mesh = Mesh(shape=(*mesh.shape[:-1], 2 * mesh.shape[-1]), axis_names=mesh.axis_names)
-        one = target_of(setup.target.chip, mesh.n_devices // n_slices)
+        try:
+            mesh = Mesh(shape=(*mesh.shape[:-1], 2 * mesh.shape[-1]), axis_names=mesh.axis_names)
+            one = target_of(setup.target.chip, mesh.n_devices // n_slices)
+        except MeshError:  # more devices than there are
+            return
         target = replace(one, n_slices=n_slices * one.n_slices)
         n_data = mesh.sizes[mesh.data_axis]
         batch = round_up(setup.workload.batch, n_data)

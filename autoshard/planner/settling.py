@@ -106,7 +106,8 @@ def settle(
         refused whole goes to the end; where all are, one that does not fit comes first.
 
     Raises:
-        XlaError: no candidate could be compiled, or the child died or ran out of time.
+        XlaError: no candidate could be compiled, or the child died or ran out of time with the
+            first, or with all blocks of the winner.
     """
     judge = partial(_verdict, model, planning, compiler)
     is_shallow = _copied_share(planning) < 1
@@ -115,10 +116,12 @@ def settle(
         compile_whole = partial(compile_in, child, timeout_seconds=_COMPILE_SECONDS)
         compile_copies = partial(compile_deep, child, timeout_seconds=_COMPILE_SECONDS)
         compile_first = compile_copies if is_shallow else compile_whole
-        verdicts: list[Verdict] = []
-        for candidate in _in_turn(planning, compiler, verdicts):
+
+        def ask(candidate: Candidate) -> Verdict:
             on_progress(f"compile {candidate.name} for {compiler}, {depth}")
-            verdicts.append(judge(candidate, compile_first))
+            return judge(candidate, compile_first)
+
+        verdicts = _first_verdicts(planning, compiler, ask)
         verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.weighed_seconds))
         whole: list[Verdict] = []
         refused: list[Verdict] = []
@@ -141,6 +144,21 @@ def settle(
     if refused[0].fits is not False:
         raise XlaError(f"no candidate runs on {compiler}: {refused[0].error}")
     return (*refused, *verdicts[len(refused) :])
+
+
+def _first_verdicts(
+    planning: Planning, compiler: Target, ask: Callable[[Candidate], Verdict]
+) -> list[Verdict]:
+    """What the compiler says of each in turn, up to where its process dies or runs out of time."""
+    verdicts: list[Verdict] = []
+    for candidate in _in_turn(planning, compiler, verdicts):
+        try:
+            verdicts.append(ask(candidate))
+        except (ChildError, ChildTimeoutError) as error:
+            if all(verdict.compiled is None for verdict in verdicts):
+                raise
+            return [*verdicts, _failed(candidate, error, fits=None)]
+    return verdicts
 
 
 def _in_turn(

@@ -42,12 +42,12 @@ class ComparedLayout:
     Attributes:
         name: the file, or the word, that it was given by.
         rules: its layout map.
-        predicted: by the formulas; None where Keras refuses the map.
+        predicted: by the formulas; None where it is not priced.
         excess_bytes: predicted bytes a device above the memory limit; 0 where it fits.
         whole_bytes: bytes of the weights that no rule splits, which every device holds.
         collectives: the predicted ones, the costliest first.
         warnings: what of the map Keras passes over in silence, such as a rule that takes nothing.
-        failure: why Keras refuses the map, or "".
+        failure: why Keras refuses the map or it is not priced, or "".
     """
 
     name: str

@@ -137,7 +137,7 @@ class CompiledCollective:
 
     kind: str
     axis: str | None
-    wire_bytes: int = field(metadata={"key": "n_bytes"})
+    wire_bytes: int
     count: int
     layer: str | None = None
     rule: str | None = None

@@ -209,7 +209,7 @@ def _ranking(outcome: PlanOutcome) -> str:
     note = "all predicted by formulas; hidden collectives and memory count a little in the ranking"
     by = next((v.compiled.target for v in outcome.verdicts if v.compiled), None)
     if by is not None:
-        note += f";\ncompiled: the step with the collectives {_source(by)}"
+        note += f";\ncompiled: {_source(by)}"
     refused = "".join(f"\n{c.name}: {c.failure}" for c in planning.rivals if c.failure)
     return "\n\n".join([f"{table}\n({note}){refused}", *_differences(outcome)])
 
@@ -230,11 +230,12 @@ def _candidates(outcome: PlanOutcome) -> tuple[Candidate, ...]:
 
 
 def _source(target: str) -> str:
-    """Whose collectives and compute a compiled time has."""
+    """Whose compute and collectives a compiled time has."""
     kind = parse_target(target).chip.kind
-    if kind == "cpu":
-        return "that XLA's partitioner put in"
-    return f"and the cycles of the compiler of {target}" if kind == "tpu" else f"of {target}"
+    if kind == "tpu":
+        return f"the cycles and the collectives of the compiler of {target}"
+    by = "that XLA's partitioner put in" if kind == "cpu" else f"of the compiler of {target}"
+    return f"the predicted compute with the collectives {by}"
 
 
 def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ...]:

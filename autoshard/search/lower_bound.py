@@ -174,7 +174,8 @@ class _Builder:
         """One node an op, and an edge to each group it touches."""
         layouts = [self.layouts_of[group] for group in groups]
         choices = tuple(candidate_choices(op, layouts, self.sizes))
-        seconds = tuple(compute_seconds(op, c, self.machine) * count for c in choices)
+        least = count * op.slicing.share if op.slicing else count
+        seconds = tuple(compute_seconds(op, c, self.machine) * least for c in choices)
         node = self.add_node(seconds)
         for position, (array, group) in enumerate(zip(op.arrays, groups, strict=True)):
             operand = position if position < len(op.operands) else None

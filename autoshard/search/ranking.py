@@ -137,7 +137,7 @@ def search(
         unbound=beyond
         if beyond is not None
         and beyond.rank < ranked[0].rank
-        and _holds(beyond, _output_groups([*bound, *free]))
+        and _holds(beyond, _output_groups([*bound, *free]), mesh.parallel_axes)
         else None,
         plain=next((scored for scored in ranked if not scored.n_outputs), None),
         tied=tied,
@@ -187,14 +187,16 @@ def _worthy(
     """Of all that was scored what may be chosen, and gains by its rules for outputs."""
     names = {choices.name for choices in families if not choices.is_output}
     specs = {choices.name: choices.specs for choices in families}
-    groups = _output_groups(families)
+    groups, axis_names = _output_groups(families), scorer.mesh.parallel_axes
     kept = [scored for scored in scorer.seen.values() if _keeps(scored, specs, tied)]
     for scored in kept:
         scorer.score(_only(scored, names))  # what its rules for outputs have to beat
     return [
         scored
         for scored in scorer.seen.values()
-        if _keeps(scored, specs, tied) and _holds(scored, groups) and _gains(scored, names, scorer)
+        if _keeps(scored, specs, tied)
+        and _holds(scored, groups, axis_names)
+        and _gains(scored, names, scorer)
     ]
 
 
@@ -203,16 +205,23 @@ def _output_groups(families: Sequence[Choices]) -> list[list[Choices]]:
     return list(sibling_groups(choices for choices in families if choices.is_output).values())
 
 
-def _holds(scored: Scored, groups: Iterable[Sequence[Choices]]) -> bool:
+def _holds(
+    scored: Scored, groups: Iterable[Sequence[Choices]], axis_names: Collection[str]
+) -> bool:
     """Whether XLA keeps whole what rules for outputs leave whole along an axis.
 
     Of arrays that are added up it does where each has such a rule: what one leaves whole another
     splits again, while a split passes on to all.
+
+    Args:
+        scored: the layout.
+        groups: the outputs that are added up.
+        axis_names: the mesh axes of more than one device.
     """
     if not scored.n_outputs:
         return True
     laid = dict(scored.assignment)
-    axes = {axis for spec in laid.values() for axis in spec if axis is not None}
+    axes = {axis for spec in laid.values() for axis in spec if axis in axis_names}
     for members in groups:
         specs = {laid.get(choices.name, NO_RULE) for choices in members}
         if NO_RULE in specs and not all(spec == NO_RULE or axes <= set(spec) for spec in specs):

@@ -177,6 +177,8 @@ class _Search:
             stuck = ends.get(first > second) == (first, second)
             if self.relative_gap() <= self.gap or (stuck and number > 1) or self.left() < 0:
                 return
+            if first == math.inf:  # no answer, and no line to meet
+                return
             ends[first > second] = first, second
             if number == 0:
                 weight = _ALMOST_ONE
