@@ -8,10 +8,14 @@ from test_graph_rules import program_of
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.results import ResultCopies
+from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import price_op
 from autoshard.graph.program import WHOLE, Op, Program
 from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh
+from autoshard.search.candidates import family_choices
+from autoshard.search.descent import Scorer, exhaust
+from autoshard.search.lower_bound import relax
 
 MACHINE = Machine.of(parse_mesh("1x8"), parse_target("tpu:v5e:2x4"))
 PICTURE, TEXT, HIDDEN, VOCABULARY = 256, 512, 2048, 65_536
@@ -80,6 +84,13 @@ def test_no_more_is_multiplied_than_is_read(
     assert cost.share == pytest.approx(float(share))
     whole = 2 * 8 * (PICTURE + TEXT) * HIDDEN * VOCABULARY / 8 / 197e12
     assert cost.compute_seconds == pytest.approx(whole * float(share), rel=0.25)
+
+
+def test_no_layout_beats_the_bound_where_a_slice_alone_is_multiplied() -> None:
+    mesh, pricer = parse_mesh("1x8"), StepPricer(sliced(), MACHINE)
+    families = family_choices(pricer.program, mesh)
+    best = exhaust(Scorer(pricer=pricer, mesh=mesh, memory_limit=None), families)
+    assert relax(pricer, families, mesh, None).bound_seconds <= best.cost.step_seconds
 
 
 def test_partial_sums_are_added_up_before_they_are_sliced() -> None:

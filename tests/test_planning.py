@@ -19,11 +19,14 @@ from autoshard.graph.program import Program
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, parse_mesh
+from autoshard.model.build import build
+from autoshard.model.fold import PLANNED_PERIODS, fold
+from autoshard.model.folding import Folding
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.planner.planning import Planning, run_planner
 from autoshard.planner.pricing import make_scorer, score_rules
 from autoshard.planner.setup import Setup, make_setup
-from autoshard.planner.tracing import trace_model
+from autoshard.planner.tracing import make_program, trace_model
 from autoshard.search.candidates import family_choices
 from autoshard.search.descent import Scorer, descend, exhaust, n_assignments, starting_points
 from autoshard.search.lower_bound import relax
@@ -150,6 +153,25 @@ def test_a_contraction_without_bias_makes_the_output_itself(
     program = trace_model(preset, setup.workload, setup.target.chip).program
     asked = {output.as_made for output in program.layer_outputs if output.template == template}
     assert asked == {as_made}
+
+
+def test_what_every_block_reads_is_gathered_once_where_one_stands_for_several() -> None:
+    setup, whole = make_setup("1x8", workload="prefill"), build("bart_base_en", dtype="bfloat16")
+    rules = (
+        Rule(pattern=r"transformer_encoder_layer_\d+/output", spec=("batch", None, "model")),
+        Rule(
+            pattern=r"transformer_decoder_layer_\d+/cross_attention/(key|value)/kernel",
+            spec=(None, None, "model"),
+        ),
+    )
+    step_seconds = []
+    for model in (fold(whole, periods=PLANNED_PERIODS), replace(whole, folding=Folding())):
+        scorer = make_scorer(make_program(model, setup.workload, setup.target.chip), setup)
+        cost = score_rules("", rules, whole.table(), scorer).scored.cost
+        read = [one for one in cost.traffic if "cross_attention/key" in one.layer]
+        assert [(one.kind, one.count) for one in read] == [("all-gather", 1)]
+        step_seconds.append(cost.step_seconds)
+    assert step_seconds[0] == pytest.approx(step_seconds[1])
 
 
 def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:

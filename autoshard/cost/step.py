@@ -1,6 +1,7 @@
 """The cost of a whole step under one layout of every group."""
 
 import operator
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -167,7 +168,7 @@ class StepPricer:
                         moved = beside
                     traffic[once] = moved
                     seconds += transfer.memory_seconds * moved.count
-                elif moved.count < known.count and moved.layer == known.layer:
+                elif moved.count < known.count and _in_any_block(moved) == _in_any_block(known):
                     traffic[once] = replace(known, count=moved.count)
                     seconds -= transfer.memory_seconds * (known.count - moved.count)
                 if transfer.pieces > 1:
@@ -366,6 +367,11 @@ class StepPricer:
             seconds = self.arguments.seconds(self.program.arguments[index], layout)
             self._argument_prices[index, layout] = seconds
         return seconds
+
+
+def _in_any_block(traffic: Traffic) -> str:
+    """The layer of a collective, whichever block it stands in."""
+    return re.sub(r"\d+", "*", traffic.layer)
 
 
 def _is_summed(index: int, moving: Mapping[int, _Share]) -> bool:
