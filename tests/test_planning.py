@@ -65,10 +65,12 @@ def test_the_announcements_map_loses(gemma: Planning) -> None:
     assert announced.cost.step_seconds > 2 * best.cost.step_seconds
 
 
-@pytest.mark.parametrize("mesh", ["1x8", "2x4"])
-def test_no_layout_found_is_faster_than_the_relaxed_problem(mesh: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "mesh"), [("gemma_2b_en", "1x8"), ("gemma_2b_en", "2x4"), ("bart_base_en", "1x8")]
+)
+def test_no_layout_found_is_faster_than_the_relaxed_problem(model: str, mesh: str) -> None:
     setup = make_setup(mesh, workload="prefill")
-    found = plan("gemma_2b_en", setup).result
+    found = plan(model, setup).result
     pricer = found.scorer.pricer
     relaxed = relax(pricer, family_choices(pricer.program, setup.mesh), setup.mesh, None)
     fastest = min(scored.cost.step_seconds for scored in found.scorer.seen.values())

@@ -1,7 +1,6 @@
 """The cost of a whole step under one layout of every group."""
 
 import operator
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from autoshard.cost.transfers import (
     transfer_by_part,
 )
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import Array, Layout, Op, Program
+from autoshard.graph.program import Array, Layout, Op, Program, in_any_block
 from autoshard.graph.propagation import Apart, picker, torn_axes
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import wire_bytes
@@ -168,7 +167,7 @@ class StepPricer:
                         moved = beside
                     traffic[once] = moved
                     seconds += transfer.memory_seconds * moved.count
-                elif moved.count < known.count and _in_any_block(moved) == _in_any_block(known):
+                elif moved.count < known.count and _is_alike(moved, known):
                     traffic[once] = replace(known, count=moved.count)
                     seconds -= transfer.memory_seconds * (known.count - moved.count)
                 if transfer.pieces > 1:
@@ -369,9 +368,9 @@ class StepPricer:
         return seconds
 
 
-def _in_any_block(traffic: Traffic) -> str:
-    """The layer of a collective, whichever block it stands in."""
-    return re.sub(r"\d+", "*", traffic.layer)
+def _is_alike(one: Traffic, other: Traffic) -> bool:
+    """Whether two collectives are of the same layer, in whatever blocks."""
+    return in_any_block(one.layer) == in_any_block(other.layer)
 
 
 def _is_summed(index: int, moving: Mapping[int, _Share]) -> bool:

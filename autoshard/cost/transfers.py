@@ -283,7 +283,7 @@ def _between(
 
 
 def moved_bytes(op: Op, array: Array, machine: Machine) -> int:
-    """Bytes of an operand of an op, whole, as it is moved to it.
+    """Bytes of an array of an op, whole, as it is moved to it, or read and written by it.
 
     What a matmul reads in float32 TPU compilers round to bfloat16 first: at JAX's default precision
     it multiplies no more than that.

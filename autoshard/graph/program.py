@@ -10,6 +10,7 @@ axis splits, or `WHOLE`.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,10 +30,20 @@ __all__ = [
     "Repetition",
     "Slicing",
     "StepOutput",
+    "in_any_block",
 ]
 
 WHOLE = -1
 Layout = tuple[int, ...]
+
+
+def in_any_block(layer: str) -> str:
+    """The path of a layer, the same for each block that has one.
+
+    >>> in_any_block("decoder_block_1/attention/query")
+    'decoder_block_*/attention/query'
+    """
+    return re.sub(r"\d+", "*", layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +108,7 @@ class Op:
 
     Attributes:
         primitive: its name in the jaxpr.
-        kind: the kind of its link (see `autoshard.graph.rules`).
+        kind: that of its link (see `autoshard.graph.link.Link`).
         operands, results: the arrays in and out.
         factor_sizes: size of each factor.
         reduced, shifted, gathered: the factors that do not just pass through (see
@@ -106,7 +117,8 @@ class Op:
         window: elements of a convolution's filter, see `autoshard.graph.flops`; 1 for a matmul.
         layer: path of the layer that made it, for example `decoder_block_1/attention/query`.
         backward: whether it belongs to the gradient.
-        count: how many times the whole model runs it, for this one of the folded copy.
+        count: how many times the whole model runs it, for this one of the folded copy. What it
+            shares with ops of other blocks, as the output of an encoder, is moved once for all.
         sum_into: identity of the array in which its partial results end up summed with those of
             other ops; the partitioner reduces once, there.
         summed_batch: the batch factor of a matmul along which a reduction sums its result at once,

@@ -25,7 +25,7 @@ LEVELS = 4
 
 
 def may_tear(op: Op) -> bool:
-    """Whether a matmul's result meets others, and is no smaller than what it is made of.
+    """Whether a matmul's result meets others, and is no smaller than the smaller of its operands.
 
     Of smaller ones, as where the gradient of the logits becomes that of a stream, programs compiled
     show no tear.

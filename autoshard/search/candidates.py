@@ -54,7 +54,8 @@ class Choices:
     Attributes:
         name: of the family, or the template of the output.
         shape: shape of each of its variables.
-        specs: the legal ones, the replicated one first; of an output `NO_RULE` first.
+        specs: the legal ones, the replicated one first; of what the step does not read the
+            smallest alone; of an output `NO_RULE` first.
         siblings: name shared by families that are read by the same op shapes (query, key and
             value; gate and up), and so are moved together before they are moved alone.
         n_bytes: bytes of all its variables, whole.
@@ -67,6 +68,11 @@ class Choices:
     siblings: str
     n_bytes: int
     is_output: bool = False
+
+    @property
+    def parent(self) -> str:
+        """The layer that the layer of it stands in."""
+        return _parent(self.name)
 
 
 def legal_specs(shape: Sequence[int], mesh: Mesh) -> Iterator[Spec]:

@@ -9,8 +9,8 @@ is none:
 3. from the best with two sibling groups shaken, several times.
 
 Large programs end pairs and shakes early, and descend only from starts that are better than what
-was found: all together take some twenty seconds at most. The outputs of layers move alone, but one
-start lays out two groups of them.
+was found: all together take some twenty seconds at most. The outputs of layers move alone, or two
+that stand beside each other; one start lays out any two groups of them.
 """
 
 import itertools
@@ -302,7 +302,8 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
     """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
 
     First whole sibling groups, then single families, then two of the largest sibling groups at
-    once. The outputs of one group are laid out together, each spec in turn.
+    once. The outputs of one group are laid out together, each spec in turn; of groups that stand
+    beside each other, as keys and values, any two and no other too.
     """
     weights = sibling_groups(choices for choices in families if not choices.is_output)
     outputs = sibling_groups(choices for choices in families if choices.is_output)
@@ -320,11 +321,31 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
     for members in outputs.values():
         for spec in members[0].specs:
             yield _Move(change=partial(_lay, members, spec), is_output=True)
+    beside: dict[tuple[str, tuple[int, ...]], list[Sequence[Choices]]] = {}
+    for members in outputs.values():
+        beside.setdefault((members[0].parent, members[0].shape), []).append(members)
+    for groups in beside.values():
+        for pair in itertools.combinations(groups, 2):
+            for spec in pair[0][0].specs[1:]:
+                yield _Move(change=partial(_lay_alone, pair, groups, spec), is_output=True)
 
 
 def _lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict[str, Spec]:
     """Lay out the members of one group that `spec` is legal for, whatever the assignment now."""
     return {choices.name: spec for choices in members if spec in choices.specs}
+
+
+def _lay_alone(
+    laid: Iterable[Sequence[Choices]],
+    groups: Iterable[Sequence[Choices]],
+    spec: Spec,
+    now: Mapping[str, Spec],
+) -> dict[str, Spec]:
+    """Lay out some of several groups of outputs, the others by no rule."""
+    change = {choices.name: NO_RULE for members in groups for choices in members}
+    for members in laid:
+        change |= _lay(members, spec, now)
+    return change
 
 
 def _put(

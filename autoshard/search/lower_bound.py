@@ -20,7 +20,7 @@ is only where the search starts.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.cost.collective_matmul import is_decomposed, may_be_windowed
@@ -37,7 +37,7 @@ from autoshard.cost.transfers import (
     transfers_between,
 )
 from autoshard.graph.axis_parts import AxisParts
-from autoshard.graph.program import WHOLE, Array, Layout, Op
+from autoshard.graph.program import WHOLE, Array, Layout, Op, in_any_block
 from autoshard.graph.splits import splits_evenly
 from autoshard.graph.tying import tie_blocks
 from autoshard.mesh import Mesh, Spec
@@ -95,6 +95,38 @@ def relax(
     return Relaxed(assignment=assignment, bound_seconds=solution.bound)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sharers:
+    """The ops that read one array, or add to one sum.
+
+    Attributes:
+        n_ops: how many they are.
+        n_moves: how often it is moved at the least, where ops of several blocks share it; else 0:
+            each block moves its own.
+    """
+
+    n_ops: int
+    n_moves: int
+
+
+def _sharers(ops: Sequence[Op], shared_by: Callable[[Op], Sequence[int]]) -> dict[int, _Sharers]:
+    """What ops share -> which ones; what an op reads twice counts twice."""
+    n_ops: Counter[int] = Counter()
+    counts: dict[int, dict[str, set[int]]] = {}
+    for op in ops:
+        for shared in shared_by(op):
+            n_ops[shared] += 1
+            places = counts.setdefault(shared, {})
+            places.setdefault(in_any_block(op.layer), set()).add(op.count)
+    return {
+        shared: _Sharers(
+            n_ops=n_ops[shared],
+            n_moves=min((min(of) for of in places.values() if len(of) > 1), default=0),
+        )
+        for shared, places in counts.items()
+    }
+
+
 class _Builder:
     """Collects the nodes and edges of the relaxed problem."""
 
@@ -112,10 +144,10 @@ class _Builder:
         self.layouts_of: list[tuple[Layout, ...]] = [()] * len(self.program.groups)
         self.add_arguments(families, mesh)
         self.add_groups()
-        uses = Counter(array.identity for op in self.program.ops for array in op.operands)
-        sums = Counter(op.sum_into for op in self.program.ops)
+        self.readers = _sharers(self.program.ops, lambda op: [a.identity for a in op.operands])
+        self.addends = _sharers(self.program.ops, lambda op: [op.sum_into])
         for op, groups, count in ops:
-            self.add_op(op, groups, count, uses, sums)
+            self.add_op(op, groups, count)
 
     def add_arguments(self, families: Sequence[Choices], mesh: Mesh) -> None:
         """One node a family; its groups (blocks, slots) follow it. Other arguments are fixed."""
@@ -163,14 +195,7 @@ class _Builder:
                 self.layouts_of[index] = tuple(_layouts(group.sizes, self.machine.parts))
                 self.node_of[index] = self.add_node((0.0,) * len(self.layouts_of[index]))
 
-    def add_op(
-        self,
-        op: Op,
-        groups: tuple[int, ...],
-        count: int,
-        uses: Counter[int],
-        sums: Counter[int],
-    ) -> None:
+    def add_op(self, op: Op, groups: tuple[int, ...], count: int) -> None:
         """One node an op, and an edge to each group it touches."""
         layouts = [self.layouts_of[group] for group in groups]
         choices = tuple(candidate_choices(op, layouts, self.sizes))
@@ -179,8 +204,10 @@ class _Builder:
         node = self.add_node(seconds)
         for position, (array, group) in enumerate(zip(op.arrays, groups, strict=True)):
             operand = position if position < len(op.operands) else None
-            sharers = sums[op.sum_into] if operand is None else uses[array.identity]
-            self.add_edge(op, node, choices, array, group, operand, count / sharers)
+            is_sum = operand is None
+            sharers = self.addends[op.sum_into] if is_sum else self.readers[array.identity]
+            share = (sharers.n_moves or count) / sharers.n_ops
+            self.add_edge(op, node, choices, array, group, operand, share)
 
     def add_edge(
         self,

@@ -28,7 +28,7 @@ from autoshard.search.lower_bound import relax
 
 __all__ = ["SearchResult", "search"]
 
-# Below this many assignments every one is scored.
+# Of so many assignments and fewer every one is scored.
 _EXHAUSTIVE = 64
 # Times, bytes on the wire and bytes of memory that differ by less are taken to be equal.
 _SAME = 1e-2
