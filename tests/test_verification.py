@@ -54,6 +54,15 @@ def test_a_plan_is_compiled_and_its_collectives_traced_to_rules(plan_file: str) 
     assert run("verify", plan_file, "--target", "cpu", "--format", "json").stdout == result.stdout
 
 
+def test_a_map_that_splits_one_block_alone_is_compiled(tmp_path: Path) -> None:
+    path = tmp_path / "map.py"
+    path.write_text('layout_map["decoder_block_0/ffw_linear/kernel"] = ("model", None)\n')
+    options = (*OPTIONS, "--mesh", "1x8", "--target", "cpu", "--format", "json")
+    result = run("verify", str(path), *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["collectives"] != []
+
+
 def test_a_map_from_elsewhere_is_compiled_too(tmp_path: Path) -> None:
     path = tmp_path / "map.py"
     path.write_text(MAP)

@@ -41,7 +41,7 @@ def _table(layouts: tuple[ComparedLayout, ...]) -> str:
     for layout in layouts:
         predicted = layout.predicted
         if predicted is None or best is None:
-            rows.append((layout.name, *[""] * 6, "refused"))
+            rows.append((layout.name, *[""] * 6, "not priced"))
             continue
         excess = layout.excess_bytes
         rows.append(

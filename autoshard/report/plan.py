@@ -240,7 +240,7 @@ def _source(target: str) -> str:
 
 def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ...]:
     if candidate.scored is None:
-        return ("", "", "", "", "", "", "refused")
+        return ("", "", "", "", "", "", "not priced")
     cost = candidate.scored.cost
     compiled, note = "", ""
     if verdict is not None:
