@@ -288,7 +288,8 @@ def test_a_ring_that_cuts_tiles_of_a_transposed_table_apart_copies_it(
     def logits(x: Any, table: Any) -> Any:
         return (x * jnp.sum(x, axis=-1, keepdims=True)) @ table.T
 
-    program = program_of(logits, (8, 512, width), (262_144, width), dtype="bfloat16")
+    shapes = (8, 512, width), (262_144, width)
+    program = program_of(logits, *shapes, dtype="bfloat16", for_tpu=True)
     # The ring makes its result in one place and writes it to another.
     result, shard = 8 * 512 * 262_144 * 2 // 8, 262_144 * width * 2 // 8
     assert working(program, [(2,), (0,), (2,)])[-1] == result + is_turned * shard

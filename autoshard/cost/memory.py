@@ -99,7 +99,11 @@ class PeakMemory:
         trains = any(op.backward for op in program.ops)
         self._idle_share = _IDLE_SHARE if trains and machine.compiles_for_tpu else 0.0
         self._lifetimes = lifetimes(program)
-        self._turned = _transposed_weights(program.ops) if machine.compiles_for_tpu else set()
+        self._last_dims = {
+            argument.group: argument.dims[-1]
+            for argument in program.arguments
+            if argument.role == "weight" and argument.shape and argument.shape[-1] > 1
+        }
         self._gradients = [
             (index, self._lifetimes.gradients[array.group], array.n_bytes)
             for index, op in enumerate(program.ops)
@@ -240,8 +244,8 @@ class PeakMemory:
     def _turned_bytes(self, index: int, around: Sequence[Layout], cost: OpCost) -> int:
         """What a TPU writes of a transposed weight of which a ring takes slices.
 
-        It is brought into their order first, if they cut tiles of it apart: those of `table.T`,
-        whose first dimension is the table's last.
+        It is brought into their order first, if they cut tiles of it apart: those of `table.T`
+        along the table's last dimension.
         """
         op, sizes = self._program.ops[index], self._axis_sizes
         n_bytes = 0
@@ -257,10 +261,14 @@ class PeakMemory:
                 local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)
                 for position, array in enumerate(op.operands)
                 if position != transfer.operand
-                and array.identity in self._turned
-                and array.factors[0] == factor
+                and self._is_last_of_turned(factor, array)
             )
         return n_bytes
+
+    def _is_last_of_turned(self, factor: int, array: Array) -> bool:
+        """Whether an array is a weight transposed, and a factor that weight's last dimension."""
+        last = self._last_dims.get(array.group)
+        return not array.is_held and last is not None and array.factors[last] == factor
 
     def _is_put_off(self, op: Op, cost: OpCost) -> bool:
         """Whether partial sums of a gradient wait to be reduce-scattered."""
@@ -314,12 +322,3 @@ class PeakMemory:
 
     def _shard(self, n_bytes: int, group: int, layouts: Sequence[Layout]) -> int:
         return local_bytes(n_bytes, layouts[group], self._axis_sizes)
-
-
-def _transposed_weights(ops: Sequence[Op]) -> set[int]:
-    """What of the arguments is transposed, by identity."""
-    return {
-        op.results[0].identity
-        for op in ops
-        if op.primitive == "transpose" and op.results and op.operands[0].is_held
-    }

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from autoshard.graph.caches import CacheMoves, cache_count, cache_moves, rebuilt_arguments
-from autoshard.graph.casts import held_arrays, with_narrow_results
+from autoshard.graph.casts import held_arrays, turned_weights, with_narrow_results
 from autoshard.graph.equal import merge_equal
 from autoshard.graph.grouping import Grouping, Numbering, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
@@ -66,7 +66,8 @@ def build_program(
         count_of: how many times the whole model has a layer of the traced copy.
         templates: path of a layer output -> its template.
         for_tpu: whether a TPU compiler partitions the step, which simplifies it first (see
-            `autoshard.graph.casts`, `autoshard.graph.equal` and `autoshard.graph.vectors`).
+            `autoshard.graph.casts`, `autoshard.graph.equal` and `autoshard.graph.vectors`), and
+            has matmuls read a weight in place of what it is turned to.
 
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
@@ -80,7 +81,11 @@ def build_program(
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)
     ]
-    grouping, left = group_arrays(flat, _owners(flat, inputs))
+    owners = _owners(flat, inputs)
+    if for_tpu:
+        turned = turned_weights(flat)
+        owners |= {result: owners[weight] for result, weight in turned.items() if weight in owners}
+    grouping, left = group_arrays(flat, owners)
     numbering = Numbering(grouping, held=held_arrays(flat), repetitions=read_repetitions(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
     caches = {index: info.count for index, info in enumerate(inputs) if info.role == "cache"}

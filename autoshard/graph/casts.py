@@ -1,10 +1,11 @@
-"""Casts: compilers fuse them into what makes their operand, or into what reads their result."""
+"""Casts and transpositions, which compilers fuse into what makes or reads the array."""
 
+from collections import Counter
 from dataclasses import replace
 
 from autoshard.graph.jaxpr import FlatJaxpr
 
-__all__ = ["held_arrays", "with_narrow_results"]
+__all__ = ["held_arrays", "turned_weights", "with_narrow_results"]
 
 _CAST = "convert_element_type"
 
@@ -16,6 +17,25 @@ def held_arrays(flat: FlatJaxpr) -> frozenset[int]:
         if equation.primitive == _CAST and held.issuperset(equation.operands):
             held.update(equation.results)
     return frozenset(held)
+
+
+def turned_weights(flat: FlatJaxpr) -> dict[int, int]:
+    """What is an argument transposed, for matmuls alone -> the argument, by identity.
+
+    The TPU compiler has them read the argument itself before it partitions the step: then an
+    argument that lies whole is not cut for a matmul, as its transposition may be.
+    """
+    n_readers, n_matmuls = flat.n_readers(), Counter[int]()
+    for equation in flat.equations:
+        if equation.link.kind == "contraction":
+            n_matmuls.update(equation.operands)
+    return {
+        result: operand
+        for equation in flat.equations
+        if equation.primitive == "transpose"
+        for operand, result in [(*equation.operands, *equation.results)]
+        if operand in flat.inputs and n_readers[result] == n_matmuls[result]
+    }
 
 
 def with_narrow_results(flat: FlatJaxpr) -> FlatJaxpr:
