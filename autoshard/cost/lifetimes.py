@@ -4,6 +4,7 @@ Times are indices of ops. An array is there while the op at its start runs, whil
 does, and in between.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from autoshard.graph.program import Op, Program
 
-__all__ = ["Bytes", "Lifetimes", "alive", "last_forward_matmul", "lifetimes", "weights_read"]
+__all__ = ["Bytes", "Lifetimes", "alive", "kept_weights", "lifetimes", "read_at_turn"]
 
 Bytes = npt.NDArray[np.float64]
 Times = npt.NDArray[np.intp]
@@ -29,7 +30,7 @@ class Lifetimes:
             gather: from when until when it is there.
         copies: how many like each of these there are at once in the whole model.
         may_be_on_chip: all but what the forward half leaves to the backward one.
-        last_forward: the matmul that ends the forward half, see `last_forward_matmul`.
+        last_forward: the matmul that ends the forward half, see `_last_forward_matmul`.
         gathered_again: pairs of a matmul of the forward half and one of the backward half, for
             which the first keeps the weight that it gathers.
         sums_end: until when partial sums of gradients may wait: the last matmul that makes some.
@@ -76,7 +77,7 @@ def lifetimes(program: Program) -> Lifetimes:
         chains_read[index] = max(chain.readers[-1] for chain in chained.values())
     gathered_from = _gathered_from(ops)
     gathered_to = np.arange(len(ops))
-    last_forward = last_forward_matmul(ops)
+    last_forward = _last_forward_matmul(ops)
     again = _gathered_again(ops, last_forward)
     for first, later in again:
         gathered_to[first] = max(gathered_to[first], later)
@@ -124,7 +125,7 @@ def _updates(program: Program) -> list[int]:
 def _gathered_from(ops: Sequence[Op]) -> Times:
     """From when a weight is there that an op gathers."""
     start = np.arange(len(ops))
-    matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and weights_read(op)]
+    matmuls = [i for i, op in enumerate(ops) if op.kind == "contraction" and _weights_read(op)]
     start[matmuls[1:]] = matmuls[:-1]
     return start
 
@@ -133,12 +134,32 @@ def _gathered_again(ops: Sequence[Op], last: int | None) -> tuple[tuple[int, int
     """The last matmul of the forward half, with each of the backward half that reads its weight."""
     if last is None:
         return ()
-    kept = weights_read(ops[last])
+    kept = _weights_read(ops[last])
     backward = (i for i, op in enumerate(ops) if op.kind == "contraction" and op.backward)
-    return tuple((last, i) for i in backward if kept & weights_read(ops[i]))
+    return tuple((last, i) for i in backward if kept & _weights_read(ops[i]))
 
 
-def last_forward_matmul(ops: Sequence[Op]) -> int | None:
+def kept_weights(ops: Sequence[Op]) -> set[int]:
+    """What stays gathered from the end of the forward half to the gradient that comes next."""
+    last = _last_forward_matmul(ops)
+    return set() if last is None else _weights_read(ops[last])
+
+
+def read_at_turn(ops: Sequence[Op]) -> set[int]:
+    """The arrays that the first matmul of the backward half, and it alone, reads.
+
+    Nothing runs beside what moves them: all that follows waits for that matmul.
+    """
+    matmuls = [op for op in ops if op.kind == "contraction"]
+    readers = Counter(array.identity for op in matmuls for array in op.operands)
+    first = next((op for op in matmuls if op.backward), None)
+    if first is None:
+        return set()
+    made = {array.identity for array in first.operands if not array.is_held}
+    return {identity for identity in made if readers[identity] == 1}
+
+
+def _last_forward_matmul(ops: Sequence[Op]) -> int | None:
     """The matmul with a weight that ends the forward half of a step; None without a backward one.
 
     Its weight, once gathered, is kept: its gradient comes next.
@@ -146,10 +167,10 @@ def last_forward_matmul(ops: Sequence[Op]) -> int | None:
     if not any(op.backward for op in ops):
         return None
     forward = [i for i, op in enumerate(ops) if op.kind == "contraction" and not op.backward]
-    return max((i for i in forward if weights_read(ops[i])), default=None)
+    return max((i for i in forward if _weights_read(ops[i])), default=None)
 
 
-def weights_read(op: Op) -> set[int]:
+def _weights_read(op: Op) -> set[int]:
     """The arrays that it reads and that were there before the step."""
     return {array.identity for array in op.operands if array.is_held}
 

@@ -260,8 +260,7 @@ class PeakMemory:
             n_bytes += sum(
                 local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)
                 for position, array in enumerate(op.operands)
-                if position != transfer.operand
-                and self._is_last_of_turned(factor, array)
+                if position != transfer.operand and self._is_last_of_turned(factor, array)
             )
         return n_bytes
 

@@ -9,7 +9,7 @@ from itertools import compress, count, starmap
 import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
-from autoshard.cost.lifetimes import last_forward_matmul, weights_read
+from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.scores import SharedKeyScores, with_maxima
@@ -24,7 +24,7 @@ from autoshard.cost.transfers import (
     transfer_by_part,
 )
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import Array, Layout, Op, Program, in_any_block
+from autoshard.graph.program import WHOLE, Array, Layout, Op, Program, in_any_block
 from autoshard.graph.propagation import Apart, picker, torn_axes
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import wire_bytes
@@ -90,7 +90,8 @@ class StepPricer:
         self._touching = program.touching()
         self._readers = _matmuls_by_operand(program.ops)
         self._maxima = with_maxima(program.ops) if machine.compiles_for_tpu else set()
-        self._kept = _kept_weights(program.ops) if machine.compiles_for_tpu else set()
+        self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
+        self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = SharedKeyScores(program, machine)
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
@@ -274,7 +275,7 @@ class StepPricer:
                 + self._peak.copies.seconds(op, around[-1])
             ),
             fetch_seconds=op.count * cost.fetch_seconds,
-            transfers=tuple(self._moved(op, transfer) for transfer in cost.transfers),
+            transfers=tuple(self._moved(index, around, transfer) for transfer in cost.transfers),
             moved=frozenset(
                 (op.operands[t.operand].identity, t.axis)
                 for t in cost.transfers
@@ -283,9 +284,23 @@ class StepPricer:
             n_bytes=self._peak.op_bytes(index, around, cost),
         )
 
-    def _moved(self, op: Op, transfer: Transfer) -> _Moved:
+    def _moved(self, index: int, around: Sequence[Layout], transfer: Transfer) -> _Moved:
+        op = self.program.ops[index]
+        if index in self._maxima and self._adds_pieces(op, around, transfer):
+            seconds = transfer.alone_seconds + self._max_seconds(op, around)
+            transfer = replace(transfer, alone_seconds=seconds)
         moved = self._traffic(op, transfer)
+        if transfer.operand is not None and transfer.kind == "all-gather":
+            is_alone = op.operands[transfer.operand].identity in self._read_at_turn
+            moved = replace(moved, overlapped=moved.overlapped and not is_alone)
         return self._once(op, transfer), transfer, moved, self._beside(op, transfer, moved)
+
+    def _adds_pieces(self, op: Op, around: Sequence[Layout], transfer: Transfer) -> bool:
+        """Whether a matmul that gathers an operand piece by piece adds up what it makes of each."""
+        if transfer.pieces == 1 or transfer.operand is None:
+            return False
+        dim = around[transfer.operand][self.machine.axis_of(transfer.axis)]
+        return dim != WHOLE and op.operands[transfer.operand].factors[dim] in op.reduced
 
     def _chain_seconds(self, index: int, cost: OpCost) -> float:
         """What it takes a TPU to write what fused ops make for a matmul, and to read that again."""
@@ -295,14 +310,18 @@ class StepPricer:
         return memory_seconds(self.machine.chip, n_bytes, n_bytes)
 
     def _maximum_seconds(self, index: int, around: Sequence[Layout], cost: OpCost) -> float:
-        """What it takes a TPU to find the maxima of a matmul's result after it is summed.
-
-        Two-byte elements by the cycles of the compiler for v5e: each counts as two that are added.
-        """
+        """What it takes a TPU to find the maxima of a matmul's result after it is summed."""
         is_summed = any(transfer.operand is None for transfer in cost.transfers)
         if not (is_summed and index in self._maxima):
             return 0.0
-        result = self.program.ops[index].results[0]
+        return self._max_seconds(self.program.ops[index], around)
+
+    def _max_seconds(self, op: Op, around: Sequence[Layout]) -> float:
+        """What it takes a TPU to find the maxima of the result of an op apart from it.
+
+        Two-byte elements by the cycles of the compiler for v5e: each counts as two that are added.
+        """
+        result = op.results[0]
         n_bytes = local_bytes(result.n_bytes, around[-1], self.machine.axis_sizes)
         return matrix_seconds(2 * n_bytes / result.itemsize, self.machine)
 
@@ -377,9 +396,3 @@ def _is_summed(index: int, moving: Mapping[int, _Share]) -> bool:
     """Whether an all-reduce sums what an op makes."""
     share = moving.get(index)
     return share is not None and is_all_reduced(transfer for _, transfer, *_ in share.transfers)
-
-
-def _kept_weights(ops: Sequence[Op]) -> set[int]:
-    """What stays gathered from the end of the forward half to the gradient that comes next."""
-    last = last_forward_matmul(ops)
-    return set() if last is None else weights_read(ops[last])
