@@ -268,8 +268,10 @@ def working(program: Program, dims: list[tuple[int, ...]], mesh: str = "1x8") ->
     """
     machine = Machine.of(parse_mesh(mesh), parse_target("tpu:v5e:2x4"))
     matmul = next(op for op in program.ops if op.kind == "contraction")
-    groups = [*(argument.group for argument in program.arguments), matmul.results[0].group]
-    fixed = dict(zip(groups, dims, strict=True))
+    fixed = {matmul.results[0].group: dims[-1]}
+    for argument, layout in zip(program.arguments, dims[:-1], strict=True):
+        places = {WHOLE: WHOLE, **dict(enumerate(argument.dims))}
+        fixed[argument.group] = tuple(places[dim] for dim in layout)
     pricer = StepPricer(program, machine)
     pricer.price(propagate(program, fixed, machine.axis_sizes))
     return pricer._n_bytes[:, OpBytes._fields.index("working")].tolist()

@@ -4,7 +4,6 @@ Times are indices of ops. An array is there while the op at its start runs, whil
 does, and in between.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -146,17 +145,14 @@ def kept_weights(ops: Sequence[Op]) -> set[int]:
 
 
 def read_at_turn(ops: Sequence[Op]) -> set[int]:
-    """The arrays that the first matmul of the backward half, and it alone, reads.
+    """What the first matmul of the backward half reads, if its layer computes no gradient beside.
 
-    Nothing runs beside what moves them: all that follows waits for that matmul.
+    Nothing runs beside what moves that: all that follows waits for the matmul.
     """
-    matmuls = [op for op in ops if op.kind == "contraction"]
-    readers = Counter(array.identity for op in matmuls for array in op.operands)
-    first = next((op for op in matmuls if op.backward), None)
-    if first is None:
+    backward = [op for op in ops if op.kind == "contraction" and op.backward]
+    if not backward or any(op.layer == backward[0].layer for op in backward[1:]):
         return set()
-    made = {array.identity for array in first.operands if not array.is_held}
-    return {identity for identity in made if readers[identity] == 1}
+    return {array.identity for array in backward[0].operands if not array.is_held}
 
 
 def _last_forward_matmul(ops: Sequence[Op]) -> int | None:

@@ -51,7 +51,7 @@ class Grouping:
             return all(x == y for y, x in mapping.items())
         if self.owner[ga] != self.owner[gb]:
             return False
-        if len(self._members[ga]) <= len(self._members[gb]):
+        if len(self._members[ga]) < len(self._members[gb]):
             ga, gb = gb, ga
             mapping = {x: y for y, x in mapping.items()}
         for member in self._members[gb]:
