@@ -8,6 +8,7 @@ import pytest
 from test_graph_propagation import asked_whole, output_of
 from test_graph_rules import program_of
 
+from autoshard.cost.lifetimes import read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.step import StepPricer
@@ -232,3 +233,18 @@ def test_what_is_torn_and_reads_what_a_rule_asks_for_pays_once() -> None:
     assert own == apart.around[torn][-1] == (1,)
     moved = StepPricer(program, MACHINE).price(layouts, apart).traffic
     assert [(one.kind, one.n_bytes) for one in moved] == [("all-to-all", 8 * 32 * 4 // 8)]
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_nothing_runs_beside_the_first_gather_of_the_backward_half_but_a_gradient(
+    trained: int,
+) -> None:
+    def step(x, w):
+        gradients = jax.grad(lambda x, w: (jnp.tanh(x @ w) ** 2).sum(), argnums=(0, 1))(x, w)
+        return gradients[: trained + 1]
+
+    ops = program_of(step, (64, 2048, 256), (256, 1024)).ops
+    (first, *_) = [op for op in ops if op.kind == "contraction" and op.backward]
+    made = {array.identity for array in first.operands if not array.is_held}
+    assert made
+    assert read_at_turn(ops) == (set() if trained else made)

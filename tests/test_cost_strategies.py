@@ -340,3 +340,18 @@ def test_a_gpu_multiplies_float32_as_such_in_a_model_of_another_dtype(
     seconds = price_op(product.ops[0], ((0,), (WHOLE,), (0,)), machine).compute_seconds
     assert seconds == pytest.approx(2 * 8192**3 / 8 / peak, rel=0.5)
     assert seconds > 2 * 8192**3 / 8 / peak
+
+
+@pytest.mark.parametrize(("split", "pieces"), [(True, 8), (False, 1)])
+def test_a_matmul_is_done_piece_by_piece_where_its_other_operand_is_split(
+    split: bool, pieces: int
+) -> None:
+    # 1 GiB of logits; the hidden states come split on what is contracted.
+    shapes = (8, 512, 2048), (131_072, 2048)
+    program = program_of(lambda x, w: jnp.tanh(x) @ w.T, *shapes, dtype="bfloat16", for_tpu=True)
+    (matmul,) = [op for op in program.ops if op.kind == "contraction"]
+    machine = Machine.of(parse_mesh("1x8"), TARGET)
+    vocabulary = program.arguments[1].dims[0] if split else WHOLE
+    layouts = ((2,), (vocabulary,), (2,))
+    (gather,) = price_op(matmul, layouts, machine).transfers
+    assert (gather.kind, gather.operand, gather.pieces) == ("all-gather", 0, pieces)

@@ -278,6 +278,11 @@ LOOP_ENTRY = """  %zero = s32[] constant(1)
   %while = (s32[], s32[], f32[8]{0}) while(%init), condition=%cond, body=%body"""
 
 
+def test_a_step_of_which_one_instruction_has_no_estimate_has_none():
+    unknown = LOOP_ENTRY.replace('"estimated_cycles":"5"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert estimated_cycles(parse_hlo(program(unknown, LOOP))) is None
+
+
 def test_a_loop_with_a_counter_runs_as_often_as_it_counts():
     # From 1 in steps of 2 while less than 9: 1 3 5 7, four times.
     module = parse_hlo(program(LOOP_ENTRY, LOOP))

@@ -146,7 +146,7 @@ def windowed(
 ) -> Transfer:
     """A collective of an op: gathers of a large matmul as done piece by piece, others as they are.
 
-    Of two devices the compiler makes the plain matmul.
+    Of two devices the compiler makes the plain matmul, and where the other operand lies whole.
 
     Args:
         op: the matmul.
@@ -160,7 +160,9 @@ def windowed(
         return transfer
     array, size = op.operands[transfer.operand], machine.links[transfer.axis].size
     axis = machine.axis_of(transfer.axis)
-    if size <= 2 or not may_be_windowed(op, array, transfer.operand, machine):
+    others = (at for at in range(len(op.operands)) if at != transfer.operand)
+    is_sliced = all(layouts[at][axis] == WHOLE for at in others)
+    if size <= 2 or is_sliced or not may_be_windowed(op, array, transfer.operand, machine):
         return transfer
     (result,) = op.results
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from tabulate import tabulate
 
 from autoshard.cost.values import Traffic
-from autoshard.hardware.targets import parse_target
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, format_rules, rules_text
 from autoshard.mesh import format_spec
@@ -19,6 +18,7 @@ from autoshard.search.candidates import legal_specs
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_seconds, option_bytes, spell_count
 from autoshard.xla.collectives import Collective
+from autoshard.xla.compiled import CompiledStep
 from autoshard.xla.partitioned import target_collectives
 
 __all__ = ["notes", "plan_text", "reasons_text"]
@@ -207,7 +207,7 @@ def _ranking(outcome: PlanOutcome) -> str:
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     table = _table(("layout", *_COLUMNS), rows)
     note = "all predicted by formulas; hidden collectives and memory count a little in the ranking"
-    by = next((v.compiled.target for v in outcome.verdicts if v.compiled), None)
+    by = next((v.compiled for v in outcome.verdicts if v.compiled), None)
     if by is not None:
         note += f";\ncompiled: {_source(by)}"
     refused = "".join(f"\n{c.name}: {c.failure}" for c in planning.rivals if c.failure)
@@ -229,12 +229,12 @@ def _candidates(outcome: PlanOutcome) -> tuple[Candidate, ...]:
     return tuple({candidate.name: candidate for candidate in shown}.values())
 
 
-def _source(target: str) -> str:
+def _source(step: CompiledStep) -> str:
     """Whose compute and collectives a compiled time has."""
-    kind = parse_target(target).chip.kind
-    if kind == "tpu":
-        return f"the cycles and the collectives of the compiler of {target}"
-    by = "that XLA's partitioner put in" if kind == "cpu" else f"of the compiler of {target}"
+    compiler = f"of the compiler of {step.target}"
+    if step.estimated_cycles is not None:
+        return f"the cycles and the collectives {compiler}"
+    by = "that XLA's partitioner put in" if step.on_cpu else compiler
     return f"the predicted compute with the collectives {by}"
 
 

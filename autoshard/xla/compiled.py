@@ -59,7 +59,8 @@ class CompiledStep:
             memory included; None where the compiler does not say.
         collectives: every movement between devices in one step.
         sums_of_copies: the sums in it that are too large.
-        estimated_cycles: the TPU compiler's estimate of a device's cycles of computation.
+        estimated_cycles: the TPU compiler's estimate of a device's cycles of computation; None
+            where it has none of some instruction.
         flops: floating point operations of a device as XLA counts them, where it does; those of
             loops are counted once.
         model_flops: those of the model's matmuls, all devices together, nothing twice.
