@@ -9,7 +9,7 @@ import pytest
 from test_cost_step import MACHINE, cost_of
 from test_graph_rules import program_of
 
-from autoshard.cost.scores import SharedKeyScores
+from autoshard.cost.scores import AttentionScores
 from autoshard.cost.step import StepPricer
 from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import propagate
@@ -51,7 +51,7 @@ def matmuls(program: Program) -> list[int]:
 def written(program: Program, dims: tuple[int, ...], summed: set[int]) -> list[Any]:
     fixed = zip((argument.group for argument in program.arguments), dims, strict=True)
     layouts = propagate(program, {group: (dim,) for group, dim in fixed}, (8,))
-    return list(SharedKeyScores(program, MACHINE).written(layouts, summed.__contains__))
+    return list(AttentionScores(program, MACHINE).written(layouts, summed.__contains__))
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,14 @@ def test_they_are_not_for_another_sum_nor_where_each_head_has_a_key() -> None:
 
 def test_only_a_tpus_compiler_writes_them() -> None:
     machine = replace(MACHINE, as_partitioned=True)
-    assert not SharedKeyScores(step(), machine)._scores
-    assert len(SharedKeyScores(step(), MACHINE)._scores) == 1
+    assert not AttentionScores(step(), machine)._scores
+    assert len(AttentionScores(step(), MACHINE)._scores) == 1
 
 
 @pytest.mark.parametrize("shapes", [((1, 64), (64, 1)), ((64, 1), (1, 1)), ((1, 64), (64,))])
 def test_matmuls_without_a_dimension_above_one_have_none(shapes: Any) -> None:
     program = program_of(lambda x, w: jax.nn.softmax(jnp.dot(x, w)), *shapes)
-    assert not SharedKeyScores(program, MACHINE)._scores
+    assert not AttentionScores(program, MACHINE)._scores
 
 
 def test_those_of_a_query_that_is_summed_take_memory_and_time() -> None:
@@ -119,6 +119,22 @@ def test_each_block_that_an_op_stands_for_writes_them() -> None:
     layouts = propagate(program, {a.group: (WHOLE,) for a in program.arguments}, (8,))
     query = set(matmuls(program)[:1]).__contains__
     ((one,), (three,)) = (
-        SharedKeyScores(each, MACHINE).written(layouts, query) for each in (program, several)
+        AttentionScores(each, MACHINE).written(layouts, query) for each in (program, several)
     )
     assert three.seconds == 3 * one.seconds and three.n_bytes == one.n_bytes
+
+
+@pytest.mark.parametrize(("length", "is_written"), [(1024, False), (2048, True)])
+def test_those_of_long_rows_are_written_whatever_is_summed(length: int, is_written: bool) -> None:
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.softmax(jnp.tanh(q) @ k.T) @ v
+
+    def entropy(x: Any, w: Any) -> Any:
+        return jnp.sum(jax.nn.logsumexp(jnp.tanh(x) @ w, axis=-1))
+
+    whole = program_of(attend, (8 * length, 64), (length, 64), (length, 64))
+    layouts = [(WHOLE,)] * len(whole.groups)
+    found = list(AttentionScores(whole, MACHINE).written(layouts, lambda index: False))
+    assert [one.n_bytes for one in found] == [8 * length * length * 4] * is_written
+    # Logits are no attention: nothing is multiplied by their exponentials.
+    assert not AttentionScores(program_of(entropy, (8, 64), (64, length)), MACHINE)._scores

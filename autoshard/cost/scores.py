@@ -7,8 +7,12 @@ summed it reads them again. By the TPU compiler's programs for v5e, two blocks o
 mistral_7b_en and llama3_8b_en on 1x8 with all scores on each device: nine of twelve that sum so
 have two arrays of 224 or 256 MiB, fifteen others one or less. (phi3_mini_4k_instruct_en, with a key
 for each head, has one in any case.)
+
+Of long rows it writes the scores whatever was summed: llama3_8b_en and phi3_mini_4k_instruct_en,
+two blocks, have one array for 1,024 tokens (dinov2_giant for 1,370), two for 2,048 and 4,096.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,7 +21,10 @@ from autoshard.cost.transfers import local_bytes
 from autoshard.graph.program import Layout, Op, Program
 from autoshard.hardware.efficiency import memory_seconds
 
-__all__ = ["SharedKeyScores", "Written", "with_maxima"]
+__all__ = ["AttentionScores", "Written", "with_maxima"]
+
+# The shortest row seen whose scores are written; of 1,370 and fewer none are.
+_LONG_ROW = 2048
 
 
 class Written(NamedTuple):
@@ -35,15 +42,20 @@ class Written(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """Indices of the matmuls that make the query (if one does) and the scores, and of the sums."""
+    """Indices of the matmuls that make the query (if one does) and the scores, and of the sums.
+
+    And whether heads of the query share a key's, and whether the rows are long.
+    """
 
     query: int | None
     scores: int
     sums: int
+    is_shared: bool
+    is_long: bool
 
 
-class SharedKeyScores:
-    """The scores of a step's forward half, where heads of the query share one of the key.
+class AttentionScores:
+    """The scores of a step's forward half.
 
     Args:
         program: the step.
@@ -53,7 +65,7 @@ class SharedKeyScores:
     def __init__(self, program: Program, machine: Machine) -> None:
         self._ops = program.ops
         self._machine = machine
-        self._scores = tuple(_shared_key_scores(program.ops)) if machine.compiles_for_tpu else ()
+        self._scores = tuple(_scores(program.ops)) if machine.compiles_for_tpu else ()
 
     def written(
         self, layouts: Sequence[Layout], is_summed: Callable[[int], bool]
@@ -65,30 +77,48 @@ class SharedKeyScores:
             is_summed: whether an all-reduce sums what the op of an index makes.
         """
         machine = self._machine
-        for query, scores, sums in self._scores:
+        for query, scores, sums, is_shared, is_long in self._scores:
             reads_again = query is not None and is_summed(query)
-            if not (reads_again or is_summed(scores)):
+            if not (is_long or reads_again or (is_shared and is_summed(scores))):
                 continue
             array, count = self._ops[sums].operands[0], self._ops[sums].count
             n_bytes = local_bytes(array.n_bytes, layouts[array.group], machine.axis_sizes)
             seconds = 0.0
-            if reads_again and n_bytes > machine.on_chip_bytes:
-                seconds = count * memory_seconds(machine.chip, n_bytes, n_bytes)
+            if (is_long or reads_again) and n_bytes > machine.on_chip_bytes:
+                read = n_bytes if reads_again else 0
+                seconds = count * memory_seconds(machine.chip, read, n_bytes)
             yield Written(sums=sums, n_bytes=n_bytes, seconds=seconds)
 
 
-def _shared_key_scores(ops: Sequence[Op]) -> Iterator[_Scores]:
+def _scores(ops: Sequence[Op]) -> Iterator[_Scores]:
     for scores in sorted(with_maxima(ops)):
         op = ops[scores]
         keys = [array for array in op.operands if array.repetition is not None]
         others = [array for array in op.operands if array.repetition is None]
-        if op.backward or len(keys) != 1 or len(others) != 1:
-            continue
         after = range(scores + 1, len(ops))
         sums = next((i for i in after if _sums_up(ops[i], op.results[0].group)), None)
-        if sums is not None:
-            query = _made_by(ops, others[0].group, before=scores)
-            yield _Scores(query=query, scores=scores, sums=sums)
+        if op.backward or sums is None:
+            continue
+        is_shared = len(keys) == len(others) == 1
+        is_long = _are_weights(ops, sums) and _row(ops[sums]) >= _LONG_ROW
+        if is_shared or is_long:
+            query = _made_by(ops, others[0].group, before=scores) if is_shared else None
+            yield _Scores(query, scores, sums, is_shared, is_long)
+
+
+def _row(sums: Op) -> int:
+    """How many elements a reduction adds up."""
+    return math.prod(sums.factor_sizes[factor] for factor in sums.reduced)
+
+
+def _are_weights(ops: Sequence[Op], sums: int) -> bool:
+    """Whether a matmul multiplies by the exponentials that are added up, as attention does."""
+    group = ops[sums].operands[0].group
+    return any(
+        op.kind == "contraction" and group in {array.group for array in op.operands}
+        for op in ops[sums + 1 :]
+        if not op.backward
+    )
 
 
 def with_maxima(ops: Sequence[Op]) -> set[int]:

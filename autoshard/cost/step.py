@@ -12,7 +12,7 @@ from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
-from autoshard.cost.scores import SharedKeyScores, with_maxima
+from autoshard.cost.scores import AttentionScores, with_maxima
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import (
@@ -92,7 +92,7 @@ class StepPricer:
         self._maxima = with_maxima(program.ops) if machine.compiles_for_tpu else set()
         self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
-        self._scores = SharedKeyScores(program, machine)
+        self._scores = AttentionScores(program, machine)
         self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
