@@ -168,7 +168,7 @@ def windowed(
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
     is_contracted = array.factors[layouts[transfer.operand][axis]] in op.reduced
     seconds = _rewriting_seconds(machine.chip, size, n_bytes, is_contracted, compute)
-    return replace(transfer, pieces=size, alone_seconds=seconds)
+    return replace(transfer, pieces=size, adds_pieces=is_contracted, alone_seconds=seconds)
 
 
 def _rewriting_seconds(

@@ -24,7 +24,7 @@ from autoshard.cost.transfers import (
     transfer_by_part,
 )
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import WHOLE, Array, Layout, Op, Program, in_any_block
+from autoshard.graph.program import Array, Layout, Op, Program, in_any_block
 from autoshard.graph.propagation import Apart, picker, torn_axes
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import wire_bytes
@@ -286,7 +286,7 @@ class StepPricer:
 
     def _moved(self, index: int, around: Sequence[Layout], transfer: Transfer) -> _Moved:
         op = self.program.ops[index]
-        if index in self._maxima and self._adds_pieces(op, around, transfer):
+        if index in self._maxima and transfer.adds_pieces:
             seconds = transfer.alone_seconds + self._max_seconds(op, around)
             transfer = replace(transfer, alone_seconds=seconds)
         moved = self._traffic(op, transfer)
@@ -294,13 +294,6 @@ class StepPricer:
             is_alone = op.operands[transfer.operand].identity in self._read_at_turn
             moved = replace(moved, overlapped=moved.overlapped and not is_alone)
         return self._once(op, transfer), transfer, moved, self._beside(op, transfer, moved)
-
-    def _adds_pieces(self, op: Op, around: Sequence[Layout], transfer: Transfer) -> bool:
-        """Whether a matmul that gathers an operand piece by piece adds up what it makes of each."""
-        if transfer.pieces == 1 or transfer.operand is None:
-            return False
-        dim = around[transfer.operand][self.machine.axis_of(transfer.axis)]
-        return dim != WHOLE and op.operands[transfer.operand].factors[dim] in op.reduced
 
     def _chain_seconds(self, index: int, cost: OpCost) -> float:
         """What it takes a TPU to write what fused ops make for a matmul, and to read that again."""

@@ -53,6 +53,7 @@ class Transfer:
             a ring are read and written.
         pieces: how many of them a windowed matmul multiplies one after the other as they arrive,
             if no other op needs the same.
+        adds_pieces: whether it adds up what it makes of them.
         alone_seconds: what compute pays besides in that case.
         operand: position of the operand that is moved, or None for the result.
         target: layout that the moved array gets.
@@ -73,6 +74,7 @@ class Transfer:
     within: frozenset[int] = frozenset()
     n_runs: int = 1
     pieces: int = 1
+    adds_pieces: bool = False
     alone_seconds: float = 0.0
     in_ring: bool = False
 

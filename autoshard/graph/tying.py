@@ -6,12 +6,11 @@ such ops of the layer are the same. Their arrays' groups are then tied. This is 
 never by what an op merely looks like: look-alikes elsewhere may want another layout.
 """
 
-import re
 from collections import Counter
 
 import networkx as nx
 
-from autoshard.graph.program import Op, Program
+from autoshard.graph.program import Op, Program, in_any_block
 
 __all__ = ["TiedOp", "price_look", "tie_blocks"]
 
@@ -60,7 +59,7 @@ def tie_blocks(program: Program) -> tuple[tuple[int, ...], tuple[TiedOp, ...]]:
     ties.add_nodes_from(range(len(program.groups)))
     for op in program.ops:
         look = _look(op)
-        place = (re.sub(r"\d+", "*", op.layer), look, order[op.layer, look])
+        place = (in_any_block(op.layer), look, order[op.layer, look])
         order[op.layer, look] += 1
         first = places.setdefault(place, op)
         pairs = zip(first.arrays, op.arrays, strict=True)

@@ -111,30 +111,22 @@ def settle(
     """
     judge = partial(_verdict, model, planning, compiler)
     is_shallow = _copied_share(planning) < 1
-    depth = "shallow" if is_shallow else "all blocks"
     with Child(child_environment(compiler), memory_limit_bytes=available_bytes()) as child:
         compile_whole = partial(compile_in, child, timeout_seconds=_COMPILE_SECONDS)
         compile_copies = partial(compile_deep, child, timeout_seconds=_COMPILE_SECONDS)
-        compile_first = compile_copies if is_shallow else compile_whole
 
-        def ask(candidate: Candidate) -> Verdict:
-            on_progress(f"compile {candidate.name} for {compiler}, {depth}")
-            return judge(candidate, compile_first)
+        def ask_shallow(candidate: Candidate) -> Verdict:
+            on_progress(f"compile {candidate.name} for {compiler}, shallow")
+            return judge(candidate, compile_copies)
 
-        verdicts = _first_verdicts(planning, compiler, ask)
+        def ask_whole(candidate: Candidate) -> Verdict:
+            on_progress(f"compile {candidate.name} for {compiler}, all blocks")
+            return judge(candidate, compile_whole)
+
+        ask_first = ask_shallow if is_shallow else ask_whole
+        verdicts = _first_verdicts(planning, compiler, ask_first)
         verdicts.sort(key=lambda v: (v.compiled is None, v.fits is False, v.weighed_seconds))
-        whole: list[Verdict] = []
-        refused: list[Verdict] = []
-        for shallow in verdicts:
-            best = min((one.weighed_seconds for one in whole), default=math.inf)
-            if shallow.compiled is None or best <= _SAME * shallow.weighed_seconds:
-                break
-            verdict = shallow
-            if is_shallow:
-                on_progress(f"compile {shallow.candidate.name} for {compiler}, all blocks")
-                verdict = judge(shallow.candidate, compile_whole)
-            fine = verdict.compiled is not None and verdict.fits is not False
-            (whole if fine else refused).append(verdict)
+        whole, refused = _whole_verdicts(verdicts, ask_whole if is_shallow else None)
     rest = verdicts[len(whole) + len(refused) :]
     if whole:
         whole.sort(key=lambda verdict: verdict.weighed_seconds)
@@ -159,6 +151,30 @@ def _first_verdicts(
                 raise
             return [*verdicts, _failed(candidate, error, fits=None)]
     return verdicts
+
+
+def _whole_verdicts(
+    verdicts: Sequence[Verdict], ask: Callable[[Candidate], Verdict] | None
+) -> tuple[list[Verdict], list[Verdict]]:
+    """What the compiler says of all blocks, until the best is as fast as the next was.
+
+    Args:
+        verdicts: the first ones, best first.
+        ask: asks about all blocks; None where the first verdicts are of all blocks.
+
+    Returns:
+        The verdicts on layouts that run and fit, and on those that do not.
+    """
+    whole: list[Verdict] = []
+    refused: list[Verdict] = []
+    for first in verdicts:
+        best = min((one.weighed_seconds for one in whole), default=math.inf)
+        if first.compiled is None or best <= _SAME * first.weighed_seconds:
+            break
+        verdict = ask(first.candidate) if ask else first
+        fine = verdict.compiled is not None and verdict.fits is not False
+        (whole if fine else refused).append(verdict)
+    return whole, refused
 
 
 def _in_turn(
