@@ -12,12 +12,13 @@ from test_graph_rules import program_of
 
 from autoshard.cost.collective_matmul import _RING_PASSES
 from autoshard.cost.machine import Machine
+from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import _SUMMED_BATCH, OpCost, price_op
 from autoshard.graph.program import WHOLE, Op, Program
-from autoshard.hardware.efficiency import memory_seconds
+from autoshard.hardware.efficiency import KERNEL_SECONDS, memory_seconds
 from autoshard.hardware.targets import parse_target
-from autoshard.mesh import parse_mesh
+from autoshard.mesh import parse_mesh, round_up
 
 CHIP = MACHINE.chip
 ARRAY = 4096 * 4096 * 4
@@ -148,8 +149,11 @@ def test_the_sum_of_a_stream_is_read_and_written_in_its_layout() -> None:
         # three times 8 MiB stay in the vector memory
         is_written = 3 * array / n > CHIP.vmem_bytes / 2
         assert is_written == (array / n > 8 * 2**20)
-        seconds = memory_seconds(CHIP, 2 * array / n, array / n) if is_written else 0.0
-        assert with_sum - without == pytest.approx(seconds)
+        # the norm of what is written is made meanwhile
+        seconds = memory_seconds(CHIP, 2 * array / n, array / n) - matrix_seconds(
+            array / n / 4, MACHINE
+        )
+        assert with_sum - without == pytest.approx(seconds if is_written else 0.0)
 
 
 def test_ops_that_look_alike_are_charged_their_own_sums() -> None:
@@ -355,3 +359,49 @@ def test_a_matmul_is_done_piece_by_piece_where_its_other_operand_is_split(
     layouts = ((2,), (vocabulary,), (2,))
     (gather,) = price_op(matmul, layouts, machine).transfers
     assert (gather.kind, gather.operand, gather.pieces) == ("all-gather", 0, pieces)
+
+
+@pytest.mark.parametrize(
+    ("columns", "split", "pieces"),
+    [
+        (10_240, 1, 8),  # more than the 2,560 that are gathered
+        (2_560, 1, 1),  # no more
+        (10_240, 0, 1),  # of rows only large matmuls are done so
+    ],
+)
+def test_a_small_matmul_is_done_piece_by_piece_along_what_is_contracted(
+    columns: int, split: int, pieces: int
+) -> None:
+    shapes = (4096, 2560), (2560, columns)
+    program = program_of(lambda x, w: jnp.tanh(x) @ w, *shapes, dtype="bfloat16")
+    (gather,) = price_op(program.ops[-1], ((split,), (1,), (1,)), MACHINE).transfers
+    assert (gather.kind, gather.pieces) == ("all-gather", pieces)
+    # four kernels, for the result stays in the vector memory
+    assert gather.alone_seconds == pytest.approx(4 * KERNEL_SECONDS if pieces > 1 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "columns", "turned"),
+    [
+        (3584, 18_944, True),  # lies as [2368, 3584], of which slices of 448 cut tiles
+        (4096, 18_944, False),  # slices of 512
+        (3584, 16_384, False),  # lies as it is, for 2048 fills tiles
+    ],
+)
+def test_a_weight_is_turned_round_where_a_ring_cuts_its_tiles(
+    hidden: int, columns: int, turned: bool
+) -> None:
+    shapes = (8, hidden), (hidden, columns)
+    program = program_of(lambda x, w: jnp.tanh(x) @ w, *shapes, dtype="bfloat16")
+    (gather,) = price_op(program.ops[-1], ((1,), (1,), (1,)), MACHINE).transfers
+    n_tiles = hidden * round_up(columns // 8, 128) / 1024
+    seconds = n_tiles * 11 / CHIP.clock_hz if turned else 0.0
+    assert gather.alone_seconds == pytest.approx(4 * KERNEL_SECONDS + seconds)
+
+
+def test_a_small_ring_takes_its_kernels() -> None:
+    program = program_of(lambda x, w: jnp.tanh(x) @ w, (8, 14_336), (14_336, 4096))
+    (scatter,) = price_op(program.ops[-1], ((1,), (0,), (1,)), MACHINE).transfers
+    assert (scatter.kind, scatter.in_ring) == ("reduce-scatter", True)
+    # 23 us by the compiler where the plain matmul takes 4
+    assert scatter.memory_seconds == pytest.approx(12 * KERNEL_SECONDS)

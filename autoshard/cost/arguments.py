@@ -3,12 +3,10 @@
 A trained weight is read and written by its update and its gradient read; a slot is read and
 written.
 
-A TPU holds arrays in tiles of 8 x 128, and its compiler keeps an argument whose last dimension does
-not fill whole tiles the other way round, which needs less padding. A lookup takes rows, so it first
-copies the whole table the right way round, and in a step that trains it the new table, and every
-slot, in and out. Seen in programs of the TPU compiler: `[152064, 448]` costs 1.3 ms a copy on a
-v5e, `[152064, 512]` none. By 21 of them a tile takes 24 to 25 cycles, of two and of four bytes an
-element alike, and 8 to 12 where the copy finds place in the vector memory.
+A TPU keeps a table whose last dimension does not fill whole tiles the other way round (see
+`autoshard.cost.turning`). A lookup takes rows, so it first copies the whole table the right way
+round, and in a step that trains it the new table, and every slot, in and out. Seen in programs of
+the TPU compiler: `[152064, 448]` costs 1.3 ms a copy on a v5e, `[152064, 512]` none.
 """
 
 import math
@@ -16,14 +14,12 @@ from collections import Counter
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
+from autoshard.cost.turning import turning_seconds
 from autoshard.graph.program import Argument, Layout, Program
-from autoshard.hardware.efficiency import TILE_LANES, TILE_ROWS, memory_seconds
+from autoshard.hardware.efficiency import TILE_LANES
 from autoshard.mesh import round_up
 
 __all__ = ["ArgumentPricer"]
-
-_TILE_CYCLES = 25
-_TILE_CYCLES_ON_CHIP = 11
 
 
 class ArgumentPricer:
@@ -86,12 +82,9 @@ class ArgumentPricer:
         padded = round_up(columns, TILE_LANES)
         if padded == columns:
             return 0.0
-        chip, is_trained = self._machine.chip, self._passes(argument) > 0
+        is_trained = self._passes(argument) > 0
         n_bytes = local_bytes(argument.n_bytes, layout, sizes) * padded / columns
-        if not chip.clock_hz:
-            return (1 + is_trained) * memory_seconds(chip, n_bytes, n_bytes)
-        n_tiles = n_bytes * math.prod(argument.shape) / argument.n_bytes / (TILE_ROWS * TILE_LANES)
+        n_elements = n_bytes * math.prod(argument.shape) / argument.n_bytes
         n_copies = self._tables[argument.family, argument.shape] if is_trained else 1
-        fits = n_copies * n_bytes <= self._machine.on_chip_bytes
-        cycles = _TILE_CYCLES_ON_CHIP if fits else _TILE_CYCLES
-        return (1 + is_trained) * n_tiles * cycles / chip.clock_hz
+        seconds = turning_seconds(n_elements, n_bytes, self._machine, n_copies)
+        return (1 + is_trained) * seconds

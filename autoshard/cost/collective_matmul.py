@@ -12,20 +12,20 @@ from dataclasses import replace
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.transfers import FLOAT32, Transfer, as_all_reduce, local_bytes
+from autoshard.cost.turning import ring_seconds
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
-from autoshard.hardware.chips import Chip
-from autoshard.hardware.efficiency import TILE_LANES, memory_seconds
+from autoshard.hardware.efficiency import KERNEL_SECONDS, TILE_LANES, memory_seconds
 from autoshard.mesh import round_up
 
 __all__ = [
     "PIECES_IN_PLACE",
     "is_decomposed",
-    "may_be_windowed",
     "summed",
     "thinning",
     "uses_all_devices",
     "windowed",
+    "windowed_dims",
 ]
 
 # Time of a ring of permutations over that of the collective in whose place it stands. Fitted to
@@ -39,6 +39,9 @@ _RING_PASSES = 7
 # Bytes of an element of those. Float32 takes no longer, it is added up on the chip: 42 us for 16
 # MiB of SmolLM3's sums, where this says 72 and their bytes 143.
 _RING_BYTES = 2
+# So many kernels a ring takes a step, of which there are half as many as devices: it chooses what
+# to send, multiplies, and adds. An operand that goes round is multiplied in one.
+_RING_KERNELS = 3
 # XLA's default threshold for windowed matmuls (threshold_for_windowed_einsum_mib).
 _WINDOWED_BYTES = 256 * 2**20
 PIECES_IN_PLACE = 4
@@ -70,12 +73,18 @@ def is_decomposed(
 
 
 def summed(
-    op: Op, transfer: Transfer, compute: float, may_ring: bool, machine: Machine
+    op: Op,
+    choice: Choice,
+    transfer: Transfer,
+    compute: float,
+    may_ring: bool,
+    machine: Machine,
 ) -> Transfer:
     """What the TPU compiler makes of a collective of a matmul.
 
     Args:
         op: the matmul.
+        choice: the factor split over each axis, or `WHOLE`.
         transfer: the collective.
         compute: seconds of the matmul.
         may_ring: whether its sums may go round in a ring.
@@ -86,7 +95,7 @@ def summed(
     is_float32 = op.results[0].itemsize == FLOAT32
     surely = _NOT_DECOMPOSED if is_float32 else _DECOMPOSED
     if may_ring and is_decomposed(transfer, compute, machine, surely):
-        return _as_ring(transfer, op.results[0].itemsize, machine)
+        return _as_ring(op, choice, transfer, machine)
     if may_ring and is_decomposed(transfer, compute, machine, _NOT_DECOMPOSED):
         return transfer
     whole = _is_summed_whole(op, transfer, machine)
@@ -98,11 +107,15 @@ def uses_all_devices(choice: Choice, axis_sizes: Sequence[int]) -> bool:
     return all(factor != WHOLE for factor, n in zip(choice, axis_sizes, strict=True) if n > 1)
 
 
-def _as_ring(transfer: Transfer, itemsize: int, machine: Machine) -> Transfer:
+def _as_ring(op: Op, choice: Choice, transfer: Transfer, machine: Machine) -> Transfer:
     """A reduce-scatter whose sums go round while the matmul makes them."""
-    n_bytes = _RING_BYTES * transfer.n_bytes // itemsize
+    (result,), n = op.results, machine.links[transfer.axis].size
+    n_bytes = _RING_BYTES * transfer.n_bytes // result.itemsize
     passes = _RING_PASSES * n_bytes / machine.chip.hbm_bytes_per_second
-    seconds = transfer.memory_seconds + passes
+    seconds = transfer.memory_seconds + max(passes, _RING_KERNELS * n / 2 * KERNEL_SECONDS)
+    factor = result.factors[transfer.target[machine.axis_of(transfer.axis)]]
+    if factor is not None:
+        seconds += ring_seconds(op, choice, factor, n, machine)
     return replace(transfer, overlapped=True, in_ring=True, memory_seconds=seconds)
 
 
@@ -124,16 +137,23 @@ def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
     return (is_heads and shard > 1) or (is_last and is_odd)
 
 
-def may_be_windowed(op: Op, array: Array, operand: int | None, machine: Machine) -> bool:
-    """Whether a matmul may gather an array piece by piece: an operand that the step makes.
+def windowed_dims(op: Op, array: Array, operand: int | None, machine: Machine) -> set[int]:
+    """The dimensions along which a matmul may gather an array piece by piece.
 
-    For GPUs XLA's threshold is 100,000 MiB.
+    The array is an operand that the step makes. Along the contracted dimension, where there is one,
+    the TPU compiler does so if the result is larger than the operand; along others a matmul has to
+    be large. For GPUs XLA's threshold is 100,000 MiB.
     """
     if op.kind != "contraction" or operand is None or array.is_held:
-        return False
+        return set()
     if machine.chip.kind == "gpu":
-        return False
-    return sum(result.n_bytes for result in op.results) >= _WINDOWED_BYTES
+        return set()
+    n_bytes = sum(result.n_bytes for result in op.results)
+    if n_bytes >= _WINDOWED_BYTES:
+        return set(range(len(array.factors)))
+    if not machine.compiles_for_tpu or len(op.reduced) != 1 or n_bytes <= array.n_bytes:
+        return set()
+    return {dim for dim, factor in enumerate(array.factors) if factor in op.reduced}
 
 
 def windowed(
@@ -162,29 +182,34 @@ def windowed(
     axis = machine.axis_of(transfer.axis)
     others = (at for at in range(len(op.operands)) if at != transfer.operand)
     is_sliced = all(layouts[at][axis] == WHOLE for at in others)
-    if size <= 2 or is_sliced or not may_be_windowed(op, array, transfer.operand, machine):
+    dim = layouts[transfer.operand][axis]
+    if size <= 2 or is_sliced or dim not in windowed_dims(op, array, transfer.operand, machine):
         return transfer
-    (result,) = op.results
+    (result,), factor = op.results, array.factors[dim]
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
-    is_contracted = array.factors[layouts[transfer.operand][axis]] in op.reduced
-    seconds = _rewriting_seconds(machine.chip, size, n_bytes, is_contracted, compute)
+    is_contracted = factor in op.reduced
+    seconds = _rewriting_seconds(machine, size, n_bytes, is_contracted, compute)
+    if is_contracted and factor is not None:
+        seconds += ring_seconds(op, choice, factor, size, machine)
     return replace(transfer, pieces=size, adds_pieces=is_contracted, alone_seconds=seconds)
 
 
 def _rewriting_seconds(
-    chip: Chip, pieces: int, n_bytes: int, is_contracted: bool, compute: float
+    machine: Machine, pieces: int, n_bytes: int, is_contracted: bool, compute: float
 ) -> float:
     """What a windowed matmul takes beside its compute to read and write its result again.
 
     Gathered along the contracted dimension, every further piece reads and writes the whole result
-    once more; more than a few pieces go through a loop, two at a time, where that runs behind
-    compute. Gathered along another dimension, each of more than a few pieces is written anew. By
-    the cycles of 36 matmuls compiled for v5e, groups of two, four and eight, at XLA's default
-    threshold.
+    once more, if it is too large to stay in the vector memory; more than a few pieces go through a
+    loop, two at a time, where that runs behind compute. Gathered along another dimension, each of
+    more than a few pieces is written anew. By the cycles of 36 matmuls compiled for v5e, groups of
+    two, four and eight, at XLA's default threshold, and of smaller ones in models.
     """
-    few = pieces <= PIECES_IN_PLACE
+    chip, few = machine.chip, pieces <= PIECES_IN_PLACE
     if few and not is_contracted:
         return 0.0
+    if is_contracted and 2 * n_bytes <= machine.on_chip_bytes:
+        return pieces / 2 * KERNEL_SECONDS
     if few or not is_contracted:
         return 2 * (pieces - 1) * n_bytes / chip.hbm_bytes_per_second
     n_steps = pieces // 2 if pieces % 2 == 0 else pieces

@@ -30,7 +30,7 @@ from functools import cached_property
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import splits_evenly
 
-__all__ = ["Choice", "Partition", "partition_matmul"]
+__all__ = ["Choice", "Partition", "local_sizes", "partition_matmul"]
 
 Choice = tuple[int, ...]
 """The factor that an op splits over each axis, or `WHOLE`."""
@@ -58,6 +58,15 @@ class Partition:
     def within_of(self, axis: int) -> frozenset[int]:
         """In the groups of which axes what moves over this one does so."""
         return self.within[axis] if axis < len(self.within) else frozenset()
+
+
+def local_sizes(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> list[int]:
+    """What of each factor one device has."""
+    local = list(op.factor_sizes)
+    for factor, n in zip(choice, axis_sizes, strict=True):
+        if factor != WHOLE:
+            local[factor] = max(1, local[factor] // n)
+    return local
 
 
 def partition_matmul(
