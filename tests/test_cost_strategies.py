@@ -16,7 +16,7 @@ from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import _SUMMED_BATCH, OpCost, price_op
 from autoshard.graph.program import WHOLE, Op, Program
-from autoshard.hardware.efficiency import KERNEL_SECONDS, memory_seconds
+from autoshard.hardware.efficiency import KERNEL_SECONDS
 from autoshard.hardware.targets import parse_target
 from autoshard.mesh import parse_mesh, round_up
 
