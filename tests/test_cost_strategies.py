@@ -147,6 +147,8 @@ def test_the_sum_of_a_stream_takes_a_third_of_its_norm(parts: int, dim: int) -> 
     )
     norm = matrix_seconds(4096 * 4096 / parts, MACHINE)
     assert with_sum - without == pytest.approx(norm / 3)
+    three = price_op(replace(second, addends=(3,)), ((dim,), (WHOLE,), (dim,)), MACHINE)
+    assert three.compute_seconds - without == pytest.approx(norm / 2)
 
 
 def test_ops_that_look_alike_are_charged_their_own_sums() -> None:
@@ -371,6 +373,9 @@ def test_a_small_matmul_is_done_piece_by_piece_along_what_is_contracted(
     assert (gather.kind, gather.pieces) == ("all-gather", pieces)
     # four kernels, for the result stays in the vector memory
     assert gather.alone_seconds == pytest.approx(4 * KERNEL_SECONDS if pieces > 1 else 0.0)
+    for target in ("tpu:v3:2x2", "gpu:h100-sxm:8"):
+        plain = Machine.of(parse_mesh("1x8"), parse_target(target))
+        assert price_op(program.ops[-1], ((split,), (1,), (1,)), plain).transfers[0].pieces == 1
 
 
 @pytest.mark.parametrize(
@@ -398,3 +403,22 @@ def test_a_small_ring_takes_its_kernels() -> None:
     assert (scatter.kind, scatter.in_ring) == ("reduce-scatter", True)
     # 23 us by the compiler where the plain matmul takes 4
     assert scatter.memory_seconds == pytest.approx(12 * KERNEL_SECONDS)
+
+
+@pytest.mark.parametrize(("hidden", "turned"), [(3584, True), (4096, False)])
+def test_a_weight_is_turned_round_where_a_ring_of_sums_cuts_its_tiles(
+    hidden: int, turned: bool
+) -> None:
+    shapes = (8, 18_944), (18_944, hidden)
+    program = program_of(lambda x, w: jnp.tanh(x) @ w, *shapes, dtype="bfloat16")
+    (scatter,) = price_op(program.ops[-1], ((1,), (0,), (1,)), MACHINE).transfers
+    assert scatter.in_ring
+    seconds = round_up(18_944 // 8, 128) * hidden / 1024 * 11 / CHIP.clock_hz if turned else 0.0
+    assert scatter.memory_seconds == pytest.approx(12 * KERNEL_SECONDS + seconds)
+
+
+def test_two_contracted_dimensions_are_gathered_at_once() -> None:
+    shapes = (8, 16, 64), (16, 64, 8192)
+    program = program_of(lambda x, w: jnp.einsum("bnh,nhd->bd", jnp.tanh(x), w), *shapes)
+    (gather,) = price_op(program.ops[-1], ((1,), (2,), (1,)), MACHINE).transfers
+    assert (gather.kind, gather.pieces) == ("all-gather", 1)

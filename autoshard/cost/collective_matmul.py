@@ -114,7 +114,7 @@ def _as_ring(op: Op, choice: Choice, transfer: Transfer, machine: Machine) -> Tr
     passes = _RING_PASSES * n_bytes / machine.chip.hbm_bytes_per_second
     seconds = transfer.memory_seconds + max(passes, _RING_KERNELS * n / 2 * KERNEL_SECONDS)
     factor = result.factors[transfer.target[machine.axis_of(transfer.axis)]]
-    if factor is not None:
+    if factor is not None and n > PIECES_IN_PLACE:
         seconds += ring_seconds(op, choice, factor, n, machine)
     return replace(transfer, overlapped=True, in_ring=True, memory_seconds=seconds)
 
@@ -141,8 +141,8 @@ def windowed_dims(op: Op, array: Array, operand: int | None, machine: Machine) -
     """The dimensions along which a matmul may gather an array piece by piece.
 
     The array is an operand that the step makes. Along the contracted dimension, where there is one,
-    the TPU compiler does so if the result is larger than the operand; along others a matmul has to
-    be large. For GPUs XLA's threshold is 100,000 MiB.
+    TPU compilers that make rings do so if the result is larger than the operand; along others a
+    matmul has to be large. For GPUs XLA's threshold is 100,000 MiB.
     """
     if op.kind != "contraction" or operand is None or array.is_held:
         return set()
@@ -151,7 +151,8 @@ def windowed_dims(op: Op, array: Array, operand: int | None, machine: Machine) -
     n_bytes = sum(result.n_bytes for result in op.results)
     if n_bytes >= _WINDOWED_BYTES:
         return set(range(len(array.factors)))
-    if not machine.compiles_for_tpu or len(op.reduced) != 1 or n_bytes <= array.n_bytes:
+    is_plain = len(op.reduced) != 1 or op.is_convolution or n_bytes <= array.n_bytes
+    if is_plain or not machine.decomposes_sums:
         return set()
     return {dim for dim, factor in enumerate(array.factors) if factor in op.reduced}
 
@@ -164,7 +165,7 @@ def windowed(
     compute: float,
     machine: Machine,
 ) -> Transfer:
-    """A collective of an op: gathers of a large matmul as done piece by piece, others as they are.
+    """A collective of an op: what a matmul gathers piece by piece so, others as they are.
 
     Of two devices the compiler makes the plain matmul, and where the other operand lies whole.
 
@@ -189,7 +190,7 @@ def windowed(
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
     is_contracted = factor in op.reduced
     seconds = _rewriting_seconds(machine, size, n_bytes, is_contracted, compute)
-    if is_contracted and factor is not None:
+    if is_contracted and factor is not None and size > PIECES_IN_PLACE:
         seconds += ring_seconds(op, choice, factor, size, machine)
     return replace(transfer, pieces=size, adds_pieces=is_contracted, alone_seconds=seconds)
 
@@ -200,15 +201,20 @@ def _rewriting_seconds(
     """What a windowed matmul takes beside its compute to read and write its result again.
 
     Gathered along the contracted dimension, every further piece reads and writes the whole result
-    once more, if it is too large to stay in the vector memory; more than a few pieces go through a
-    loop, two at a time, where that runs behind compute. Gathered along another dimension, each of
-    more than a few pieces is written anew. By the cycles of 36 matmuls compiled for v5e, groups of
-    two, four and eight, at XLA's default threshold, and of smaller ones in models.
+    once more; more than a few pieces go through a loop, two at a time, where that runs behind
+    compute. Gathered along another dimension, each of more than a few pieces is written anew. By
+    the cycles of 36 matmuls compiled for v5e, groups of two, four and eight, at XLA's default
+    threshold. A result that stays in the vector memory costs no more than a kernel for every two
+    pieces, as in ten models' matmuls below that threshold.
     """
     chip, few = machine.chip, pieces <= PIECES_IN_PLACE
     if few and not is_contracted:
         return 0.0
-    if is_contracted and 2 * n_bytes <= machine.on_chip_bytes:
+    if (
+        is_contracted
+        and 2 * n_bytes <= machine.on_chip_bytes
+        and pieces * n_bytes < _WINDOWED_BYTES
+    ):
         return pieces / 2 * KERNEL_SECONDS
     if few or not is_contracted:
         return 2 * (pieces - 1) * n_bytes / chip.hbm_bytes_per_second

@@ -38,11 +38,11 @@ from autoshard.cost.machine import Machine
 from autoshard.cost.results import ResultCopies
 from autoshard.cost.strategies import OpCost
 from autoshard.cost.transfers import is_all_reduced, local_bytes
+from autoshard.cost.turning import cuts_tiles
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import WHOLE, Array, Chain, Layout, Op, Program
 from autoshard.graph.splits import layout_of
-from autoshard.hardware.efficiency import TILE_LANES
 
 __all__ = ["OpBytes", "PeakMemory"]
 
@@ -255,7 +255,7 @@ class PeakMemory:
             axis = self._machine.axis_of(transfer.axis)
             dim = around[transfer.operand][axis]
             factor = None if dim == WHOLE else op.operands[transfer.operand].factors[dim]
-            if factor is None or (op.factor_sizes[factor] // transfer.pieces) % TILE_LANES == 0:
+            if factor is None or not cuts_tiles(op.factor_sizes[factor], transfer.pieces):
                 continue
             n_bytes += sum(
                 local_bytes(array.n_bytes, layout_of(array, cost.choice), sizes)

@@ -33,7 +33,7 @@ from autoshard.hardware.efficiency import (
 
 __all__ = ["compute_seconds", "fetch_seconds", "sum_seconds"]
 
-# A sum of two of the time of a norm.
+# What a sum of two takes, over the time of a norm.
 _SUM_SHARE = 1 / 3
 
 # What it takes a TPU to write a tile whose rows repeat others: by the cycles of the compilers for

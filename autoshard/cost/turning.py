@@ -46,11 +46,12 @@ def cuts_tiles(size: int, n: int) -> bool:
 
 
 def ring_seconds(op: Op, choice: Choice, factor: int, n: int, machine: Machine) -> float:
-    """What it takes to turn the weights round of which a ring takes slices.
+    """What it takes to turn the weights round of which the loop of a ring takes slices.
 
     It is where slices cut tiles apart. Seen in programs for v5e that decode with Qwen 2.5: 448 of
     3,584 elements at a time, of the last dimension, or of the first where the last does not fill
-    tiles (`[3584, 2368]`).
+    tiles (`[3584, 2368]`). A weight that is read transposed is turned by what transposes it (see
+    `autoshard.cost.memory`).
 
     Args:
         op: the matmul.
@@ -72,6 +73,12 @@ def ring_seconds(op: Op, choice: Choice, factor: int, n: int, machine: Machine) 
 
 
 def _innermost(shape: Sequence[int]) -> int:
-    """Which of two dimensions an argument has along the lanes of its tiles."""
-    first, last = (size % TILE_LANES == 0 for size in shape)
-    return 0 if first and not last else 1
+    """Which of two dimensions an argument has along the lanes of its tiles: what needs less room.
+
+    >>> _innermost((3584, 2048)), _innermost((3584, 2368))
+    (1, 0)
+    """
+    first, last = shape
+    as_it_is = round_up(first, TILE_ROWS) * round_up(last, TILE_LANES)
+    turned = round_up(first, TILE_LANES) * round_up(last, TILE_ROWS)
+    return 0 if turned < as_it_is else 1

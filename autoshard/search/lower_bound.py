@@ -249,9 +249,9 @@ class _Builder:
         What compute might hide is taken to be hidden.
         """
         made, partial = lies_in_op(op, array, operand, choice)
-        may_hide = windowed_dims(op, array, operand, self.pricer.machine)
+        hidden_dims = windowed_dims(op, array, operand, self.pricer.machine)
         if operand is not None and self.pricer.may_run_beside(op, array):
-            may_hide = set(range(len(array.factors)))
+            hidden_dims = set(range(len(array.factors)))
         looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None
         # All that the moves depend on beside the layout.
         like = (
@@ -262,7 +262,7 @@ class _Builder:
             array.n_bytes if operand is None else moved_bytes(op, array, self.machine),
             array.is_held,
             operand is None,
-            frozenset(may_hide),
+            frozenset(hidden_dims),
         )
         known = self._moves.setdefault(like, {})
         for layout in layouts:
@@ -270,11 +270,11 @@ class _Builder:
                 moves = transfers_between(op, array, operand, made, partial, layout, self.machine)
                 if operand is None:
                     moves = folded_sums(moves, self.machine)
-                known[layout] = self.sums_of(moves, layout, may_hide)
+                known[layout] = self.sums_of(moves, layout, hidden_dims)
         return [known[layout] for layout in layouts]
 
     def sums_of(
-        self, moves: Sequence[Transfer], layout: Layout, may_hide: Collection[int]
+        self, moves: Sequence[Transfer], layout: Layout, hidden_dims: Collection[int]
     ) -> tuple[float, float]:
         """What transfers add to the two sums, if compute may hide gathers of some dimensions."""
         blocking = written = everything = 0.0
@@ -282,7 +282,7 @@ class _Builder:
             everything += move.seconds
             written += move.memory_seconds
             dim = layout[self.machine.axis_of(move.axis)]
-            hidden = move.overlapped or (dim in may_hide and move.kind == "all-gather")
+            hidden = move.overlapped or (dim in hidden_dims and move.kind == "all-gather")
             if not (hidden or is_decomposed(move, math.inf, self.machine)):
                 blocking += move.seconds
         return blocking + written, everything
