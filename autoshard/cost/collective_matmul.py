@@ -210,11 +210,8 @@ def _rewriting_seconds(
     chip, few = machine.chip, pieces <= PIECES_IN_PLACE
     if few and not is_contracted:
         return 0.0
-    if (
-        is_contracted
-        and 2 * n_bytes <= machine.on_chip_bytes
-        and pieces * n_bytes < _WINDOWED_BYTES
-    ):
+    stays = 2 * n_bytes <= machine.on_chip_bytes and pieces * n_bytes < _WINDOWED_BYTES
+    if is_contracted and stays:
         return pieces / 2 * KERNEL_SECONDS
     if few or not is_contracted:
         return 2 * (pieces - 1) * n_bytes / chip.hbm_bytes_per_second
