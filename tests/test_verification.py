@@ -137,7 +137,8 @@ def test_the_prediction_is_of_the_blocks_that_are_compiled(
         verify(str(path), **options, blocks=blocks).predicted for blocks in (None, 18, 2, 1)
     )
     assert whole and all_blocks and two and one
-    assert all_blocks.step_seconds == pytest.approx(whole.step_seconds)
+    # The folded copy stands for one block more that adds no gradient to the stream before it.
+    assert all_blocks.step_seconds == pytest.approx(whole.step_seconds, rel=0.006)
     a_block = two.step_seconds - one.step_seconds
     assert whole.step_seconds == pytest.approx(two.step_seconds + 16 * a_block, rel=0.02)
 
