@@ -11,14 +11,13 @@ in vector memory. Writing the copy to main memory may take longer.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
+from autoshard.cost.turning import padded_elements, tile_rows
 from autoshard.graph.program import WHOLE, Array, Layout, Op, Program
-from autoshard.hardware.efficiency import TILE_LANES, TILE_ROWS, memory_seconds
-from autoshard.mesh import round_up
+from autoshard.hardware.efficiency import TILE_LANES, memory_seconds
 
 __all__ = ["ResultCopies", "copied_tiles"]
 
@@ -100,21 +99,11 @@ def copied_tiles(shape: Sequence[int]) -> tuple[int, int] | None:
     """
     if len(shape) != 3:
         return None
-    best = min(itertools.permutations(range(3), 2), key=lambda order: _padded(shape, *order))
-    written = min(_padded(shape, 1, 2), _padded(shape, 2, 1))
-    if _padded(shape, *best) == written:
+    best = min(
+        itertools.permutations(range(3), 2), key=lambda order: padded_elements(shape, *order)
+    )
+    written = min(padded_elements(shape, 1, 2), padded_elements(shape, 2, 1))
+    if padded_elements(shape, *best) == written:
         return None
-    rows = _rows(shape[best[1]])
-    return _padded(shape, *best) // (rows * TILE_LANES), rows
-
-
-def _padded(shape: Sequence[int], minor: int, second: int) -> int:
-    """Elements of an array whose two innermost dimensions fill whole tiles."""
-    rows = _rows(shape[second])
-    others = math.prod(size for dim, size in enumerate(shape) if dim not in (minor, second))
-    return others * round_up(shape[second], rows) * round_up(shape[minor], TILE_LANES)
-
-
-def _rows(size: int) -> int:
-    """Rows of a tile across a dimension."""
-    return min(TILE_ROWS, 1 << (size - 1).bit_length())
+    rows = tile_rows(shape[best[1]])
+    return padded_elements(shape, *best) // (rows * TILE_LANES), rows

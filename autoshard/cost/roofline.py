@@ -160,7 +160,7 @@ def sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
     result = op.results[0]
     shard = local_bytes(result.n_bytes, layouts[len(op.operands)], machine.axis_sizes)
     seconds = matrix_seconds(shard / result.itemsize, machine)
-    return _SUM_SHARE * seconds * sum(n / 2 for n in op.addends)
+    return _SUM_SHARE * seconds * sum(op.addends) / 2
 
 
 def _repeating_seconds(op: Op, result: Array, choice: Choice, machine: Machine) -> float:
