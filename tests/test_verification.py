@@ -125,16 +125,9 @@ def test_part_of_a_model_that_fits_says_nothing_of_the_whole(
     assert "predicted" not in verification_text(replace(found, predicted=None))
 
 
-@pytest.mark.parametrize(
-    ("workload", "tolerance"),
-    [
-        ("prefill", 1e-6),
-        # The folded copy stands for one block more that adds no gradient to the stream before it.
-        ("train", 0.006),
-    ],
-)
+@pytest.mark.parametrize("workload", ["prefill", "train"])
 def test_the_prediction_is_of_the_blocks_that_are_compiled(
-    workload: str, tolerance: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    workload: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(verification, "child_environment", lambda target: {})
     monkeypatch.setattr(verification, "compile_in", lambda *_, **__: program(1, 18, 0))
@@ -150,7 +143,7 @@ def test_the_prediction_is_of_the_blocks_that_are_compiled(
         verify(str(path), **options, blocks=blocks).predicted for blocks in (None, 18, 2, 1)
     )
     assert whole and all_blocks and two and one
-    assert all_blocks.step_seconds == pytest.approx(whole.step_seconds, rel=tolerance)
+    assert all_blocks.step_seconds == pytest.approx(whole.step_seconds)
     a_block = two.step_seconds - one.step_seconds
     assert whole.step_seconds == pytest.approx(two.step_seconds + 16 * a_block, rel=0.02)
 

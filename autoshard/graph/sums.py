@@ -1,11 +1,13 @@
 """Where what ops make is added up: in other ops' sums, or along a batch at once."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from autoshard.graph.jaxpr import FlatJaxpr
 from autoshard.graph.liveness import Lives
 from autoshard.graph.program import Op
+from autoshard.graph.tying import places_in_blocks
 
 __all__ = ["as_summed", "sum_targets"]
 
@@ -20,6 +22,23 @@ def as_summed(ops: Sequence[Op], lives: Lives) -> list[Op]:
         batch = _summed_batch(op, ops[lives.results.get(index, index)]) if alone else None
         addends = tuple(lives.sums.get(index, ()))
         told.append(replace(op, summed_batch=batch, addends=addends))
+    return _counted_as_inner(told)
+
+
+def _counted_as_inner(ops: Sequence[Op]) -> list[Op]:
+    """The ops, where the last block's gradients change places with the first's in what sums read.
+
+    Of a folded copy the first block stands for all but the last. Yet the gradient that leaves the
+    first is the only one that no other block's is added to.
+    """
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for index, place in enumerate(places_in_blocks(ops)):
+        if ops[index].backward:
+            alike[place].append(index)
+    told = list(ops)
+    for indices in alike.values():
+        for index, other in zip(indices, reversed(indices), strict=True):
+            told[index] = replace(ops[index], addends=ops[other].addends)
     return told
 
 

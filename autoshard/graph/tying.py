@@ -7,12 +7,13 @@ never by what an op merely looks like: look-alikes elsewhere may want another la
 """
 
 from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import networkx as nx
 
 from autoshard.graph.program import Op, Program, in_any_block
 
-__all__ = ["TiedOp", "price_look", "tie_blocks"]
+__all__ = ["TiedOp", "places_in_blocks", "price_look", "tie_blocks"]
 
 TiedOp = tuple[Op, tuple[int, ...], int]
 
@@ -46,6 +47,17 @@ def _look(op: Op) -> tuple[object, ...]:
     )
 
 
+def places_in_blocks(ops: Sequence[Op]) -> list[Hashable]:
+    """What an op has in common with those of other blocks that it corresponds to, for each op."""
+    order: Counter[tuple[object, ...]] = Counter()
+    places: list[Hashable] = []
+    for op in ops:
+        look = _look(op)
+        places.append((in_any_block(op.layer), look, order[op.layer, look]))
+        order[op.layer, look] += 1
+    return places
+
+
 def tie_blocks(program: Program) -> tuple[tuple[int, ...], tuple[TiedOp, ...]]:
     """Fold a program over its repeated blocks.
 
@@ -53,15 +65,11 @@ def tie_blocks(program: Program) -> tuple[tuple[int, ...], tuple[TiedOp, ...]]:
         For each group the group that stands for it; and the ops that are left: each with the
         groups that stand for its operands and results, and its count in the whole model.
     """
-    places: dict[tuple[object, ...], Op] = {}
-    order: Counter[tuple[object, ...]] = Counter()
+    firsts: dict[Hashable, Op] = {}
     ties = nx.Graph()
     ties.add_nodes_from(range(len(program.groups)))
-    for op in program.ops:
-        look = _look(op)
-        place = (in_any_block(op.layer), look, order[op.layer, look])
-        order[op.layer, look] += 1
-        first = places.setdefault(place, op)
+    for place, op in zip(places_in_blocks(program.ops), program.ops, strict=True):
+        first = firsts.setdefault(place, op)
         pairs = zip(first.arrays, op.arrays, strict=True)
         ties.add_edges_from(
             (a.group, b.group)
