@@ -63,6 +63,18 @@ def test_shards_of_an_odd_number_of_tiles_are_summed_whole(
     assert (transfer.kind, transfer.overlapped) == (kind, False)
 
 
+# Rows of tiles of a device's quarter: of Qwen's vocabulary 2 x 1187, of Llama's 4 x 3 x 167. A row
+# is 4,096 x 32 bytes, 128 KiB, of which two are too few in a piece, and 1,187 too many.
+@pytest.mark.parametrize(
+    ("vocabulary", "kind"), [(151_936, "all-reduce"), (128_256, "reduce-scatter")]
+)
+def test_a_gradient_is_scattered_in_even_pieces(vocabulary: int, kind: str) -> None:
+    machine = Machine.of(parse_mesh("2x4"), TARGET)
+    op = program_of(lambda x, y: x @ y, (4096, 4096), (4096, vocabulary)).ops[0]
+    (transfer,) = price_op(op, ((1, WHOLE), (0, 1), (0, 1)), machine).transfers
+    assert transfer.kind == kind
+
+
 def test_there_is_no_ring_where_devices_along_another_axis_do_the_same() -> None:
     machine = Machine.of(parse_mesh("2x4"), TARGET)
     same = over(machine, (WHOLE, 1), (WHOLE, 0), (WHOLE, 1))

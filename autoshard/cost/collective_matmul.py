@@ -9,6 +9,7 @@ What that adds to compute, and what it hides, was read in programs of the TPU co
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, local_sizes
@@ -16,7 +17,7 @@ from autoshard.cost.transfers import FLOAT32, Transfer, as_all_reduce, local_byt
 from autoshard.cost.turning import cuts_tiles, innermost, turning_seconds
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
-from autoshard.hardware.efficiency import KERNEL_SECONDS, TILE_LANES, memory_seconds
+from autoshard.hardware.efficiency import KERNEL_SECONDS, TILE_LANES, TILE_ROWS, memory_seconds
 from autoshard.mesh import round_up
 
 __all__ = [
@@ -43,6 +44,9 @@ _RING_BYTES = 2
 # So many kernels a ring takes a step, of which there are half as many as devices: it chooses what
 # to send, multiplies, and adds. An operand that goes round is multiplied in one.
 _RING_KERNELS = 3
+# A sum is scattered in equal pieces of whole rows of tiles, each of more than the first and at most
+# the second: by 40 gradients compiled for v5e, 2,048 to 16,384 wide; v5p and v6e do the same.
+_PIECE_BYTES = (2**18 + 1, 19 * 2**18)
 # XLA's default threshold for windowed matmuls (threshold_for_windowed_einsum_mib).
 _WINDOWED_BYTES = 256 * 2**20
 PIECES_IN_PLACE = 4
@@ -99,7 +103,7 @@ def summed(
         return _as_ring(op, choice, transfer, machine)
     if may_ring and is_decomposed(transfer, compute, machine, _NOT_DECOMPOSED):
         return transfer
-    whole = _is_summed_whole(op, transfer, machine)
+    whole = _is_summed_whole(op, choice, transfer, machine)
     return as_all_reduce(transfer, machine) if whole else transfer
 
 
@@ -119,12 +123,13 @@ def _as_ring(op: Op, choice: Choice, transfer: Transfer, machine: Machine) -> Tr
     return replace(transfer, overlapped=True, in_ring=True, memory_seconds=seconds)
 
 
-def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
+def _is_summed_whole(op: Op, choice: Choice, transfer: Transfer, machine: Machine) -> bool:
     """Whether the TPU compiler makes an all-reduce and a slice of this reduce-scatter of a matmul.
 
     It does where the shards are an odd number of lane tiles of two-byte elements wide, and where
     they are heads: the last dimension but one of four. Seen in 500 of its programs for v5e; of
-    matmuls in float32 the widths do not matter.
+    matmuls in float32 the widths do not matter. It does too where rows of tiles make no even
+    pieces: the gradient of `[4096, 151936]`, the vocabulary of Qwen in four, has 2 x 1187 of them.
     """
     (result,) = op.results
     dim, factors = transfer.target[machine.axis_of(transfer.axis)], result.factors
@@ -134,7 +139,24 @@ def _is_summed_whole(op: Op, transfer: Transfer, machine: Machine) -> bool:
     shard = op.factor_sizes[factor] // machine.links[transfer.axis].size
     is_last, is_heads = dim == len(factors) - 1, len(factors) == 4 and dim == 2
     is_odd = result.itemsize < FLOAT32 and shard % (2 * TILE_LANES) == TILE_LANES
-    return (is_heads and shard > 1) or (is_last and is_odd)
+    if (is_heads and shard > 1) or (is_last and is_odd):
+        return True
+    width = local_sizes(op, choice, machine.axis_sizes)[factor]
+    n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
+    return not _makes_even_pieces(n_bytes, width)
+
+
+@cache
+def _makes_even_pieces(n_bytes: int, width: int) -> bool:
+    """Whether the rows of tiles of a sum make equal pieces of a size that is scattered.
+
+    Args:
+        n_bytes: of what a device adds up.
+        width: elements along the lanes, the dimension that is scattered.
+    """
+    n_rows = n_bytes // (TILE_ROWS * FLOAT32 * width)
+    fewest, most = math.ceil(n_bytes / _PIECE_BYTES[1]), n_bytes // _PIECE_BYTES[0]
+    return most < 1 or any(n_rows % n == 0 for n in range(fewest, most + 1))
 
 
 def windowed_dims(op: Op, array: Array, operand: int | None, machine: Machine) -> set[int]:
