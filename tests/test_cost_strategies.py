@@ -70,7 +70,8 @@ def test_shards_of_an_odd_number_of_tiles_are_summed_whole(
 )
 def test_a_gradient_is_scattered_in_even_pieces(vocabulary: int, kind: str) -> None:
     machine = Machine.of(parse_mesh("2x4"), TARGET)
-    op = program_of(lambda x, y: x @ y, (4096, 512), (512, vocabulary)).ops[0]
+    shapes = ((4096, 512), (512, vocabulary))
+    op = program_of(lambda x, y: x @ y, *shapes, dtype="bfloat16").ops[0]
     (transfer,) = price_op(op, ((1, WHOLE), (0, 1), (0, 1)), machine).transfers
     assert transfer.kind == kind
 
