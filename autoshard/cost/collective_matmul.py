@@ -32,14 +32,16 @@ __all__ = [
 
 # Time of a ring of permutations over that of the collective in whose place it stands. Fitted to
 # which of 1,600 reduce-scatters, of groups of two to eight, the TPU compiler decomposed: by the
-# first it surely did, by the second it surely did not. Of float32 the second tells exactly.
-_DECOMPOSED = 1.35
-_NOT_DECOMPOSED = 1.2
+# first it surely did (by another those of batches of matmuls), by the last it surely did not.
+_DECOMPOSED = 1.21
+_BATCH_DECOMPOSED = 1.35
+_NOT_DECOMPOSED = 1.18
 # So often a ring reads or writes its whole result beside the matmul, adding up as it goes. By the
 # cycles of 24 matmuls compiled for v5e, groups of four and eight, 8 to 256 MiB: 6.5 to 8.6.
 _RING_PASSES = 7
-# Bytes of an element of those. Float32 takes no longer, it is added up on the chip: 42 us for 16
-# MiB of SmolLM3's sums, where this says 72 and their bytes 143.
+# Bytes of an element of those, and of the collective that it is weighed against. Float32 takes no
+# longer, it is added up on the chip: 42 us for 16 MiB of SmolLM3's sums, where this says 72 and
+# their bytes 143.
 _RING_BYTES = 2
 # So many kernels a ring takes a step, of which there are half as many as devices: it chooses what
 # to send, multiplies, and adds. An operand that goes round is multiplied in one.
@@ -97,14 +99,21 @@ def summed(
     """
     if transfer.kind != "reduce-scatter":
         return transfer
-    is_float32 = op.results[0].itemsize == FLOAT32
-    surely = _NOT_DECOMPOSED if is_float32 else _DECOMPOSED
-    if may_ring and is_decomposed(transfer, compute, machine, surely):
+    weighed = replace(transfer, seconds=transfer.seconds * _RING_BYTES / op.results[0].itemsize)
+    surely = _BATCH_DECOMPOSED if _is_batch(op) else _DECOMPOSED
+    if may_ring and is_decomposed(weighed, compute, machine, surely):
         return _as_ring(op, choice, transfer, machine)
-    if may_ring and is_decomposed(transfer, compute, machine, _NOT_DECOMPOSED):
+    if may_ring and is_decomposed(weighed, compute, machine, _NOT_DECOMPOSED):
         return transfer
     whole = _is_summed_whole(op, choice, transfer, machine)
     return as_all_reduce(transfer, machine) if whole else transfer
+
+
+def _is_batch(op: Op) -> bool:
+    """Whether a factor of both operands is one of the result."""
+    return any(
+        {*op.operands[0].factors} & {*op.operands[-1].factors} & {*op.results[0].factors} - {None}
+    )
 
 
 def uses_all_devices(choice: Choice, axis_sizes: Sequence[int]) -> bool:
