@@ -135,20 +135,23 @@ def _as_ring(op: Op, choice: Choice, transfer: Transfer, machine: Machine) -> Tr
 def _is_summed_whole(op: Op, choice: Choice, transfer: Transfer, machine: Machine) -> bool:
     """Whether the TPU compiler makes an all-reduce and a slice of this reduce-scatter of a matmul.
 
-    It does where the shards are an odd number of lane tiles of two-byte elements wide, and where
-    they are heads: the last dimension but one of four. Seen in 500 of its programs for v5e; of
-    matmuls in float32 the widths do not matter. It does too where rows of tiles make no even
-    pieces: the gradient of `[4096, 151936]`, the vocabulary of Qwen in four, has 2 x 1187 of them.
+    It does where the shards are an odd number of lane tiles of two-byte elements wide, or what they
+    are of is no whole number; and where they are heads, the last dimension but one of four, or the
+    first of four. Seen in 500 of its programs for v5e; of matmuls in float32 the widths do not
+    matter. It does too where rows of tiles make no even pieces: the gradient of `[4096, 151936]`,
+    the vocabulary of Qwen in four, has 2 x 1187 of them.
     """
     (result,) = op.results
     dim, factors = transfer.target[machine.axis_of(transfer.axis)], result.factors
     factor = factors[dim]
     if factor is None:
         return False
-    shard = op.factor_sizes[factor] // machine.links[transfer.axis].size
-    is_last, is_heads = dim == len(factors) - 1, len(factors) == 4 and dim == 2
-    is_odd = result.itemsize < FLOAT32 and shard % (2 * TILE_LANES) == TILE_LANES
-    if (is_heads and shard > 1) or (is_last and is_odd):
+    size = op.factor_sizes[factor]
+    shard = size // machine.links[transfer.axis].size
+    if len(factors) == 4 and (dim == 0 or dim == 2 and shard > 1):
+        return True
+    is_odd = shard % (2 * TILE_LANES) == TILE_LANES or cuts_tiles(size, 1)
+    if is_odd and dim == len(factors) - 1 and result.itemsize < FLOAT32:
         return True
     width = local_sizes(op, choice, machine.axis_sizes)[factor]
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
