@@ -19,6 +19,12 @@ def scaled_and_kept(x, w):
     return sums.astype(jnp.bfloat16), sums
 
 
+def test_a_sum_of_experts_is_added_up_as_it_is_read() -> None:
+    program = program_of(lambda x: jnp.sum(x, axis=0), (4, 8, 16), dtype="bfloat16", for_tpu=True)
+    (total,) = [op for op in program.ops if op.kind == "reduction"]
+    assert total.results[0].itemsize == BFLOAT16
+
+
 @pytest.mark.parametrize(
     ("function", "for_tpu", "itemsize"),
     [(scaled, True, BFLOAT16), (scaled, False, INT32), (scaled_and_kept, True, INT32)],

@@ -39,10 +39,10 @@ def turned_weights(flat: FlatJaxpr) -> dict[int, int]:
 
 
 def with_narrow_results(flat: FlatJaxpr) -> FlatJaxpr:
-    """A step whose matmuls write what their results are cast to, where that alone is read.
+    """A step whose matmuls and sums write what their results are cast to, if that alone is read.
 
-    So TPU compilers do with the int32 sums of a matmul in int8. Partial sums of devices are added
-    up after the cast too, in bfloat16.
+    So TPU compilers do with the int32 sums of a matmul in int8, and with those of experts in
+    float32. Partial sums of devices are added up after the cast too, in bfloat16.
     """
     readers = flat.n_readers()
     made_by, arrays = flat.made_by(), list(flat.arrays)
@@ -50,7 +50,7 @@ def with_narrow_results(flat: FlatJaxpr) -> FlatJaxpr:
         if equation.primitive != _CAST or not made_by.keys() & set(equation.operands):
             continue
         (before,), (after,) = equation.operands, equation.results
-        is_matmul = made_by[before].link.kind == "contraction"
-        if is_matmul and readers[before] == 1 and arrays[after].itemsize < arrays[before].itemsize:
+        sums = made_by[before].link.kind in ("contraction", "reduction")
+        if sums and readers[before] == 1 and arrays[after].itemsize < arrays[before].itemsize:
             arrays[before] = arrays[after]
     return replace(flat, arrays=tuple(arrays))
