@@ -354,6 +354,7 @@ import_keras_hub()
 import keras
 from autoshard.model.build import build
 build("gemma_2b_en")
+build("gemma_2b_en", dtype="int8")
 print(keras.config.backend(), "tensorflow" in sys.modules, sys.meta_path[:1] == before[:1])
 print(keras.src.utils.module_utils.tensorflow._available)
 """

@@ -79,7 +79,8 @@ def _quantized(reference: Any, lora_rank: int | None) -> AbstractModel:
     for path, layer in layers_by_path(model.backbone).items():
         if isinstance(layer, layers):
             policies[path] = keras.dtype_policies.get(f"{QUANTIZED}_from_{DEFAULT_DTYPE}")
-    dtype = keras.saving.serialize_keras_object(policies)
+    with without_tensorflow():
+        dtype = keras.saving.serialize_keras_object(policies)
     config = {**recipe.config, "dtype": dtype}
     return _rebuildable(build_recipe(replace(recipe, config=config, lora_rank=lora_rank)))
 
