@@ -261,7 +261,9 @@ def test_check_says_what_is_wrong_with_kerashubs_map_for_gemma_2b() -> None:
 
 
 def test_models_and_chips_list_what_there_is() -> None:
-    assert "gemma_7b_en" in run("models", "gemma_7b").stdout
+    head, _, first, *_ = run("models", "gemma_7b_en").stdout.splitlines()
+    assert head.split() == ["preset", "backbone", "parameters", "rounded"]
+    assert first.split() == ["gemma_7b_en", "GemmaBackbone", "8,537,680,896", "8.54", "billion"]
     assert "tpu:v5e" in run("chips").stdout
     unknown = run("models", "gema_7b")
     assert unknown.exit_code == 2

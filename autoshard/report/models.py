@@ -19,7 +19,7 @@ def models_text(presets: Sequence[Preset]) -> str:
     rows = [
         (p.name, p.class_name, f"{p.n_parameters:,}", format_count(p.n_parameters)) for p in presets
     ]
-    headers = ("preset", "backbone", "parameters", "")
+    headers = ("preset", "backbone", "parameters", "rounded")
     table = tabulate(
         rows, headers=headers, colalign=("left", "left", "right", "left"), disable_numparse=True
     )
