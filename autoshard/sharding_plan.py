@@ -368,7 +368,9 @@ def load(path: str | os.PathLike[str]) -> Plan:
         PlanFileError: it cannot be read or is no plan; the text names the first wrong field.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        # A `Path` of an empty name would be that of this folder.
+        with open(os.fspath(path), encoding="utf-8") as file:
+            text = file.read()
     except FileNotFoundError:
         raise UsageError(f"there is no plan '{os.fspath(path)}'") from None
     except TypeError:

@@ -78,6 +78,10 @@ def plan_small(*options: str) -> Result:
         (("inspect", "gemma_2b_en", "--dtype", "bf16"), 2, "unknown dtype 'bf16'"),
         (("inspect", "tests"), 1, "it has no config.json"),
         (("verify", "kerashub", "--model", SMALL), 2, "needs its mesh"),
+        (("check", SMALL, ""), 2, "there is no layout ''"),
+        (("check", SMALL, "tests"), 1, "cannot read tests: Is a directory"),
+        (("explain", ""), 2, "there is no plan ''"),
+        (("explain", "tests"), 1, "cannot read tests: Is a directory"),
     ],
 )
 def test_bad_input_is_one_line_on_standard_error(

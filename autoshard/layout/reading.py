@@ -52,11 +52,10 @@ def read_layout(
     if is_source(layout):
         assert isinstance(layout, str)
         return parse_layout(layout, "the given text", unreadable=unreadable)
+    check_there(layout)
     path = os.fspath(layout)
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise _missing(path) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise PlanFileError(f"cannot read {path}: {reason}") from None
@@ -75,14 +74,10 @@ def check_there(layout: str | os.PathLike[str]) -> None:
         UsageError: there is no such file.
     """
     if layout != "kerashub" and not is_source(layout) and not os.path.lexists(layout):
-        raise _missing(os.fspath(layout))
-
-
-def _missing(path: str) -> UsageError:
-    return UsageError(
-        f"there is no layout '{path}'; give a plan's JSON file, a Python file with "
-        "layout_map[...] = (...) lines, or the word kerashub"
-    )
+        raise UsageError(
+            f"there is no layout '{os.fspath(layout)}'; give a plan's JSON file, a Python file "
+            "with layout_map[...] = (...) lines, or the word kerashub"
+        )
 
 
 def parse_layout(
