@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autoshard.checking import check
     from autoshard.comparison import compare
-    from autoshard.errors import AutoshardError
+    from autoshard.errors import (
+        AutoshardError,
+        BackendError,
+        LayoutError,
+        MeshError,
+        ModelError,
+        NothingFitsError,
+        PlanFileError,
+        UnknownNameError,
+        UsageError,
+        XlaError,
+    )
     from autoshard.execution.running import run
     from autoshard.mesh import Mesh
     from autoshard.model.loading import sharded_loading
@@ -20,8 +31,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoshardError",
+    "BackendError",
+    "LayoutError",
     "Mesh",
+    "MeshError",
+    "ModelError",
+    "NothingFitsError",
     "Plan",
+    "PlanFileError",
+    "UnknownNameError",
+    "UsageError",
+    "XlaError",
     "__version__",
     "check",
     "compare",
@@ -37,8 +57,17 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AutoshardError": "autoshard.errors",
+    "BackendError": "autoshard.errors",
+    "LayoutError": "autoshard.errors",
     "Mesh": "autoshard.mesh",
+    "MeshError": "autoshard.errors",
+    "ModelError": "autoshard.errors",
+    "NothingFitsError": "autoshard.errors",
     "Plan": "autoshard.sharding_plan",
+    "PlanFileError": "autoshard.errors",
+    "UnknownNameError": "autoshard.errors",
+    "UsageError": "autoshard.errors",
+    "XlaError": "autoshard.errors",
     "check": "autoshard.checking",
     "compare": "autoshard.comparison",
     "inspect": "autoshard.pipeline",

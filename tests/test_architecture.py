@@ -1,6 +1,8 @@
 """The rooms of the package: who may import whom, what is public, and what loads with it."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -180,6 +182,16 @@ def test_what_a_room_imports_of_another_is_listed_there(path: Path) -> None:
 def test_every_public_name_of_the_package_is_there(name: str) -> None:
     assert getattr(autoshard, name) is not None
     assert name in dir(autoshard)
+
+
+def test_what_public_functions_raise_can_be_caught_by_its_public_name() -> None:
+    public = [getattr(autoshard, name) for name in autoshard.__all__]
+    documented = [*filter(callable, public), *vars(autoshard.Plan).values()]
+    texts = [inspect.getdoc(getattr(one, "__func__", one)) or "" for one in documented]
+    raised = {
+        name for text in texts for name in re.findall(r"^    (\w+Error): ", text, re.MULTILINE)
+    }
+    assert {"NothingFitsError", "MeshError"} <= raised <= set(autoshard.__all__)
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
