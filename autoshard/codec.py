@@ -3,7 +3,8 @@
 The JSON of a dataclass is an object with its fields in order, under the field's name or the one in
 its metadata (`field(metadata={"key": "layout_map"})`); a class that has `to_record` and
 `from_record` says itself what it is. Numbers keep the declared type, so equal values give equal
-bytes. A field with `metadata={"optional": True}` is written where it is not its default.
+bytes. A field with `metadata={"optional": True}` is written where it is not its default. Numbers
+are read that are 0 or more, and others where the field has `metadata={"signed": True}`.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ def to_record(value: Any, hint: Any = None, where: str = "") -> Any:
     if hasattr(hint, "to_record"):
         return value.to_record()
     if dataclasses.is_dataclass(hint):
-        optional = _optional(hint)
+        optional = _marked(hint, "optional")
         return {
             key: to_record(getattr(value, name), field_hint, _join(where, key))
             for key, (name, field_hint) in keys(hint).items()
@@ -57,16 +58,18 @@ def to_record(value: Any, hint: Any = None, where: str = "") -> Any:
     return _CONVERT[hint](value)
 
 
-def from_record(hint: Any, value: Any, where: str = "") -> Any:
+def from_record(hint: Any, value: Any, where: str = "", *, signed: bool = False) -> Any:
     """The value of type `hint` that `to_record` wrote as `value`.
 
     Args:
         hint: a dataclass, or what its fields may be declared as.
         value: what `json.loads` gave.
         where: the name of the field, for errors.
+        signed: whether a number may be negative.
 
     Raises:
-        PlanFileError: the value is of another type, or lacks a field, or has one too many.
+        PlanFileError: the value is of another type, or negative, or lacks a field, or has one too
+            many.
     """
     hint, *others = _options(hint)
     if value is None and others:
@@ -85,9 +88,11 @@ def from_record(hint: Any, value: Any, where: str = "") -> Any:
     if hint is float and type(value) in (int, float):
         if abs(value) > sys.float_info.max or value != value:
             raise _wrong(where, value, "a finite number")
-        return float(value)
+        value = float(value)
     if type(value) is not hint:
         raise _wrong(where, value, _EXPECTED[hint])
+    if hint in (int, float) and value < 0 and not signed:
+        raise _wrong(where, value, f"{_EXPECTED[hint]}, 0 or more")
     return value
 
 
@@ -100,12 +105,12 @@ def keys(record: Any) -> dict[str, tuple[str, Any]]:
     }
 
 
-def _optional(record: Any) -> dict[str, Any]:
-    """JSON key -> default, of the fields that need not be there."""
+def _marked(record: Any, mark: str) -> dict[str, Any]:
+    """JSON key -> default, of the fields with that in their metadata."""
     return {
         field.metadata.get("key", field.name): field.default
         for field in dataclasses.fields(record)
-        if field.metadata.get("optional")
+        if field.metadata.get(mark)
     }
 
 
@@ -143,12 +148,12 @@ def _fields(record: Any, value: Any, where: str) -> dict[str, Any]:
     for key in value:
         if key not in known:
             raise PlanFileError(f"unknown field '{_join(where, key)}'; expected {', '.join(known)}")
-    optional = _optional(record)
+    optional, signed = _marked(record, "optional"), _marked(record, "signed")
     for key in known:
         if key not in value and key not in optional:
             raise PlanFileError(f"field '{_join(where, key)}' is missing")
     return {
-        name: from_record(hint, value[key], _join(where, key))
+        name: from_record(hint, value[key], _join(where, key), signed=key in signed)
         for key, (name, hint) in known.items()
         if key in value
     }

@@ -27,7 +27,7 @@ from autoshard.errors import (
 from autoshard.files import write_whole
 from autoshard.hardware.targets import check_devices, parse_target
 from autoshard.layout.distribution import keras_layout_map
-from autoshard.layout.resolve import resolve
+from autoshard.layout.resolve import resolve, rule_findings
 from autoshard.layout.rules import LayoutRules, format_rules, match, rules_text
 from autoshard.mesh import Mesh, format_spec
 from autoshard.model.build import build
@@ -84,16 +84,8 @@ class Plan:
     versions: Versions = field(default_factory=Versions)
 
     def __post_init__(self) -> None:
-        patterns = [rule.pattern for rule in self.rules]
-        for rule in self.rules:
-            if patterns.count(rule.pattern) > 1:
-                raise LayoutError(f"rule '{rule.pattern}' stands twice in the map; drop one")
-            for axis in rule.spec:
-                if axis is not None and axis not in self.mesh.axis_names:
-                    raise LayoutError(
-                        f"rule '{rule.pattern}' names axis '{axis}', which mesh {self.mesh} does "
-                        f"not have; its axes are {', '.join(self.mesh.axis_names)}"
-                    )
+        for finding in rule_findings(self.rules, self.mesh):
+            raise LayoutError(finding.message)
 
     @property
     def batch_dim_name(self) -> str:

@@ -92,7 +92,9 @@ predictions = st.builds(
     peak_bytes_per_device=counts,
     bytes_per_device=st.builds(Memory, weights=counts, kv_cache=counts),
 )
-specs = st.lists(st.sampled_from([None, "batch", "model"]), max_size=4).map(tuple)
+specs = st.permutations([None, None, "batch", "model"]).flatmap(
+    lambda entries: st.integers(0, 4).map(lambda n: tuple(entries[:n]))
+)
 rules = st.lists(
     st.builds(Rule, pattern=st.sampled_from([r"block_\d+/a", "(a|b)/c", '"', "a'b"]), spec=specs),
     max_size=4,
@@ -130,7 +132,7 @@ plans = st.builds(
             family=texts,
             spec=specs,
             next_best=st.none() | specs,
-            cost_seconds=st.none() | seconds,
+            cost_seconds=st.none() | st.floats(min_value=-1e6, max_value=1e6),
             cost_bytes=st.none() | st.integers(min_value=-(2**60), max_value=2**60),
             fits=st.booleans(),
         ),
@@ -340,6 +342,19 @@ def changed(*path: str | int, to: Any = ...) -> str:
         (
             changed("layout_map", 0, to=["a", ["data"]]),
             "rule 'a' names axis 'data', which mesh 1x8 does not have; its axes are batch, model",
+        ),
+        (
+            changed("layout_map", 0, to=["a", ["model", "model"]]),
+            "rule 'a' uses axis 'model' for 2 dimensions of (\"model\", \"model\"); an axis can "
+            "split one: put None for the others",
+        ),
+        (
+            changed("predicted", "step_seconds", to=-0.25),
+            "field 'predicted.step_seconds' is -0.25; expected a number, 0 or more",
+        ),
+        (
+            changed("compiled", "collectives", 0, "count", to=-4),
+            "field 'compiled.collectives[0].count' is -4; expected a whole number, 0 or more",
         ),
         (
             changed("mesh", "shape", to=[0, 8]),

@@ -17,7 +17,7 @@ from autoshard.layout.rules import LayoutRules, Rule, hits, matching_rules
 from autoshard.mesh import Mesh, Spec, format_spec
 from autoshard.model.variables import Family, ModelTable
 
-__all__ = ["Finding", "FindingKind", "Resolution", "resolve"]
+__all__ = ["Finding", "FindingKind", "Resolution", "resolve", "rule_findings"]
 
 FindingKind = Literal[
     "duplicate-rule",
@@ -135,7 +135,7 @@ def resolve(
     outputs = {path: matching_rules(rules, path) for path in table.output_paths}
     states = {path: matching_rules(rules, path) for path in table.state_paths}
     findings = [
-        *_rule_findings(rules, mesh),
+        *rule_findings(rules, mesh),
         *_clash_findings(weights | outputs),
         *_state_findings(rules, states),
         *_idle_findings(rules, weights | outputs | states, table),
@@ -162,8 +162,13 @@ def _spec(path: str, family: Family, weights: Mapping[str, LayoutRules]) -> Spec
     return (*spec, *[None] * (len(family.shape) - len(spec)))
 
 
-def _rule_findings(rules: LayoutRules, mesh: Mesh | None) -> Iterator[Finding]:
-    """What is wrong with a rule before any model is looked at."""
+def rule_findings(rules: LayoutRules, mesh: Mesh | None) -> Iterator[Finding]:
+    """What is wrong with a map before any model is looked at: all of it errors.
+
+    Args:
+        rules: the map.
+        mesh: where given, axis names are checked against it.
+    """
     seen = set()
     for rule in rules:
         if rule.pattern in seen:

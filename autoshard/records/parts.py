@@ -183,8 +183,8 @@ class Reason:
     family: str
     spec: Spec
     next_best: Spec | None = None
-    cost_seconds: float | None = None
-    cost_bytes: int | None = None
+    cost_seconds: float | None = field(default=None, metadata={"signed": True})
+    cost_bytes: int | None = field(default=None, metadata={"signed": True})
     fits: bool = True
 
 
