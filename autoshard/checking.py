@@ -14,6 +14,7 @@ from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
 from autoshard.model.build import build
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.outputs import OutputShapes
+from autoshard.model.step import check_length
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planner.tracing import make_program, shapes_in_generate
@@ -47,6 +48,7 @@ def check(
     Raises:
         UsageError: there is no such layout, or axes without a mesh.
         LayoutError: the layout holds no map.
+        ModelError: the model takes no sequence of that length.
     """
     if mesh is None and axes is not None:
         raise UsageError("axes name those of a mesh: give the mesh too, such as 1x8")
@@ -57,6 +59,8 @@ def check(
     if seq_len is not None:
         workload = replace(workload, seq_len=whole_number("seq_len", seq_len))
     abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    if seq_len is not None:
+        check_length(abstract, abstract.adapted(workload).seq_len)
     table, unreadable = abstract.table(), list[str]()
     rules = (
         made.rules if made else read_layout(layout, abstract.backbone, grid, unreadable=unreadable)

@@ -11,7 +11,7 @@ from test_end_to_end import small_gemma_backbone
 
 from autoshard.checking import check
 from autoshard.cost.values import Memory
-from autoshard.errors import UnknownNameError, UsageError
+from autoshard.errors import ModelError, UnknownNameError, UsageError
 from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.reading import kerashub_rules
 from autoshard.layout.resolve import resolve
@@ -196,6 +196,19 @@ def test_nothing_is_given_up_where_no_layer_output_is_laid_out() -> None:
 def test_axes_are_those_of_a_mesh() -> None:
     with pytest.raises(UsageError, match="give the mesh too"):
         check(small_gemma_backbone, "kerashub", axes=["data", "model"])
+
+
+def test_a_length_that_the_step_cannot_have_is_refused_where_it_is_asked_for() -> None:
+    source = 'layout_map["position_embedding/embeddings"] = ("model", None)'
+    assert check("gpt2_base_en", source, mesh="1x8") == ()
+    with pytest.raises(ModelError) as error:
+        check("gpt2_base_en", source, mesh="1x8", seq_len=5000)
+    assert str(error.value) == (
+        "GPT2CausalLM takes at most 1024 tokens a sequence, the rows of 'position_embedding', not "
+        "5000: give a shorter sequence length"
+    )
+    # of pictures none is asked for
+    assert check("vit_base_patch16_224_imagenet", "m = LayoutMap(d)\n", seq_len=5000) == ()
 
 
 def test_partition_specs_of_a_callable_have_the_low_rank_factors(gemma_plan: Plan) -> None:

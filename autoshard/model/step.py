@@ -12,7 +12,7 @@ from autoshard.model.signature import Step
 from autoshard.model.training import train_step
 from autoshard.model.workload import Workload
 
-__all__ = ["generate_shapes", "make_step", "trace"]
+__all__ = ["check_length", "generate_shapes", "make_step", "trace"]
 
 
 def make_step(model: AbstractModel, workload: Workload) -> Step:
@@ -26,7 +26,7 @@ def make_step(model: AbstractModel, workload: Workload) -> Step:
         ModelError: the model does not say what inputs it takes, has no cache to decode with, or
             takes no sequence of that length.
     """
-    _check_length(model, workload.seq_len)
+    check_length(model, workload.seq_len)
     if workload.trains:
         return train_step(model, workload)
     if workload.kind == "prefill":
@@ -34,14 +34,22 @@ def make_step(model: AbstractModel, workload: Workload) -> Step:
     return decode_step(model, workload)
 
 
-def _check_length(model: AbstractModel, seq_len: int) -> None:
-    """A position embedding has a row for each place, and no more."""
+def check_length(model: AbstractModel, seq_len: int) -> None:
+    """Make sure that a model's position embeddings have a row for each place of a sequence.
+
+    Args:
+        model: the model.
+        seq_len: tokens a sequence.
+
+    Raises:
+        ModelError: they have fewer.
+    """
     layer_class = import_keras_hub().layers.PositionEmbedding
     for path, layer in layers_by_path(model.model).items():
         if isinstance(layer, layer_class) and seq_len > layer.sequence_length:
             raise ModelError(
                 f"{model.task} takes at most {layer.sequence_length} tokens a sequence, the rows "
-                f"of '{path}', not {seq_len}: give a seq_len of {layer.sequence_length} or less"
+                f"of '{path}', not {seq_len}: give a shorter sequence length"
             )
 
 
