@@ -26,7 +26,7 @@ __all__ = ["check", "origin_findings"]
 
 def check(
     model: Any,
-    layout: str,
+    layout: Any,
     *,
     mesh: MeshLike | None = None,
     axes: Sequence[str] | None = None,
@@ -38,7 +38,9 @@ def check(
 
     Args:
         model: as for `inspect`.
-        layout: a plan file, Python source with `layout_map[...] = ...` lines, or `kerashub`.
+        layout: a `Plan`, a plan file, Python source with `layout_map[...] = ...` lines, `kerashub`
+            for the map that KerasHub ships, a `keras.distribution.LayoutMap`, or a mapping of
+            patterns to specs, such as `{"ffw_linear/kernel": ("model", None)}`.
         mesh: where given, axis names and divisibility are checked too, those of layer outputs for
             a training step of 8 x 512 tokens on TPUs and, unless a plan gave it up, for `generate`
             with one prompt; a plan file has its own mesh, chips and step.

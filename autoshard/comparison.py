@@ -1,7 +1,7 @@
 """Prices layouts side by side: maps that people wrote, those that ship with KerasHub, and plans."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from autoshard.cost.values import StepCost, Traffic
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.causes import Causes
 from autoshard.layout.outputs import idle_rules
-from autoshard.layout.reading import check_there, is_source, read_layout
+from autoshard.layout.reading import LayoutLike, check_there, is_source, read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import MeshLike
@@ -34,7 +34,7 @@ _PLANNED = "autoshard"
 
 def compare(
     model: Any,
-    layouts: Sequence[str | os.PathLike[str] | Plan],
+    layouts: Sequence[LayoutLike | Plan],
     mesh: MeshLike,
     *,
     on_progress: Callable[[str], None] = lambda stage: None,
@@ -44,9 +44,8 @@ def compare(
 
     Args:
         model: as for `autoshard.inspect`.
-        layouts: each a `Plan`, a plan file, a file of Python source with `layout_map[...] = ...`
-            lines, such source itself, `kerashub` for the map that KerasHub ships, or `autoshard`
-            for the one that `autoshard.plan` finds.
+        layouts: each as for `autoshard.check`, or `autoshard` for the one that `autoshard.plan`
+            finds.
         mesh: as for `autoshard.plan`.
         on_progress: called with the name of each stage.
         **options: `axes`, `target`, `slices`, `workload`, `batch`, `seq_len`, `lora_rank`, `dtype`,
@@ -59,12 +58,12 @@ def compare(
     Raises:
         UsageError: there is no such file, or a value is wrong.
     """
-    if isinstance(layouts, str | Plan):
-        raise UsageError("layouts is one layout; give a list, also of one")
+    if isinstance(layouts, str) or not isinstance(layouts, Sequence):
+        raise UsageError(f"layouts is a {type(layouts).__name__}; give a list, also of one")
     if not layouts:
         raise UsageError("name at least one layout to compare")
     for layout in layouts:
-        if not isinstance(layout, Plan) and layout != _PLANNED and not is_json(os.fspath(layout)):
+        if not isinstance(layout, Plan) and layout != _PLANNED and not is_json(layout):
             check_there(layout)
     setup = make_setup(mesh, **options)
     traced = trace_model(model, setup.workload, setup.target.chip, Stopwatch(progress=on_progress))
@@ -87,7 +86,7 @@ def compare(
     )
 
 
-def _names(layouts: Sequence[str | os.PathLike[str] | Plan]) -> list[str]:
+def _names(layouts: Sequence[LayoutLike | Plan]) -> list[str]:
     """What each layout is called, numbered where several would be called the same."""
     names = [_name(layout) for layout in layouts]
     return [
@@ -96,14 +95,16 @@ def _names(layouts: Sequence[str | os.PathLike[str] | Plan]) -> list[str]:
     ]
 
 
-def _name(layout: str | os.PathLike[str] | Plan) -> str:
-    if isinstance(layout, Plan) or is_json(os.fspath(layout)):
+def _name(layout: LayoutLike | Plan) -> str:
+    if isinstance(layout, Plan) or is_json(layout):
         return "plan"
+    if isinstance(layout, Mapping):
+        return "map"
     return "source" if is_source(layout) else os.fspath(layout)
 
 
 def _read(
-    layout: str | os.PathLike[str] | Plan,
+    layout: LayoutLike | Plan,
     traced: TracedModel,
     setup: Setup,
     on_progress: Callable[[str], None],

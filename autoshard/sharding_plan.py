@@ -331,9 +331,9 @@ def plan_of(layout: Any) -> Plan | None:
     return load(name) if name.endswith(".json") or is_json(_start_of(name)) else None
 
 
-def is_json(text: str) -> bool:
-    """Whether a text may be a plan that is written out."""
-    return text.lstrip().startswith("{")
+def is_json(layout: object) -> bool:
+    """Whether a layout is a text that may be a plan written out."""
+    return isinstance(layout, str) and layout.lstrip().startswith("{")
 
 
 def _start_of(path: str) -> str:

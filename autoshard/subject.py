@@ -1,6 +1,7 @@
 """What is verified, by a compiler or by a run: a model, its layout, the devices and the step."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,9 +64,10 @@ def subject_of(
         plan = plan_of(layout)
         if plan is None:
             check_there(layout)
+            is_given = isinstance(layout, Mapping) or is_source(layout)
             raise UsageError(
-                f"{'the source' if is_source(layout) else layout} is no plan: name the model and "
-                "the mesh it is for (--model, --mesh)"
+                f"{'the map' if is_given else layout} is no plan: name the model and the mesh it "
+                "is for (--model, --mesh)"
             )
         if given:
             raise UsageError(

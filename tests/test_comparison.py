@@ -35,6 +35,15 @@ def test_a_split_contracting_dimension_names_its_rule_and_its_collective() -> No
     assert costliest[0].cause == r"decoder_block_\d+/ffw_gating(_2)?/kernel"
 
 
+def test_a_map_is_priced_as_its_source() -> None:
+    layout_map = {r"decoder_block_\d+/ffw_gating(_2)?/kernel": ("model", None)}
+    found = compare(small_gemma_backbone, [layout_map, CONTRACTED], **OPTIONS)
+    assert {layout.name for layout in found.layouts} == {"map", "source"}
+    assert len({layout.predicted for layout in found.layouts}) == 1
+    with pytest.raises(UsageError, match="the layout is 3; give a path"):
+        compare(small_gemma_backbone, [3], **OPTIONS)  # type: ignore[list-item]
+
+
 def test_what_no_rule_splits_is_counted_whole() -> None:
     table = autoshard.inspect(small_gemma_backbone, dtype="float32")
     (layout,) = compare(small_gemma_backbone, [WHOLE], **OPTIONS).layouts
@@ -103,6 +112,8 @@ def test_nothing_to_compare_is_said() -> None:
         compare(small_gemma_backbone, [], **OPTIONS)
     with pytest.raises(UsageError, match="give a list, also of one"):
         compare(small_gemma_backbone, "kerashub", **OPTIONS)
+    with pytest.raises(UsageError, match="layouts is a dict; give a list, also of one"):
+        compare(small_gemma_backbone, {}, **OPTIONS)  # type: ignore[arg-type]
 
 
 def test_layouts_of_one_name_are_numbered_and_a_missing_one_is_said_at_once() -> None:

@@ -1,6 +1,7 @@
 """Maps that people wrote: Python source, KerasHub's own."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -199,6 +200,52 @@ def test_kerashub_gives_the_map_that_a_backbone_ships() -> None:
     assert kerashub_rules(keras_hub.models.GemmaBackbone, mesh)[0].spec == ("tensor", "data")
     with pytest.raises(LayoutError, match="KerasHub ships no map for BertBackbone"):
         kerashub_rules(keras_hub.models.BertBackbone)
+
+
+def test_a_map_of_keras_and_a_dict_are_read_like_their_source() -> None:
+    import keras
+
+    mesh = keras.distribution.DeviceMesh(
+        (1, 1), ("batch", "model"), keras.distribution.list_devices()[:1]
+    )
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map["a/kernel"] = ("model", None)
+    rules = (Rule(pattern="a/kernel", spec=("model", None)),)
+    assert read_layout(layout_map) == read_layout({"a/kernel": ("model", None)}) == rules
+    assert read_layout({}) == ()
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            {"a/kernel": "model"},
+            "rule 'a/kernel': cannot read 'model': a layout is a tuple of axis names and None, "
+            'like ("model", None)',
+        ),
+        (
+            {"a/kernel": ("model", 1)},
+            "rule 'a/kernel': cannot read ('model', 1): a layout is a tuple of axis names and "
+            'None, like ("model", None)',
+        ),
+        ({3: ("model",)}, "cannot read rule 3: a pattern is a string"),
+        (
+            3,
+            "the layout is 3; give a path, Python source, 'kerashub', a LayoutMap or a dict of "
+            "patterns and specs",
+        ),
+    ],
+)
+def test_a_dict_that_is_no_map_is_refused_with_its_first_wrong_rule(
+    layout: Any, message: str
+) -> None:
+    with pytest.raises(AutoshardError) as error:
+        read_layout(layout)
+    assert str(error.value) == message
+    if isinstance(layout, dict):
+        problems: list[str] = []
+        assert read_layout(layout | {"b": ()}, unreadable=problems) == (Rule(pattern="b", spec=()),)
+        assert problems == [message]
 
 
 def test_kerashub_without_a_model_is_wrong_usage() -> None:

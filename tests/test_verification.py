@@ -94,6 +94,13 @@ def test_wrong_usage_is_one_line(plan_file: str, arguments: tuple[str, ...], wor
     assert words in result.stderr
 
 
+def test_a_map_without_its_model_is_no_plan() -> None:
+    with pytest.raises(UsageError, match="the map is no plan: name the model and the mesh"):
+        verify({"a/kernel": ("model",)})
+    with pytest.raises(UsageError, match="the layout is 3; give a path"):
+        verify(3)
+
+
 def test_a_model_that_is_no_name_is_refused() -> None:
     with pytest.raises(UsageError, match="pass its name"):
         verify(MAP, model=object(), mesh="1x8")  # type: ignore[arg-type]

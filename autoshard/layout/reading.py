@@ -1,4 +1,4 @@
-"""Reading a map that somebody wrote: Python source, or the one KerasHub ships.
+"""Reading a map that somebody wrote: Python source, a LayoutMap, or the one KerasHub ships.
 
 Python source is parsed with `ast` and never executed. What is read is each assignment
 `layout_map[...] = (...)`, also through `keras.distribution.TensorLayout(...)`, where the pattern
@@ -10,7 +10,7 @@ import ast
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,14 +19,27 @@ from autoshard.layout.rules import LayoutRules, Rule
 from autoshard.mesh import Mesh, Spec, format_spec
 from autoshard.model.keras_import import import_keras
 
-__all__ = ["check_there", "is_source", "kerashub_rules", "parse_layout", "read_layout"]
+__all__ = [
+    "LayoutLike",
+    "check_there",
+    "is_source",
+    "kerashub_rules",
+    "parse_layout",
+    "read_layout",
+]
+
+# What a caller may give for a map: a word, a path, source, a LayoutMap or a dict like one.
+LayoutLike = str | os.PathLike[str] | Mapping[str, Any]
+
+# What is expected of a layout.
+_SPEC = 'a layout is a tuple of axis names and None, like ("model", None)'
 
 # Methods of a LayoutMap that change its rules.
 _CHANGING = ("__delitem__", "__setitem__", "clear", "pop", "popitem", "setdefault", "update")
 
 
 def read_layout(
-    layout: str | os.PathLike[str],
+    layout: LayoutLike,
     backbone: object = None,
     mesh: Mesh | None = None,
     *,
@@ -35,7 +48,8 @@ def read_layout(
     """Read a map.
 
     Args:
-        layout: the word `kerashub`, a path to Python source, or such source itself.
+        layout: the word `kerashub`, a path to Python source, such source itself, a
+            `keras.distribution.LayoutMap`, or a mapping of patterns to specs.
         backbone: the KerasHub backbone, or its class, that `kerashub` asks; else not needed.
         mesh: gives `kerashub` its axis names; `batch` and `model` by default.
         unreadable: as for `parse_layout`.
@@ -45,14 +59,14 @@ def read_layout(
         PlanFileError: the file cannot be read.
         LayoutError: the source holds no map, or a rule that cannot be read.
     """
-    if not isinstance(layout, str | os.PathLike):
-        raise UsageError(f"the layout is {layout!r}; give a path, Python source or 'kerashub'")
+    check_there(layout)
+    if isinstance(layout, Mapping):
+        return _rules_of(layout, unreadable)
     if layout == "kerashub":
         return kerashub_rules(backbone, mesh)
     if is_source(layout):
         assert isinstance(layout, str)
         return parse_layout(layout, "the given text", unreadable=unreadable)
-    check_there(layout)
     path = os.fspath(layout)
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -67,13 +81,20 @@ def is_source(layout: object) -> bool:
     return isinstance(layout, str) and ("\n" in layout or "layout_map[" in layout)
 
 
-def check_there(layout: str | os.PathLike[str]) -> None:
-    """Make sure that a layout, if it is a path, is that of a file.
+def check_there(layout: object) -> None:
+    """Make sure that a layout is one, and that there is a file where it is the path of one.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: it is none, or there is no such file.
     """
-    if layout != "kerashub" and not is_source(layout) and not os.path.lexists(layout):
+    if isinstance(layout, Mapping) or is_source(layout):
+        return
+    if not isinstance(layout, str | os.PathLike):
+        raise UsageError(
+            f"the layout is {layout!r}; give a path, Python source, 'kerashub', a LayoutMap or a "
+            "dict of patterns and specs"
+        )
+    if layout != "kerashub" and not os.path.lexists(layout):
         raise UsageError(
             f"there is no layout '{os.fspath(layout)}'; give a plan's JSON file, a Python file "
             "with layout_map[...] = (...) lines, or the word kerashub"
@@ -143,9 +164,25 @@ def kerashub_rules(backbone: object, mesh: Mesh | None = None) -> LayoutRules:
     layout_map = get_layout_map(
         device_mesh, model_parallel_dim_name=names[-1], data_parallel_dim_name=names[0]
     )
-    return tuple(
-        Rule(pattern=pattern, spec=tuple(layout.axes)) for pattern, layout in layout_map.items()
-    )
+    return _rules_of(layout_map)
+
+
+def _rules_of(layout_map: Mapping[str, Any], unreadable: list[str] | None = None) -> LayoutRules:
+    """The rules of a LayoutMap, or of a dict of patterns and specs; see `read_layout`."""
+    rules = []
+    for pattern, layout in layout_map.items():
+        axes = getattr(layout, "axes", layout)
+        try:
+            if not isinstance(pattern, str):
+                raise LayoutError(f"cannot read rule {pattern!r}: a pattern is a string")
+            if not isinstance(axes, tuple) or any(not isinstance(a, str | None) for a in axes):
+                raise LayoutError(f"rule '{pattern}': cannot read {layout!r}: {_SPEC}")
+            rules.append(Rule(pattern=pattern, spec=axes))
+        except LayoutError as error:
+            if unreadable is None:
+                raise
+            unreadable.append(str(error))
+    return tuple(rules)
 
 
 class _Source:
@@ -272,7 +309,7 @@ class _Source:
             given = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "axes")]
             if len(given) == 1 and isinstance(given[0], ast.Tuple | ast.List):
                 return self._axes(given[0])
-        raise self._error(node, 'a layout is a tuple of axis names and None, like ("model", None)')
+        raise self._error(node, _SPEC)
 
     def _axes(self, node: ast.Tuple | ast.List) -> Spec:
         return tuple(
