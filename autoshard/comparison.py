@@ -18,7 +18,7 @@ from autoshard.model.paths import layer_templates, tails
 from autoshard.model.variables import ModelTable
 from autoshard.planner.planning import run_planner
 from autoshard.planner.pricing import make_scorer, score_rules
-from autoshard.planner.setup import Setup, make_setup
+from autoshard.planner.setup import Setup, check_options, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, trace_model
 from autoshard.records.comparison import ComparedLayout, Comparison, CostlyCollective
@@ -58,6 +58,7 @@ def compare(
     Raises:
         UsageError: there is no such file, or a value is wrong.
     """
+    check_options("compare", options)
     if isinstance(layouts, str) or not isinstance(layouts, Sequence):
         raise UsageError(f"layouts is a {type(layouts).__name__}; give a list, also of one")
     if not layouts:

@@ -16,7 +16,7 @@ from autoshard.layout.causes import Causes
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.planner.pricing import make_scorer, score_rules
-from autoshard.planner.setup import Setup
+from autoshard.planner.setup import Setup, check_options
 from autoshard.planner.tracing import make_program
 from autoshard.processes.child import Child, child_environment
 from autoshard.records.parts import Prediction, Versions
@@ -70,6 +70,7 @@ def verify(
         LayoutError: Keras refuses the map.
         XlaError: the compiler is missing, failed, or its process died.
     """
+    check_options("verify", options)
     on_progress("build the model")
     subject = subject_of(layout, model=model, target=target, memory_limit=memory_limit, **options)
     predicted = subject.predicted

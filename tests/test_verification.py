@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import SMALL, environment, plan_small, run
 from test_xla_compile import program
 
 from autoshard import verification
+from autoshard.comparison import compare
 from autoshard.errors import UsageError, XlaError
+from autoshard.execution.running import run as run_plan
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.causes import Causes
 from autoshard.layout.rules import Rule
@@ -99,6 +102,16 @@ def test_a_map_without_its_model_is_no_plan() -> None:
         verify({"a/kernel": ("model",)})
     with pytest.raises(UsageError, match="the layout is 3; give a path"):
         verify(3)
+
+
+def test_an_unknown_keyword_is_said_of_the_function_that_was_called() -> None:
+    unknown: dict[str, Any] = {"sequence_length": 128}
+    with pytest.raises(TypeError, match=r"^compare\(\) got .* keyword argument 'sequence_length'$"):
+        compare(SMALL, [MAP], "1x8", **unknown)
+    with pytest.raises(TypeError, match=r"^verify\(\) got .* keyword argument 'sequence_length'$"):
+        verify(MAP, model=SMALL, mesh="1x8", **unknown)
+    with pytest.raises(TypeError, match=r"^run\(\) got an .* keyword argument 'target'$"):
+        run_plan(MAP, model=SMALL, mesh="1x8", target="cpu")
 
 
 def test_a_model_that_is_no_name_is_refused() -> None:

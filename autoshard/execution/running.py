@@ -23,6 +23,7 @@ from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.values import stores_values
 from autoshard.model.workload import DEFAULT_LORA_RANK, QUANTIZED, Workload
+from autoshard.planner.setup import check_options
 from autoshard.records.execution import Execution, PartRun, Placed, PlanRun
 from autoshard.records.parts import Versions
 from autoshard.subject import Subject, subject_of
@@ -99,6 +100,7 @@ def run(
         PlanFileError: the plan was made for another model.
         ModelError: the model cannot be built.
     """
+    check_options("run", options, without=("target", "memory_limit"))
     on_progress("build the model")
     subject = subject_of(layout, model=model, target="cpu", **options)
     mesh = subject.setup.mesh

@@ -1,6 +1,7 @@
 """What is planned for: the devices, the chips, the step and its memory."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from autoshard.errors import MeshError, UsageError
@@ -16,7 +17,7 @@ from autoshard.model.workload import (
 from autoshard.units import parse_bytes, whole_number
 from autoshard.xla.attached import attached_target
 
-__all__ = ["Setup", "limit_bytes", "make_setup", "named_target"]
+__all__ = ["Setup", "check_options", "limit_bytes", "make_setup", "named_target"]
 
 # A limit below is one whose unit was forgotten.
 _LEAST_BYTES = 1000
@@ -106,6 +107,23 @@ def make_setup(
         memory_limit=limit_bytes(memory_limit, target),
         generate=generate,
     )
+
+
+def check_options(function: str, options: Iterable[str], *, without: Sequence[str] = ()) -> None:
+    """Refuse keywords that `make_setup` does not take, in the name of the function that was called.
+
+    Args:
+        function: its name.
+        options: the names of the keywords.
+        without: those of `make_setup` that the function does not take.
+
+    Raises:
+        TypeError: there is such a keyword, as Python says it.
+    """
+    known = inspect.signature(make_setup).parameters.keys() - set(without)
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument '{name}'")
 
 
 def named_target(name: str, n_devices: int) -> Target:
