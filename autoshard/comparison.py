@@ -124,7 +124,8 @@ def _read(
         assert not isinstance(layout, Plan)
         return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh), ()
     except (LayoutError, PlanFileError) as error:
-        return str(error), ()
+        # What an error says of a file begins with its name, which is told beside it.
+        return str(error).removeprefix(_name(layout)).lstrip(", "), ()
 
 
 def _purpose(of: Plan | Setup) -> str:

@@ -16,7 +16,7 @@ AutoshardError
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AutoshardError",
@@ -81,6 +81,12 @@ class BackendError(UsageError):
 
 class LayoutError(AutoshardError):
     """A rule that Keras refuses, or that lays a variable out as its shape does not allow."""
+
+    @classmethod
+    def of(cls, faults: Sequence[str]) -> "LayoutError":
+        """The first fault of a map, and how many more there are."""
+        n_more = len(faults) - 1
+        return cls(faults[0] + (f" (check tells {n_more} more)" if n_more else ""))
 
 
 class PlanFileError(AutoshardError):

@@ -370,5 +370,5 @@ def load(path: str | os.PathLike[str]) -> Plan:
     except UnicodeDecodeError:
         raise PlanFileError(f"{os.fspath(path)} is not JSON: it is not UTF-8 text") from None
     except OSError as error:
-        raise PlanFileError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
+        raise PlanFileError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
     return Plan.from_json(text, os.fspath(path))

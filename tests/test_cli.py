@@ -79,9 +79,9 @@ def plan_small(*options: str) -> Result:
         (("inspect", "tests"), 1, "it has no config.json"),
         (("verify", "kerashub", "--model", SMALL), 2, "needs its mesh"),
         (("check", SMALL, ""), 2, "there is no layout ''"),
-        (("check", SMALL, "tests"), 1, "cannot read tests: Is a directory"),
+        (("check", SMALL, "tests"), 1, "tests cannot be read: Is a directory"),
         (("explain", ""), 2, "there is no plan ''"),
-        (("explain", "tests"), 1, "cannot read tests: Is a directory"),
+        (("explain", "tests"), 1, "tests cannot be read: Is a directory"),
     ],
 )
 def test_bad_input_is_one_line_on_standard_error(
@@ -229,6 +229,32 @@ def test_compare_prints_a_table_and_fails_where_keras_refuses_a_map(tmp_path: Pa
     assert result.exit_code == 1
     assert result.stdout.index("kerashub ") < result.stdout.index(f"{refused} ")
     assert run("compare", SMALL, "kerashub", "--mesh", "1x8", *FLOAT).exit_code == 0
+
+
+def test_compare_says_of_each_broken_map_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    texts = {
+        "two.py": 'layout_map["a"] = ["model"]\nlayout_map["b"] = 3',
+        "refused.py": 'layout_map["final_normalization/scale"] = ("data", "model")',
+        "empty.py": "x = 1",
+        "broken.json": "{",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    paths = [str(tmp_path / name) for name in texts]
+    result = run("compare", SMALL, *paths, str(tmp_path), "--mesh", "1x8", *FLOAT)
+    two, refused, empty, broken = paths
+    lines = result.stdout.splitlines()
+    said = [line for line in lines if line.startswith(str(tmp_path)) and ": " in line]
+    assert said == [
+        f"{two}: line 1: cannot read ['model']: Keras takes a tuple and refuses a list; write "
+        '("model",) (check tells 1 more)',
+        f"{refused}: rule 'final_normalization/scale' names axis 'data', which mesh 1x8 does not "
+        "have; its axes are batch, model (check tells 1 more)",
+        f"{empty}: holds no map; expected lines like layout_map[...] = (...)",
+        f"{broken}: is not JSON: Expecting property name enclosed in double quotes: line 1 column "
+        "2 (char 1)",
+        f"{tmp_path}: cannot be read: Is a directory",
+    ]
 
 
 def test_inspect_prints_one_block_as_path_and_shape() -> None:

@@ -145,7 +145,7 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
         (
             'if large:\n    layout_map["a"] = ("model",)\nelse:\n    layout_map["a"] = (None,)',
             "the layout, line 2: cannot read layout_map['a']: whether it is set depends on a "
-            "condition; give one map",
+            "condition; give one map (check tells 1 more)",
         ),
         ("x = 1", "the layout holds no map; expected lines like layout_map[...] = (...)"),
         ("layout_map[", "the layout, line 1 is not Python source: '[' was never closed"),

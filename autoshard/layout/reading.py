@@ -72,7 +72,7 @@ def read_layout(
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PlanFileError(f"cannot read {path}: {reason}") from None
+        raise PlanFileError(f"{path} cannot be read: {reason}") from None
     return parse_layout(text, path, unreadable=unreadable)
 
 
@@ -130,7 +130,7 @@ def parse_layout(
     source = _Source(tree, name)
     rules = source.rules(problems)
     if problems and unreadable is None:
-        raise LayoutError(problems[0])
+        raise LayoutError.of(problems)
     if not rules and not problems and not source.makes_map:
         raise LayoutError(f"{name} holds no map; expected lines like layout_map[...] = (...)")
     return rules
@@ -170,6 +170,7 @@ def kerashub_rules(backbone: object, mesh: Mesh | None = None) -> LayoutRules:
 def _rules_of(layout_map: Mapping[str, Any], unreadable: list[str] | None = None) -> LayoutRules:
     """The rules of a LayoutMap, or of a dict of patterns and specs; see `read_layout`."""
     rules = []
+    problems = unreadable if unreadable is not None else []
     for pattern, layout in layout_map.items():
         axes = getattr(layout, "axes", layout)
         try:
@@ -179,9 +180,9 @@ def _rules_of(layout_map: Mapping[str, Any], unreadable: list[str] | None = None
                 raise LayoutError(f"rule '{pattern}': cannot read {layout!r}: {_SPEC}")
             rules.append(Rule(pattern=pattern, spec=axes))
         except LayoutError as error:
-            if unreadable is None:
-                raise
-            unreadable.append(str(error))
+            problems.append(str(error))
+    if problems and unreadable is None:
+        raise LayoutError.of(problems)
     return tuple(rules)
 
 

@@ -90,9 +90,9 @@ class Resolution:
         Raises:
             LayoutError: it does not; the text is that of the first finding which says so.
         """
-        for finding in self.findings:
-            if finding.severity == "error":
-                raise LayoutError(finding.message)
+        errors = [one.message for one in self.findings if one.severity == "error"]
+        if errors:
+            raise LayoutError.of(errors)
         return self
 
     def checked(self) -> "Resolution":
