@@ -14,7 +14,7 @@ from autoshard.layout.reading import LayoutLike, check_there, is_source, read_la
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import MeshLike
-from autoshard.model.paths import layer_templates, tails
+from autoshard.model.paths import layer_template, layer_templates
 from autoshard.model.variables import ModelTable
 from autoshard.planner.planning import run_planner
 from autoshard.planner.pricing import make_scorer, score_rules
@@ -169,13 +169,13 @@ def _costly(cost: StepCost, causes: Causes, table: ModelTable) -> list[CostlyCol
     layers = layer_templates(table.templates)
     groups: dict[tuple[object, ...], list[Traffic]] = {}
     for item in cost.traffic:
-        layer = _template(item.layer, layers)
+        layer = layer_template(item.layer, layers)
         key = (item.kind, item.axis, item.n_bytes, item.overlapped, layer)
         groups.setdefault(key, []).append(item)
     found = []
     for items in groups.values():
         first = items[0]
-        layer = _template(first.layer, layers)
+        layer = layer_template(first.layer, layers)
         found.append(
             CostlyCollective(
                 kind=first.kind,
@@ -189,8 +189,3 @@ def _costly(cost: StepCost, causes: Causes, table: ModelTable) -> list[CostlyCol
             )
         )
     return sorted(found, key=lambda item: -item.seconds)
-
-
-def _template(layer: str, layers: dict[str, str]) -> str:
-    """The template of the layer of a traced op."""
-    return next((layers[path] for path in tails(layer) if path in layers), layer)

@@ -107,7 +107,6 @@ def build_program(
         chained_operands=lives.operands,
         arguments=arguments,
         outputs=outputs,
-        unknown=flat.unknown,
         layer_outputs=laid,
     )
 

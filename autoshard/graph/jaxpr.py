@@ -89,7 +89,6 @@ class FlatJaxpr:
         equations: in execution order.
         inputs: identity of each argument.
         outputs: identity of each result, or None for a constant.
-        unknown: names of primitives without a rule.
         marks: the layer outputs.
     """
 
@@ -97,7 +96,6 @@ class FlatJaxpr:
     equations: tuple[Equation, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int | None, ...]
-    unknown: tuple[str, ...]
     marks: tuple[Mark, ...] = ()
 
     def made_by(self) -> dict[int, Equation]:
@@ -117,7 +115,6 @@ class _Reader:
     def __init__(self) -> None:
         self.arrays: list[ArrayType] = []
         self.equations: list[Equation] = []
-        self.unknown: set[str] = set()
         self.marks: list[Mark] = []
 
     def new(self, variable: Any) -> int:
@@ -155,9 +152,7 @@ class _Reader:
         if name == "dynamic_slice" and all(hasattr(v, "val") for v in equation.invars[1:]):
             name, shapes = "slice", shapes[:1]
         link = link_of(name, shapes, out_shapes, equation.params)
-        if link is None:
-            self.unknown.add(name)
-            link = unknown_link(shapes, out_shapes)
+        link = link or unknown_link(shapes, out_shapes)
         results: list[int] = []
         for variable in equation.outvars:
             results.append(self.new(variable))
@@ -237,8 +232,8 @@ def read_jaxpr(closed: Any) -> FlatJaxpr:
         closed: the traced step, as `jax.make_jaxpr` returns it.
 
     Returns:
-        Its equations in order, calls inlined. A primitive without a rule is listed in `unknown`
-        and taken to need its operands whole.
+        Its equations in order, calls inlined. A primitive without a rule is of kind `unknown` and
+        taken to need its operands whole.
     """
     reader = _Reader()
     known: dict[Any, int | None] = {v: reader.new(v) for v in closed.jaxpr.invars}
@@ -253,7 +248,6 @@ def read_jaxpr(closed: Any) -> FlatJaxpr:
         equations=equations,
         inputs=inputs,
         outputs=outputs,
-        unknown=tuple(sorted(reader.unknown)),
         marks=tuple(mark for mark in reader.marks if mark.identity in made),
     )
 

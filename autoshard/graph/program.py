@@ -293,7 +293,6 @@ class Program:
             identity.
         arguments: the inputs of the step.
         outputs: results that take no argument's place (loss, logits).
-        unknown: primitives without a rule, by name; they are taken to need everything whole.
         layer_outputs: where a LayoutMap could lay out an activation.
     """
 
@@ -303,7 +302,6 @@ class Program:
     chained_operands: Mapping[int, Mapping[int, Chain]]
     arguments: tuple[Argument, ...]
     outputs: tuple[StepOutput, ...]
-    unknown: tuple[str, ...]
     layer_outputs: tuple[LayerOutput, ...] = ()
 
     def touching(self) -> list[list[int]]:
@@ -313,6 +311,14 @@ class Program:
             for group in set(op.groups):
                 touching[group].append(index)
         return touching
+
+    def unknown(self) -> dict[str, tuple[str, ...]]:
+        """Primitives without a rule, which are taken to need everything whole -> their layers."""
+        layers: dict[str, dict[str, None]] = {}
+        for op in self.ops:
+            if op.kind == "unknown":
+                layers.setdefault(op.primitive, {})[op.layer] = None
+        return {primitive: tuple(found) for primitive, found in layers.items()}
 
     def output_shapes(self) -> OutputShapes:
         """Template of a layer output -> the shapes of the arrays there."""

@@ -21,7 +21,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["PathNames", "block_pattern", "layer_templates", "number_of", "ranked", "tails"]
+__all__ = [
+    "PathNames",
+    "block_pattern",
+    "layer_template",
+    "layer_templates",
+    "number_of",
+    "ranked",
+    "tails",
+]
 
 _NUMBERED = re.compile(r"(.+?)_(\d+)")
 _NUMBERED_INSIDE = re.compile(r"(.+?)_(\d+)_(.+)")
@@ -206,6 +214,19 @@ def tails(path: str) -> Iterator[str]:
     """
     parts = path.split("/")
     return ("/".join(parts[start:]) for start in range(len(parts)))
+
+
+def layer_template(layer: str, templates: Mapping[str, str]) -> str:
+    """The template of the layer of a traced op; the layer itself where it is none of the model's.
+
+    Args:
+        layer: as a traced op names it.
+        templates: as `layer_templates` returns them.
+
+    >>> layer_template("net/block_0/mlp_1", {"block_0/mlp_1": "block_*/mlp"})
+    'block_*/mlp'
+    """
+    return next((templates[path] for path in tails(layer) if path in templates), layer)
 
 
 def block_pattern(template: str) -> str:

@@ -11,6 +11,7 @@ from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
 from autoshard.model.folding import BlockStack
 from autoshard.model.outputs import OutputShapes
+from autoshard.model.paths import layer_template, layer_templates
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import OPTIMIZERS
@@ -123,9 +124,9 @@ class Planning:
             if batch % n_devices:
                 advice = f"a data axis would split a batch of a multiple of {n_devices}"
             yield f"nothing is split: each of the {n_devices} devices does all the work; {advice}"
-        if unknown := self.program.unknown:
+        if unknown := "; ".join(self._unknown()):
             yield (
-                f"{', '.join(unknown)}: how layouts pass through this is not known, so that "
+                f"{unknown}: how layouts pass through this is not known, so that "
                 "it is taken to need whole operands: time and memory may be far from predicted"
             )
         splits_more = mesh.n_devices > mesh.sizes[mesh.data_axis]
@@ -142,6 +143,13 @@ class Planning:
                 "convolutions are priced as the matmuls they are made of: where channels are few, "
                 "time and memory may be several times what is predicted"
             )
+
+    def _unknown(self) -> Iterator[str]:
+        """Each primitive without a rule, with the layers that have it."""
+        templates = layer_templates(self.table.templates)
+        for primitive, layers in self.program.unknown().items():
+            named = dict.fromkeys(layer_template(layer, templates) for layer in layers if layer)
+            yield primitive + (f" in {', '.join(named)}" if named else "")
 
     def _relied_upon(self, rules: LayoutRules) -> set[str]:
         """The layers whose names Keras made up, and for which rules differ by their number."""
