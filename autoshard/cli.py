@@ -163,9 +163,9 @@ def plan(
             click.echo(f"autoshard: {note}", err=True)
     if outcome.failure:
         click.echo(f"autoshard: the plan is not verified: {outcome.failure}", err=True)
-    if not outcome.fits:
+    if not outcome.plan.fits:
         click.echo("autoshard: no layout fits the memory; this is the nearest", err=True)
-    if outcome.failure or not outcome.fits:
+    if outcome.failure or not outcome.plan.fits:
         sys.exit(1)
 
 
@@ -268,13 +268,11 @@ def compare(
 @main.command()
 @click.argument("plan_file", metavar="PLAN")
 def explain(plan_file: str) -> None:
-    """Say why each family of variables got its spec in a PLAN file."""
-    from autoshard.report.plan import reasons_text
+    """Say what to know of a PLAN file, and why each family of variables got its spec."""
+    from autoshard.report.plan import explanation_text
     from autoshard.sharding_plan import load
 
-    plan = load(plan_file)
-    click.echo(f"{plan.model.name}, {plan.workload}\nmesh {plan.mesh.named} on {plan.target}\n")
-    click.echo(reasons_text(plan))
+    click.echo(explanation_text(load(plan_file)))
 
 
 @main.command()

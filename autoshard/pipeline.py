@@ -56,21 +56,12 @@ class PlanOutcome:
     remedies: tuple[Remedy, ...] = ()
 
     @property
-    def fits(self) -> bool:
-        """Whether the plan keeps the memory limit: by the target's compiler, else predicted."""
-        if self.verdicts and self.verdicts[0].fits is not None:
-            return self.verdicts[0].fits
-        return self.winner.fits
-
-    @property
     def doubts(self) -> tuple[str, ...]:
         """Why the plan may not be what it seems, a line each."""
-        is_compiled = bool(self.verdicts)
-        doubts = self.planning.doubts(self.plan.rules, is_compiled=is_compiled)
         if self.unused_length is None:
-            return tuple(doubts)
+            return self.plan.warnings
         length = f"a sequence length of {self.unused_length} has no effect: the model has its own"
-        return (length, *doubts)
+        return (length, *self.plan.warnings)
 
     @property
     def foreseen_share(self) -> float:
@@ -170,7 +161,7 @@ def plan(
     )
     if outcome.failure:
         raise XlaError(outcome.failure)
-    if not outcome.fits:
+    if not outcome.plan.fits:
         raise NothingFitsError(
             f"no layout of {outcome.plan.model.name} keeps "
             f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
@@ -247,7 +238,7 @@ def make_plan(
         shapes=() if devices is None else shapes,
         unused_length=_unused_length(options.get("seq_len"), traced.workload),
     )
-    if not advise or failure or outcome.fits:
+    if not advise or failure or outcome.plan.fits:
         return outcome
     limit = int(planning.setup.memory_limit * outcome.foreseen_share)
     setup = replace(planning.setup, memory_limit=limit)

@@ -64,6 +64,8 @@ class Plan:
         target: the chips, as `tpu:v5e:2x4`.
         generate: False where it was given up: `generate` may be slow or fail under the rules for
             layer outputs.
+        fits: False where it does not keep the memory limit that it was made for.
+        warnings: why it may not be what it seems, a line each.
         predicted: what the formulas say of the step.
         compiled: what a compiler says of it, None where none was asked.
         reasons: why each family got its spec.
@@ -77,6 +79,8 @@ class Plan:
     workload: Workload
     target: str
     generate: bool = field(default=True, metadata={"optional": True})
+    fits: bool = field(default=True, metadata={"optional": True})
+    warnings: tuple[str, ...] = field(default=(), metadata={"optional": True})
     predicted: Prediction
     compiled: Compiled | None = None
     reasons: tuple[Reason, ...] = ()
@@ -91,6 +95,19 @@ class Plan:
     def batch_dim_name(self) -> str:
         """The mesh axis over which Keras splits dimension 0 of the data."""
         return self.mesh.data_axis
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the plan before it is used, a line each."""
+        rounds = any(family.dtype == "bfloat16" for family in self.model.families)
+        notes = (
+            "" if self.fits else "does not fit the memory it was made for: the nearest layout",
+            "" if self.generate else GENERATE_GIVEN_UP,
+            self.workload.stillness if rounds else "",
+            *self.warnings,
+        )
+        # A file may hold any text, and a line of it is to stay a comment.
+        return tuple(" ".join(note.split()) for note in notes if note)
 
     def to_json(self) -> str:
         """The text of the plan file: equal plans give equal bytes.
@@ -173,12 +190,12 @@ class Plan:
 
     def to_python(self) -> str:
         """Source that puts the plan to work as it is pasted, before the model is built."""
-        note = "" if self.generate else f"# {GENERATE_GIVEN_UP}\n"
+        notes = "".join(f"# {note}\n" for note in self.notes)
         return f"""\
 import keras
 
 # {json.dumps(self.model.name)} on {self.mesh.n_devices} devices, dtype {self.workload.policy}
-{note}device_mesh = keras.distribution.DeviceMesh(
+{notes}device_mesh = keras.distribution.DeviceMesh(
     shape={self.mesh.shape},
     axis_names={format_spec(self.mesh.axis_names)},
     devices=keras.distribution.list_devices(),

@@ -177,6 +177,16 @@ def test_what_to_know_of_a_plan_is_said_in_every_format(form: str) -> None:
         json.loads(result.stdout)
 
 
+def test_what_is_wrong_with_a_plan_is_said_by_its_file_and_its_source(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    limit = ("--memory-limit", "1kB", "-o", str(path), "--format", "python")
+    result = run("plan", SMALL, "--mesh", "1x2", "--verify", "none", *FLOAT, *limit)
+    assert result.exit_code == 1
+    said = "does not fit the memory it was made for: the nearest layout"
+    assert f"\n# {said}\n" in result.stdout
+    assert f"\nnote: {said}\n" in run("explain", str(path)).stdout
+
+
 def test_a_plan_file_explains_itself(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     text = plan_small("-o", str(path)).stdout

@@ -123,6 +123,8 @@ plans = st.builds(
     mesh=st.just(MESH),
     rules=rules,
     workload=st.sampled_from([Workload(), Workload(kind="lora", lora_rank=4)]),
+    fits=st.booleans(),
+    warnings=st.lists(texts, max_size=2).map(tuple),
     target=st.sampled_from(["tpu:v5e:2x4", "gpu:h100-sxm:8", "tpu:v3:2x2", "cpu:8"]),
     predicted=predictions,
     compiled=st.none() | compiled,
@@ -423,6 +425,8 @@ def test_the_python_source_reads_as_written_by_hand() -> None:
 import keras
 
 # "gemma" on 8 devices, dtype bfloat16
+# Keras' adam moves no weight in bfloat16, where its beta_2 of 0.999 is 1: give it beta_2=0.99, or \
+plan for mixed_bfloat16
 device_mesh = keras.distribution.DeviceMesh(
     shape=(1, 8),
     axis_names=("batch", "model"),
@@ -439,6 +443,26 @@ keras.distribution.set_distribution(distribution)
     )
     assert parse_layout(PLAN.to_python()) == RULES
     assert parse_layout(replace(PLAN, rules=()).to_python()) == ()
+
+
+def test_what_to_know_of_a_plan_stays_with_it_and_is_a_comment_of_its_source() -> None:
+    warned = replace(
+        PLAN,
+        fits=False,
+        generate=False,
+        warnings=("nothing is split", "two\nimport os"),
+        workload=Workload(kind="prefill"),
+    )
+    assert Plan.from_json(warned.to_json()) == warned
+    lines = warned.to_python().splitlines()
+    assert lines[3:7] == [
+        "# does not fit the memory it was made for: the nearest layout",
+        "# made with --no-generate: generate may be slow or fail under this plan",
+        "# nothing is split",
+        "# two import os",
+    ]
+    assert parse_layout(warned.to_python()) == RULES
+    assert not {"fits", "warnings"} & json.loads(PLAN.to_json()).keys()
 
 
 def test_a_plan_prints_as_its_map() -> None:

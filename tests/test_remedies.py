@@ -36,12 +36,12 @@ def options(change: str) -> dict[str, Any]:
 
 def test_every_remedy_fits_when_it_is_asked_for() -> None:
     outcome = make_plan(small_gemma_backbone, **REQUEST)
-    assert not outcome.fits
+    assert not outcome.plan.fits
     found = {remedy.change.split()[0]: remedy for remedy in outcome.remedies}
     assert list(found) == ["--workload", "--batch", "--mesh"]
     for remedy in outcome.remedies:
         changed = make_plan(small_gemma_backbone, **{**REQUEST, **options(remedy.change)})
-        assert changed.fits, remedy
+        assert changed.plan.fits, remedy
         assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
 
 
@@ -50,7 +50,7 @@ def test_more_devices_on_the_data_axis_come_with_the_batch_they_divide() -> None
     outcome = make_plan(small_gemma_backbone, **request)
     (remedy,) = [one for one in outcome.remedies if one.change.startswith("--mesh")]
     changed = make_plan(small_gemma_backbone, **{**request, **options(remedy.change)})
-    assert changed.fits
+    assert changed.plan.fits
     assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
 
 
@@ -83,7 +83,7 @@ def test_a_model_without_low_rank_factors_is_offered_the_rest() -> None:
         return keras.Model(inputs, keras.layers.Dense(256, name="down")(hidden))
 
     outcome = make_plan(dense, "1x2", dtype="float32", memory_limit="3MB")
-    assert not outcome.fits
+    assert not outcome.plan.fits
     assert [remedy.change.split()[0] for remedy in outcome.remedies] == ["--mesh"]
 
 

@@ -35,6 +35,7 @@ def plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, .
     """
     said = {verdict.candidate.name: _compiled(verdict, planning) for verdict in verdicts}
     judged = [verdict.candidate for verdict in verdicts]
+    fits = verdicts[0].fits if verdicts else None
     others = [candidate for candidate in planning.candidates if candidate not in judged]
     assert winner.scored is not None
     return Plan(
@@ -44,6 +45,8 @@ def plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, .
         workload=planning.setup.workload,
         target=str(planning.setup.target),
         generate=planning.setup.generate or not winner.scored.n_outputs,
+        fits=winner.fits if fits is None else fits,
+        warnings=tuple(planning.doubts(winner.rules, is_compiled=bool(verdicts))),
         predicted=Prediction.of(winner.scored.cost),
         compiled=said.get(winner.name),
         reasons=tuple(_reasons(planning.result, winner.scored)),

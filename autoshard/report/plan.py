@@ -21,7 +21,7 @@ from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
 from autoshard.xla.partitioned import target_collectives
 
-__all__ = ["notes", "plan_text", "reasons_text"]
+__all__ = ["explanation_text", "notes", "plan_text"]
 
 # Seconds below this are rounding; bytes are one or more.
 _LEAST = 1e-12
@@ -54,7 +54,7 @@ def plan_text(outcome: PlanOutcome, *, timings: bool = False) -> str:
         *_shapes(outcome),
         _ranking(outcome),
         *_verification(outcome),
-        reasons_text(outcome.plan),
+        _reasons(outcome.plan),
     ]
     if timings:
         parts.append(_timings(outcome))
@@ -76,7 +76,7 @@ def _head(outcome: PlanOutcome) -> str:
         f"workload {setup.workload}",
     ]
     lines += notes(outcome)
-    if not outcome.fits:
+    if not outcome.plan.fits:
         lines.append(_misfit(outcome))
     if outcome.failure:
         lines.append(f"UNVERIFIED: {outcome.failure}")
@@ -325,12 +325,19 @@ def _counts(collectives: Iterable[Collective | Traffic]) -> Counter[tuple[str, s
     return counts
 
 
-def reasons_text(plan: Plan) -> str:
-    """Why each family got its spec.
+def explanation_text(plan: Plan) -> str:
+    """What to know of a plan, and why each family got its spec.
 
     Args:
         plan: a plan, fresh or from a file.
     """
+    head = f"{plan.model.name}, {plan.workload}\nmesh {plan.mesh.named} on {plan.target}"
+    known = "".join(f"\nnote: {note}" for note in plan.notes)
+    return f"{head}{known}\n\n{_reasons(plan)}"
+
+
+def _reasons(plan: Plan) -> str:
+    """Why each family got its spec."""
     rows = []
     for reason in plan.reasons:
         rows.append((reason.family, format_spec(reason.spec), *_next_best(reason)))

@@ -83,7 +83,7 @@ def _cells(outcome: PlanOutcome) -> Line:
         str(len(outcome.plan.rules)),
         format_seconds(predicted.step_seconds),
         format_bytes(predicted.peak_bytes_per_device),
-        "yes" if outcome.fits else "no",
+        "yes" if outcome.plan.fits else "no",
     )
 
 

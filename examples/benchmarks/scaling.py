@@ -93,7 +93,7 @@ def _cells(outcome: PlanOutcome) -> tuple[str, ...]:
         f"{seconds['search']:.2f} s",
         f"{seconds_but_build(outcome):.2f} s",
         format_seconds(outcome.plan.predicted.step_seconds),
-        "yes" if outcome.fits else "no",
+        "yes" if outcome.plan.fits else "no",
     )
 
 
