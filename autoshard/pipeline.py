@@ -165,7 +165,7 @@ def plan(
         raise NothingFitsError(
             f"no layout of {outcome.plan.model.name} keeps "
             f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
-            + "".join(f"; {remedy.change} would fit, predicted" for remedy in outcome.remedies)
+            + "".join(f"; {remedy.arguments} would fit, predicted" for remedy in outcome.remedies)
             + ("; devices in place of mesh tries every shape of it" if devices is None else "")
         )
     for doubt in outcome.doubts:

@@ -49,7 +49,7 @@ _FORMAT = "autoshard-plan"
 _VERSION = 1
 
 # What is said of a plan with `generate=False`.
-GENERATE_GIVEN_UP = "made with --no-generate: generate may be slow or fail under this plan"
+GENERATE_GIVEN_UP = "made without regard to generate: generate may be slow or fail under this plan"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

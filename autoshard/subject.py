@@ -66,13 +66,12 @@ def subject_of(
             check_there(layout)
             is_given = isinstance(layout, Mapping) or is_source(layout)
             raise UsageError(
-                f"{'the map' if is_given else layout} is no plan: name the model and the mesh it "
-                "is for (--model, --mesh)"
+                f"{'the map' if is_given else layout} is no plan: name its model and its mesh"
             )
         if given:
             raise UsageError(
-                f"a plan states its own {', '.join(sorted(given))}; leave that out, or name the "
-                "model whose layout this is"
+                f"a plan states its own {', '.join(sorted(given)).replace('_', ' ')}; leave that "
+                "out, or name the model whose layout this is"
             )
         return _planned(plan, target, memory_limit)
     if isinstance(model, os.PathLike):

@@ -7,17 +7,17 @@ from autoshard.model.workload import Workload
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "words"),
     [
-        {"batch": 0},
-        {"seq_len": 0},
-        {"kind": "lora"},
-        {"kind": "train", "lora_rank": 4},
-        {"kind": "lora", "lora_rank": 0},
+        ({"batch": 0}, "a batch of 0 sequences of 512 tokens is no work"),
+        ({"seq_len": 0}, "a batch of 8 sequences of 0 tokens is no work"),
+        ({"kind": "lora"}, "the lora workload needs a rank, for example 4"),
+        ({"kind": "train", "lora_rank": 4}, "ask for lora, or leave the rank out"),
+        ({"kind": "lora", "lora_rank": 0}, "a LoRA rank must be at least 1, not 0"),
     ],
 )
-def test_impossible_workloads_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(UsageError):
+def test_impossible_workloads_are_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
         Workload(**fields)  # type: ignore[arg-type]
 
 

@@ -457,7 +457,7 @@ def test_what_to_know_of_a_plan_stays_with_it_and_is_a_comment_of_its_source() -
     lines = warned.to_python().splitlines()
     assert lines[3:7] == [
         "# does not fit the memory it was made for: the nearest layout",
-        "# made with --no-generate: generate may be slow or fail under this plan",
+        "# made without regard to generate: generate may be slow or fail under this plan",
         "# nothing is split",
         "# two import os",
     ]

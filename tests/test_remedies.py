@@ -72,7 +72,7 @@ def test_more_gpus_than_a_node_has_are_several_nodes() -> None:
 
 
 def test_the_error_names_the_remedies() -> None:
-    with pytest.raises(NothingFitsError, match="--workload lora --lora-rank 4 --batch 4 would fit"):
+    with pytest.raises(NothingFitsError, match="workload='lora' lora_rank=4 batch=4 would fit"):
         plan(small_gemma_backbone, **REQUEST)
 
 

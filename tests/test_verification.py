@@ -81,11 +81,12 @@ def test_a_map_from_elsewhere_is_compiled_too(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("kerashub", "--model", SMALL), "needs its mesh"),
-        (("kerashub",), "kerashub is no plan: name the model and the mesh it is for"),
+        (("kerashub",), "kerashub is no plan: name its model and its mesh"),
         (("map.py",), "there is no layout 'map.py'"),
-        ((__file__,), "test_verification.py is no plan: name the model and the mesh it is for"),
+        ((__file__,), "test_verification.py is no plan: name its model and its mesh"),
         (("PLAN", "--run", "--no-cache"), "--run keeps no verdicts"),
         (("PLAN", "--mesh", "1x8"), "a plan states its own mesh"),
+        (("PLAN", "--seq-len", "8", "--lora-rank", "4"), "states its own lora rank, seq len; "),
         (("PLAN", "--target", "tpu:v5e:2x2"), "8 devices"),
         (("PLAN", "--target", "abacus:8"), "unknown chip"),
     ],
@@ -98,7 +99,7 @@ def test_wrong_usage_is_one_line(plan_file: str, arguments: tuple[str, ...], wor
 
 
 def test_a_map_without_its_model_is_no_plan() -> None:
-    with pytest.raises(UsageError, match="the map is no plan: name the model and the mesh"):
+    with pytest.raises(UsageError, match="the map is no plan: name its model and its mesh"):
         verify({"a/kernel": ("model",)})
     with pytest.raises(UsageError, match="the layout is 3; give a path"):
         verify(3)

@@ -92,7 +92,7 @@ class Workload:
                 f"{_MOST_TOKENS:,} tokens at most"
             )
         if self.kind == "lora" and self.lora_rank is None:
-            raise UsageError("the lora workload needs a rank: give lora_rank, for example 4")
+            raise UsageError("the lora workload needs a rank, for example 4")
         if self.kind == "train" and self.lora_rank is not None:
             raise UsageError(
                 "training with a LoRA rank is another workload: ask for lora, or leave the rank out"
@@ -100,7 +100,7 @@ class Workload:
         if self.kind == "train" and self.dtype == QUANTIZED:
             raise UsageError("weights in int8 cannot be trained: the lora workload adapts them")
         if self.lora_rank is not None and self.lora_rank < 1:
-            raise UsageError(f"lora_rank must be at least 1, not {self.lora_rank}")
+            raise UsageError(f"a LoRA rank must be at least 1, not {self.lora_rank}")
 
     @property
     def policy(self) -> str:

@@ -134,7 +134,7 @@ class Planning:
         if trains_convolutions and splits_more and not is_compiled:
             yield (
                 "where devices hold copies XLA's partitioner may make gradients of convolutions "
-                "too large: have the plan compiled, which tells (verify 'cpu')"
+                "too large: have the plan compiled for cpu, which tells"
             )
         matmuls = [(op.flops * op.count, op.is_convolution) for op in self.program.ops]
         convolved = sum(flops for flops, is_convolution in matmuls if is_convolution)

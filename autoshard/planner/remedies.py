@@ -1,5 +1,6 @@
 """What would make a step fit that does not: changes of the request, each planned in turn."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,16 @@ class Remedy:
     change: str
     step_seconds: float
     peak_bytes: int
+
+    @property
+    def arguments(self) -> str:
+        """The change as arguments of `autoshard.plan`, such as `batch=2`."""
+        return re.sub(r"--(\S+) (\S+)", _argument, self.change)
+
+
+def _argument(option: re.Match[str]) -> str:
+    name, value = option[1].replace("-", "_"), option[2]
+    return f"{name}={value if value.isdecimal() else repr(value)}"
 
 
 def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) -> tuple[Remedy, ...]:
@@ -116,6 +127,6 @@ def _more_devices(setup: Setup) -> Iterator[tuple[str, Setup]]:
         n_data = mesh.sizes[mesh.data_axis]
         batch = round_up(setup.workload.batch, n_data)
         change = f"--mesh {mesh} --target {target} --batch {batch}"
-        change += " in place of --slices" if n_slices > 1 else ""
+        change += " in place of slices" if n_slices > 1 else ""
         workload = replace(setup.workload, batch=batch)
         yield change, replace(setup, mesh=mesh, target=target, workload=workload)
