@@ -229,7 +229,7 @@ def make_plan(
     verdicts, failure = _verdicts(model, planning, verify, watch)
     winner = verdicts[0].candidate if verdicts else planning.candidates[0]
     outcome = PlanOutcome(
-        plan=plan_value(planning, winner, verdicts),
+        plan=plan_value(planning, winner, verdicts, is_best_shape=devices is not None),
         winner=winner,
         planning=planning,
         verdicts=verdicts,

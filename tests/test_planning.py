@@ -545,3 +545,11 @@ def test_devices_that_repeat_each_other_are_told_of(gemma: Planning) -> None:
     alone = replace(gemma.setup, workload=replace(gemma.setup.workload, batch=1))
     (doubt,) = replace(gemma, setup=alone).doubts((), is_compiled=False)
     assert "a batch of a multiple of 8" in doubt
+
+
+def test_no_mesh_is_advised_that_was_planned_and_ranks_behind(gemma: Planning) -> None:
+    (doubt,) = gemma.doubts((), is_compiled=False, is_best_shape=True)
+    assert doubt == (
+        "nothing is split: each of the 8 devices does all the work; "
+        "the shapes of the mesh that split the batch rank behind"
+    )

@@ -25,13 +25,16 @@ from autoshard.xla.compiled import CompiledStep
 __all__ = ["plan_value"]
 
 
-def plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, ...]) -> Plan:
+def plan_value(
+    planning: Planning, winner: Candidate, verdicts: tuple[Verdict, ...], *, is_best_shape: bool
+) -> Plan:
     """The winner as a plan, the others as alternatives, those compiled first.
 
     Args:
         planning: the search.
         winner: the candidate that is chosen.
         verdicts: what a compiler said of some candidates, best first.
+        is_best_shape: whether it comes before the plans for every other shape of the mesh.
     """
     said = {verdict.candidate.name: _compiled(verdict, planning) for verdict in verdicts}
     judged = [verdict.candidate for verdict in verdicts]
@@ -46,7 +49,9 @@ def plan_value(planning: Planning, winner: Candidate, verdicts: tuple[Verdict, .
         target=str(planning.setup.target),
         generate=planning.setup.generate or not winner.scored.n_outputs,
         fits=winner.fits if fits is None else fits,
-        warnings=tuple(planning.doubts(winner.rules, is_compiled=bool(verdicts))),
+        warnings=tuple(
+            planning.doubts(winner.rules, is_compiled=bool(verdicts), is_best_shape=is_best_shape)
+        ),
         predicted=Prediction.of(winner.scored.cost),
         compiled=said.get(winner.name),
         reasons=tuple(_reasons(planning.result, winner.scored)),

@@ -87,12 +87,15 @@ class Planning:
         assert scored is not None
         return scored
 
-    def doubts(self, rules: LayoutRules, *, is_compiled: bool) -> Iterator[str]:
+    def doubts(
+        self, rules: LayoutRules, *, is_compiled: bool, is_best_shape: bool
+    ) -> Iterator[str]:
         """Why a plan of these rules may not be what it seems, a line each.
 
         Args:
             rules: of the plan.
             is_compiled: whether a compiler was asked about it.
+            is_best_shape: whether it comes before the plans for every other shape of the mesh.
         """
         if numbered := sorted(self._relied_upon(rules)):
             yield (
@@ -123,6 +126,8 @@ class Planning:
             advice = f"a data axis, as of mesh {n_devices}x1, would split the batch"
             if batch % n_devices:
                 advice = f"a data axis would split a batch of a multiple of {n_devices}"
+            elif is_best_shape:
+                advice = "the shapes of the mesh that split the batch rank behind"
             yield f"nothing is split: each of the {n_devices} devices does all the work; {advice}"
         if unknown := "; ".join(self._unknown()):
             yield (
