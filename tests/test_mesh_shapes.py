@@ -1,5 +1,7 @@
 """The shape of the mesh: every one is planned, and the fastest that fits is taken."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from autoshard.model.keras_import import import_keras
 from autoshard.pipeline import PlanOutcome, make_plan
 from autoshard.planner.mesh_shapes import make_setups, mesh_shapes, tradeoffs
 from autoshard.planner.setup import make_setup
+from autoshard.report.plan import plan_text
+from autoshard.search.descent import Scored
 
 STEP = {"dtype": "float32", "seq_len": 16}
 
@@ -47,6 +51,32 @@ def test_no_tradeoff_is_beaten_in_both_time_and_memory(outcome: PlanOutcome) -> 
                 cost.step_seconds < seconds and cost.memory.peak_bytes < 0.95 * peak
                 for seconds, peak in kept
             )
+
+
+def test_a_faster_layout_that_the_ranking_passes_over_is_told_of(outcome: PlanOutcome) -> None:
+    winner = outcome.winner.scored
+    assert winner is not None
+
+    def priced(compute: float, hidden: float) -> Scored:
+        cost = replace(
+            winner.cost, compute_seconds=compute, blocking_seconds=0.0, overlapped_seconds=hidden
+        )
+        return replace(winner, cost=cost, n_outputs=0)
+
+    def text(fastest: Scored) -> str:
+        planning = outcome.planning
+        planning = replace(planning, result=replace(planning.result, front=(fastest,)))
+        taken = replace(outcome.winner, scored=priced(10e-3, 0.0))
+        return plan_text(replace(outcome, winner=taken, planning=planning, shapes=(planning,)))
+
+    # 9.8 ms and a twentieth of 6 ms behind them: 10.1 ms.
+    assert (
+        f"a step of 9.8 ms on {outcome.plan.mesh} was passed over: it counts 10.1 ms, this plan "
+        "10 ms (the ranking adds a twentieth of the collectives behind compute, 0.25% a rule for "
+        "an output, 0.7% for twice the memory)"
+    ) in text(priced(9.8e-3, 6e-3)).splitlines()
+    for fastest in (priced(10.2e-3, 0.0), replace(priced(9.8e-3, 6e-3), excess_bytes=1)):
+        assert "passed over" not in text(fastest)
 
 
 def test_shapes_over_which_the_batch_does_not_divide_are_left_out() -> None:

@@ -91,9 +91,17 @@ class Scored:
         Added are 5% of what it hides, for that takes memory bandwidth from compute, 0.25% a rule
         for an output, and 0.7% for twice the memory.
         """
+        seconds = self.weigh(self._counted_seconds)
+        return self.excess_bytes, seconds, self.cost.memory.peak_bytes
+
+    @property
+    def _counted_seconds(self) -> float:
         seconds = self.cost.step_seconds * (1 + _RULE_SHARE * self.n_outputs)
-        seconds += _HIDDEN_SHARE * self.cost.overlapped_seconds
-        return self.excess_bytes, self.weigh(seconds), self.cost.memory.peak_bytes
+        return seconds + _HIDDEN_SHARE * self.cost.overlapped_seconds
+
+    def counted_beside(self, other: "Scored") -> float:
+        """Seconds that the ranking counts for the step where memory is as much as the other's."""
+        return self.weigh(self._counted_seconds) / other.weigh(1.0)
 
     def weigh(self, seconds: float) -> float:
         """The time of a step of this layout as the ranking compares it: with its memory in it."""
