@@ -33,6 +33,12 @@ _TRIFLE = 0.01
 # If no axis divides more than this share, the mesh has hardly the right shape.
 _MUCH = 0.1
 
+# Why what is faster may come later: `Scored.rank` in words.
+_ADDED = (
+    "the ranking adds a twentieth of the collectives behind compute, 0.25% a rule for an output, "
+    "0.7% for twice the memory"
+)
+
 # What a ranking says of a layout, as `_ranking_row` gives it.
 _COLUMNS = ("step", "compute", "collectives", "wire", "memory", "compiled", "note")
 
@@ -169,10 +175,9 @@ def _passed_over(outcome: PlanOutcome) -> Iterator[str]:
     if seconds >= winner.cost.step_seconds or fastest in compiled:
         return
     yield (
-        f"a step of {format_seconds(seconds)} on {mesh} was passed over: it counts "
-        f"{format_seconds(fastest.counted_beside(winner))}, this plan "
-        f"{format_seconds(winner.counted_beside(winner))} (the ranking adds a twentieth of the "
-        "collectives behind compute, 0.25% a rule for an output, 0.7% for twice the memory)"
+        f"a step of {format_seconds(seconds)} on {mesh} was passed over: with what the ranking "
+        f"adds (told below) it counts {format_seconds(fastest.counted_beside(winner))}, "
+        f"this plan {format_seconds(winner.counted_beside(winner))}"
     )
 
 
@@ -229,7 +234,7 @@ def _ranking(outcome: PlanOutcome) -> str:
         name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     table = _table(("layout", *_COLUMNS), rows)
-    note = "all predicted by formulas; hidden collectives and memory count a little in the ranking"
+    note = f"all predicted by formulas;\n{_ADDED}"
     by = next((v.compiled for v in outcome.verdicts if v.compiled), None)
     if by is not None:
         note += f";\ncompiled: {_source(by)}"
@@ -366,9 +371,10 @@ def _reasons(plan: Plan) -> str:
         rows.append((reason.family, format_spec(reason.spec), *_next_best(reason)))
     headers = ("family", "spec", "next best, all else equal", "step", "memory")
     table = tabulate(rows, headers=headers, disable_numparse=True)
+    asked = ";\na compiler was asked about whole layouts, and its word counts first"
     return (
-        f"{table}\n(step and memory: what the next best would add, predicted by formulas; hidden "
-        "collectives and memory count a little in the choice)"
+        f"{table}\n(step and memory: what the next best would add, predicted by formulas;\n"
+        f"{_ADDED}{asked if plan.compiled else ''})"
     )
 
 
