@@ -8,7 +8,7 @@ from typing import Any
 from autoshard.checking import origin_findings
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.errors import LayoutError, PlanFileError, UsageError
-from autoshard.layout.causes import Causes
+from autoshard.layout.causes import DATA_SPLIT, Causes
 from autoshard.layout.outputs import idle_rules
 from autoshard.layout.reading import LayoutLike, check_there, is_source, read_layout
 from autoshard.layout.resolve import resolve
@@ -30,6 +30,9 @@ __all__ = ["compare"]
 
 # The word for the layout that `autoshard.plan` finds.
 _PLANNED = "autoshard"
+
+# The cause of what takes more than one rule, or would be there for each of several.
+_SEVERAL = "several rules"
 
 
 def compare(
@@ -150,12 +153,13 @@ def _compared(
     whole = resolution.whole(table, scorer.mesh)
     shapes = scorer.pricer.program.output_shapes()
     causes = Causes(rules=rules, mesh=scorer.mesh, paths=tuple(table.templates))
+    costly = _costly(candidate.scored.cost, causes, table)
     return replace(
         layout,
         predicted=Prediction.of(candidate.scored.cost),
         excess_bytes=candidate.scored.excess_bytes,
         whole_bytes=sum(family.n_bytes for family in whole),
-        collectives=tuple(_costly(candidate.scored.cost, causes, table)),
+        collectives=tuple(_explained(costly, rules, table, scorer)),
         warnings=(
             *warnings,
             *(finding.message for finding in resolution.findings),
@@ -189,3 +193,34 @@ def _costly(cost: StepCost, causes: Causes, table: ModelTable) -> list[CostlyCol
             )
         )
     return sorted(found, key=lambda item: -item.seconds)
+
+
+def _explained(
+    collectives: Sequence[CostlyCollective],
+    rules: LayoutRules,
+    table: ModelTable,
+    scorer: Scorer,
+) -> list[CostlyCollective]:
+    """With the one rule as cause, where the layer tells none, without which they are not there.
+
+    Layouts pass from layer to layer: a rule for position embeddings splits the sequence, over
+    which the gradient of the token embedding, that no rule splits, is summed.
+    """
+    layers = layer_templates(table.templates)
+    maps = [tuple(other for other in rules if other is not rule) for rule in rules]
+    priced = [score_rules("", some, table, scorer).scored for some in (*maps, ())]
+    if None in priced:  # a rule stands before one that is wrong for what it takes
+        return list(collectives)
+    *without, bare = [
+        {(t.kind, t.axis, t.n_bytes, layer_template(t.layer, layers)) for t in scored.cost.traffic}
+        for scored in priced
+        if scored
+    ]
+    found = []
+    for item in collectives:
+        key = (item.kind, item.axis, item.n_bytes, item.layer)
+        needed = [rule for rule, left in zip(rules, without, strict=True) if key not in left]
+        several = DATA_SPLIT if key in bare else _SEVERAL
+        told = needed[0].pattern if len(needed) == 1 else several
+        found.append(item if item.cause else replace(item, cause=told))
+    return found

@@ -29,10 +29,41 @@ def test_a_plan_its_file_and_the_planner_s_word_are_one_layout(tmp_path: Path) -
 def test_a_split_contracting_dimension_names_its_rule_and_its_collective() -> None:
     found = compare(small_gemma_backbone, [CONTRACTED, WHOLE], **OPTIONS)
     layout = next(one for one in found.layouts if one.rules[0].spec == ("model", None))
-    costliest = [item for item in layout.collectives if item.cause is not None]
-    assert costliest[0].kind == "all-reduce"
-    assert costliest[0].layer.startswith("decoder_block_*/ffw_gating")
-    assert costliest[0].cause == r"decoder_block_\d+/ffw_gating(_2)?/kernel"
+    split = [
+        one for one in layout.collectives if one.layer.startswith("decoder_block_*/ffw_gating")
+    ]
+    assert split[0].kind == "all-reduce"
+    assert split[0].cause == r"decoder_block_\d+/ffw_gating(_2)?/kernel"
+
+
+def test_what_another_layer_s_rule_brings_about_names_that_rule() -> None:
+    # Rows of position embeddings split the sequence: the gradient of the token embedding, which no
+    # rule splits, is summed over it.
+    rules = r"""
+layout_map["position_embedding/embeddings"] = ("model", None)
+layout_map[r"transformer_layer_\d+/feedforward_output_dense/kernel"] = ("model", None)
+"""
+    (layout,) = compare("gpt2_base_en", [rules], "1x8", seq_len=64).layouts
+    causes = {(item.kind, item.layer): item.cause for item in layout.collectives}
+    assert causes["all-reduce", "token_embedding"] == "position_embedding/embeddings"
+    patterns = {rule.pattern for rule in layout.rules}
+    assert set(causes.values()) <= {*patterns, "several rules"}
+
+
+def test_what_comes_of_no_rule_comes_of_the_split_of_the_data() -> None:
+    (layout,) = compare(small_gemma_backbone, [WHOLE], **{**OPTIONS, "mesh": "8x1"}).layouts
+    assert {item.cause for item in layout.collectives} == {"the split of the data"}
+
+
+def test_no_cause_is_made_up_where_a_rule_shields_a_wrong_one() -> None:
+    # Without its first rule Keras refuses the map: 64 rows of 64 have no third dimension.
+    rules = """
+layout_map["token_embedding/embeddings"] = ("model", None)
+layout_map["token_.*"] = ("model", None, None)
+"""
+    (layout,) = compare(small_gemma_backbone, [rules], **OPTIONS).layouts
+    assert not layout.failure
+    assert {item.cause for item in layout.collectives} == {None}
 
 
 def test_a_map_is_priced_as_its_source() -> None:

@@ -14,7 +14,10 @@ from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh
 from autoshard.model.paths import block_pattern
 
-__all__ = ["Causes"]
+__all__ = ["DATA_SPLIT", "Causes"]
+
+# The cause of what no rule brings about: the batch lies over the data axis.
+DATA_SPLIT = "the split of the data"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,7 @@ class Causes:
         if len(split) == 1:
             return split.pop()
         if not split and axes == {self.mesh.data_axis}:
-            return "the split of the data"
+            return DATA_SPLIT
         return None
 
     def _under(self, layer: str) -> list[str]:

@@ -88,7 +88,7 @@ class Planning:
         return scored
 
     def doubts(
-        self, rules: LayoutRules, *, is_compiled: bool, is_best_shape: bool
+        self, rules: LayoutRules, *, is_compiled: bool, is_best_shape: bool = False
     ) -> Iterator[str]:
         """Why a plan of these rules may not be what it seems, a line each.
 

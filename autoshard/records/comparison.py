@@ -22,7 +22,8 @@ class CostlyCollective:
         seconds: of all of them together.
         overlapped: whether they run beside the computation.
         layer: the layer that needs it, with `*` for the block; empty for none.
-        cause: the rule's pattern, or the split of the data; None where it cannot be told.
+        cause: pattern of the rule that splits what the layer holds, else of that without which
+            it is not there; `the split of the data`, or `several rules`.
     """
 
     kind: str
