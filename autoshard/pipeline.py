@@ -16,7 +16,7 @@ from autoshard.planner.mesh_shapes import make_setups, plan_shapes
 from autoshard.planner.plan_value import plan_value
 from autoshard.planner.planning import Planning
 from autoshard.planner.pricing import Candidate
-from autoshard.planner.remedies import Remedy, remedies
+from autoshard.planner.remedies import Advice, as_arguments, remedies
 from autoshard.planner.settling import Verdict, compiler_for, settle
 from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
@@ -38,7 +38,7 @@ class PlanOutcome:
         winner: its candidate.
         planning: the search and the rivals, on the plan's mesh.
         shapes: the same for every shape of the mesh, best first, where the shape was chosen.
-        remedies: what would make the step fit by prediction, where the plan does not.
+        advice: what would make the step fit by prediction, where the plan does not.
         verdicts: what a compiler said, best first; empty where none was asked.
         timings: seconds of each stage, measured.
         failure: why the verification failed, in one line, or "".
@@ -53,7 +53,7 @@ class PlanOutcome:
     failure: str = ""
     unused_length: int | None = None
     shapes: tuple[Planning, ...] = ()
-    remedies: tuple[Remedy, ...] = ()
+    advice: Advice = Advice()
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -162,10 +162,12 @@ def plan(
     if outcome.failure:
         raise XlaError(outcome.failure)
     if not outcome.plan.fits:
+        advice = [f"{one.change} would fit, predicted" for one in outcome.advice.remedies]
+        advice += [outcome.advice.refusal] if outcome.advice.refusal else []
         raise NothingFitsError(
             f"no layout of {outcome.plan.model.name} keeps "
             f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
-            + "".join(f"; {remedy.arguments} would fit, predicted" for remedy in outcome.remedies)
+            + "".join(f"; {as_arguments(line)}" for line in advice)
             + ("; devices in place of mesh tries every shape of it" if devices is None else "")
         )
     for doubt in outcome.doubts:
@@ -242,7 +244,9 @@ def make_plan(
         return outcome
     limit = int(planning.setup.memory_limit * outcome.foreseen_share)
     setup = replace(planning.setup, memory_limit=limit)
-    return replace(outcome, remedies=remedies(model, traced, setup, watch))
+    assert winner.scored is not None
+    peak_bytes = winner.scored.cost.memory.peak_bytes
+    return replace(outcome, advice=remedies(model, traced, setup, peak_bytes, watch))
 
 
 def _unused_length(asked: int | None, workload: Workload) -> int | None:

@@ -8,10 +8,11 @@ from test_end_to_end import small_gemma_backbone
 
 from autoshard.errors import NothingFitsError
 from autoshard.pipeline import make_plan, plan
-from autoshard.planner.remedies import _more_devices, remedies
+from autoshard.planner.remedies import Advice, _more_devices, _smaller_batches, remedies
 from autoshard.planner.setup import make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import trace_model
+from autoshard.report.plan import plan_text
 
 # On a GPU: a TPU's core would hold all activations of so small a model beside its memory.
 REQUEST = {
@@ -37,9 +38,9 @@ def options(change: str) -> dict[str, Any]:
 def test_every_remedy_fits_when_it_is_asked_for() -> None:
     outcome = make_plan(small_gemma_backbone, **REQUEST)
     assert not outcome.plan.fits
-    found = {remedy.change.split()[0]: remedy for remedy in outcome.remedies}
+    found = {remedy.change.split()[0]: remedy for remedy in outcome.advice.remedies}
     assert list(found) == ["--workload", "--batch", "--mesh"]
-    for remedy in outcome.remedies:
+    for remedy in outcome.advice.remedies:
         changed = make_plan(small_gemma_backbone, **{**REQUEST, **options(remedy.change)})
         assert changed.plan.fits, remedy
         assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
@@ -48,7 +49,7 @@ def test_every_remedy_fits_when_it_is_asked_for() -> None:
 def test_more_devices_on_the_data_axis_come_with_the_batch_they_divide() -> None:
     request = {**REQUEST, "mesh": "2", "batch": 2, "memory_limit": "500kB"}
     outcome = make_plan(small_gemma_backbone, **request)
-    (remedy,) = [one for one in outcome.remedies if one.change.startswith("--mesh")]
+    (remedy,) = [one for one in outcome.advice.remedies if one.change.startswith("--mesh")]
     changed = make_plan(small_gemma_backbone, **{**request, **options(remedy.change)})
     assert changed.plan.fits
     assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
@@ -61,8 +62,44 @@ def test_none_is_searched_for_where_weights_alone_are_too_much(
     traced = trace_model(small_gemma_backbone, setup.workload, setup.target.chip)
     monkeypatch.setattr("autoshard.planner.remedies.run_planner", None)
     tried: list[str] = []
-    assert remedies(small_gemma_backbone, traced, setup, Stopwatch(progress=tried.append)) == ()
+    watch = Stopwatch(progress=tried.append)
+    assert remedies(small_gemma_backbone, traced, setup, 0, watch) == Advice(
+        in_vain=(
+            "--workload lora --lora-rank 4 --batch 1",
+            "--batch 1",
+            "--mesh 1x32 --target gpu:h100-sxm:4x8 --batch 8",
+        )
+    )
     assert "try --batch 1" in tried
+
+
+def test_what_cannot_be_enough_is_not_tried() -> None:
+    tried: list[str] = []
+    request = {**REQUEST, "batch": 100_000, "memory_limit": "5MB"}
+    outcome = make_plan(small_gemma_backbone, **request, on_progress=tried.append)
+    (batch,) = [one for one in outcome.advice.remedies if one.change.startswith("--batch")]
+    changed = make_plan(small_gemma_backbone, **{**request, **options(batch.change)})
+    assert changed.fits
+    # Sixteen halvings of the batch, as many of low-rank training, four doublings of the devices.
+    assert sum(stage.startswith("try ") for stage in tried) <= 3 * 4
+
+
+def test_where_no_change_helps_that_is_said() -> None:
+    request = {**REQUEST, "memory_limit": "2kB"}
+    with pytest.raises(NothingFitsError) as error:
+        plan(small_gemma_backbone, **request)
+    words = (
+        "nor does it fit, predicted, with --workload lora --lora-rank 4 --batch 1, or --batch 1, "
+        "or --mesh 1x32 --target gpu:h100-sxm:4x8 --batch 8"
+    )
+    assert f"; {words};" in str(error.value)
+    assert f"\n  {words}\n" in plan_text(make_plan(small_gemma_backbone, **request))
+
+
+def test_batches_that_do_not_halve_are_rounded_down() -> None:
+    # 14 / 2 = 7, whose next smaller multiple of two is 6; then 3, and 2.
+    offered = [change for change, _ in _smaller_batches(make_setup("2x4", batch=14))]
+    assert offered == ["--batch 6", "--batch 2"]
 
 
 def test_more_gpus_than_a_node_has_are_several_nodes() -> None:
@@ -84,7 +121,7 @@ def test_a_model_without_low_rank_factors_is_offered_the_rest() -> None:
 
     outcome = make_plan(dense, "1x2", dtype="float32", memory_limit="3MB")
     assert not outcome.plan.fits
-    assert [remedy.change.split()[0] for remedy in outcome.remedies] == ["--mesh"]
+    assert [remedy.change.split()[0] for remedy in outcome.advice.remedies] == ["--mesh"]
 
 
 def test_no_more_devices_are_offered_than_a_mesh_may_have() -> None:

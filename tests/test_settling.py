@@ -279,7 +279,7 @@ def test_what_would_fit_is_said_where_the_compiler_refuses_too(
     assert outcome.winner.fits != is_foreseen
     # Where the plan fits by prediction, what would fit has to take less than it.
     peak = outcome.plan.predicted.peak_bytes_per_device
-    assert all(remedy.peak_bytes <= peak for remedy in outcome.remedies)
+    assert all(remedy.peak_bytes <= peak for remedy in outcome.advice.remedies)
 
 
 def test_a_compile_for_cpu_devices_says_nothing_of_the_memory(planning) -> None:

@@ -1,7 +1,7 @@
 """What would make a step fit that does not: changes of the request, each planned in turn."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,16 +9,20 @@ from autoshard.errors import MeshError, ModelError, UsageError
 from autoshard.hardware.targets import target_of
 from autoshard.mesh import Mesh, round_up
 from autoshard.model.workload import DEFAULT_LORA_RANK
-from autoshard.planner.planning import Planning, run_planner
+from autoshard.planner.planning import run_planner
 from autoshard.planner.pricing import make_scorer
 from autoshard.planner.setup import Setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, trace_model
 from autoshard.search.candidates import family_choices, smallest_shards
 
-__all__ = ["Remedy", "remedies"]
+__all__ = ["Advice", "Remedy", "as_arguments", "remedies"]
 
 _MOST_DOUBLINGS = 4
+# Of one kind; each traces the step and searches, a few seconds for a small model.
+_MOST_TRIALS = 4
+
+_Changes = Iterator[tuple[str, Setup]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +39,34 @@ class Remedy:
     step_seconds: float
     peak_bytes: int
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What to change where nothing fits.
+
+    Attributes:
+        remedies: the least change of each kind under which the step fits.
+        in_vain: of each other kind the furthest that was tried.
+    """
+
+    remedies: tuple[Remedy, ...] = ()
+    in_vain: tuple[str, ...] = ()
+
     @property
-    def arguments(self) -> str:
-        """The change as arguments of `autoshard.plan`, such as `batch=2`."""
-        return re.sub(r"--(\S+) (\S+)", _argument, self.change)
+    def refusal(self) -> str:
+        """That nothing helps, in one line, or "" where something does or nothing was tried."""
+        if self.remedies or not self.in_vain:
+            return ""
+        return f"nor does it fit, predicted, with {', or '.join(self.in_vain)}"
+
+
+def as_arguments(text: str) -> str:
+    """A text with changes as arguments of `autoshard.plan`.
+
+    >>> as_arguments("--workload lora --batch 2, predicted")
+    "workload='lora' batch=2, predicted"
+    """
+    return re.sub(r"--(\S+) ([^\s,]+)", _argument, text)
 
 
 def _argument(option: re.Match[str]) -> str:
@@ -46,33 +74,77 @@ def _argument(option: re.Match[str]) -> str:
     return f"{name}={value if value.isdecimal() else repr(value)}"
 
 
-def remedies(model: Any, traced: TracedModel, setup: Setup, watch: Stopwatch) -> tuple[Remedy, ...]:
+def remedies(
+    model: Any, traced: TracedModel, setup: Setup, peak_bytes: int, watch: Stopwatch
+) -> Advice:
     """The least change of each kind under which a layout keeps the memory limit.
 
     Args:
         model: what `autoshard.plan` takes.
         traced: the same, its step that of the setup.
         setup: the request for which no layout fits.
+        peak_bytes: predicted of the layout that is nearest to fitting.
         watch: announces each change.
     """
-    found = []
-    for changes in (_adapted(setup), _smaller_batches(setup), _more_devices(setup)):
-        for change, changed in changes:
-            watch.progress(f"try {change}")
-            same = changed.workload == setup.workload
-            try:
-                planned = (
-                    traced if same else trace_model(model, changed.workload, setup.target.chip)
-                )
-            except (ModelError, UsageError):
-                break  # the model has no such step
-            if _held_bytes(planned, changed) > changed.memory_limit:
-                continue
-            remedy = _remedy(change, run_planner(planned, changed, top=1))
-            if remedy is not None:
-                found.append(remedy)
-                break
-    return tuple(found)
+
+    def trace(changed: Setup) -> TracedModel:
+        if changed.workload == setup.workload:
+            return traced
+        return trace_model(model, changed.workload, setup.target.chip)
+
+    found = [
+        _first_that_fits(_adapted(setup), setup, 0, trace, watch),
+        _first_that_fits(_smaller_batches(setup), setup, peak_bytes, trace, watch),
+        _first_that_fits(_more_devices(setup), setup, peak_bytes, trace, watch),
+    ]
+    return Advice(
+        remedies=tuple(one for one in found if isinstance(one, Remedy)),
+        in_vain=tuple(one for one in found if isinstance(one, str)),
+    )
+
+
+def _first_that_fits(
+    changes: _Changes,
+    tried: Setup,
+    peak_bytes: int,
+    trace: Callable[[Setup], TracedModel],
+    watch: Stopwatch,
+) -> Remedy | str | None:
+    """The first change under which the step fits, else the furthest that was tried, if any.
+
+    Half the sequences, or twice the devices, take half the memory at the least: changes that
+    cannot be enough are passed over.
+
+    Args:
+        changes: from small to large.
+        tried: a request for which nothing fits.
+        peak_bytes: predicted for that; 0 where it tells nothing of the changes.
+        trace: makes the step of a request.
+        watch: announces each change.
+    """
+    furthest, n_trials = None, 0
+    for change, changed in changes:
+        if n_trials == _MOST_TRIALS:
+            break
+        share = min(1.0, changed.workload.batch / tried.workload.batch)
+        share *= tried.mesh.n_devices / changed.mesh.n_devices
+        if peak_bytes * share > changed.memory_limit:
+            furthest = change
+            continue
+        watch.progress(f"try {change}")
+        try:
+            traced = trace(changed)
+        except (ModelError, UsageError):
+            break  # the model has no such step
+        furthest, n_trials = change, n_trials + 1
+        if _held_bytes(traced, changed) > changed.memory_limit:
+            continue
+        best = run_planner(traced, changed, top=1).best
+        tried, peak_bytes = changed, best.cost.memory.peak_bytes
+        if not best.excess_bytes:
+            seconds = best.cost.step_seconds
+            return Remedy(change=change, step_seconds=seconds, peak_bytes=peak_bytes)
+    return furthest
 
 
 def _held_bytes(traced: TracedModel, setup: Setup) -> int:
@@ -86,14 +158,7 @@ def _held_bytes(traced: TracedModel, setup: Setup) -> int:
     return memory.weights + memory.optimizer
 
 
-def _remedy(change: str, planning: Planning) -> Remedy | None:
-    if planning.best.excess_bytes:
-        return None
-    cost = planning.best.cost
-    return Remedy(change=change, step_seconds=cost.step_seconds, peak_bytes=cost.memory.peak_bytes)
-
-
-def _adapted(setup: Setup) -> Iterator[tuple[str, Setup]]:
+def _adapted(setup: Setup) -> _Changes:
     """Low-rank factors in place of the whole model, with a smaller batch if need be."""
     if setup.workload.kind == "train":
         workload = replace(setup.workload, kind="lora", lora_rank=DEFAULT_LORA_RANK)
@@ -104,17 +169,17 @@ def _adapted(setup: Setup) -> Iterator[tuple[str, Setup]]:
             yield f"{name} {smaller}", changed
 
 
-def _smaller_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Half the batch, and half of that, as long as the data axis divides it."""
+def _smaller_batches(setup: Setup) -> _Changes:
+    """Half the batch, and half of that, as far down as the data axis divides."""
     n_data = setup.mesh.sizes[setup.mesh.data_axis]
     batch = setup.workload.batch
-    while batch % 2 == 0 and (batch // 2) % n_data == 0:
-        batch //= 2
+    while batch > n_data:
+        batch = max(batch // 2 // n_data, 1) * n_data
         workload = replace(setup.workload, batch=batch)
         yield f"--batch {batch}", replace(setup, workload=workload)
 
 
-def _more_devices(setup: Setup) -> Iterator[tuple[str, Setup]]:
+def _more_devices(setup: Setup) -> _Changes:
     """Twice the devices of the same chip along the last axis, and twice that."""
     mesh, n_slices = setup.mesh, setup.target.n_slices
     for _ in range(_MOST_DOUBLINGS):

@@ -113,8 +113,10 @@ def _misfit(outcome: PlanOutcome) -> str:
     lines += [
         f"  fits with {remedy.change}: step {format_seconds(remedy.step_seconds)}, "
         f"{format_bytes(remedy.peak_bytes)} a device, predicted"
-        for remedy in outcome.remedies
+        for remedy in outcome.advice.remedies
     ]
+    if outcome.advice.refusal:
+        lines.append(f"  {outcome.advice.refusal}")
     return "\n".join(lines)
 
 
