@@ -90,6 +90,24 @@ def test_the_split_by_hand_leaves_whole_what_has_no_other_dimension_that_divides
     }
 
 
+def test_the_split_by_hand_of_a_single_block_splits_its_heads() -> None:
+    # More arrays have the 8 heads (four kernels, three biases) than the 64 of the stream (five
+    # kernels, a bias); of layers it is four and five.
+    keras = import_keras()
+
+    def attention() -> Any:
+        rows = keras.Input((16, 64))
+        heads = keras.layers.MultiHeadAttention(8, 8, name="attention")(rows, rows)
+        return keras.Model(rows, keras.layers.Dense(256, name="head")(heads))
+
+    hand = plan(attention, make_setup("1x4")).by_hand
+    assert hand is not None
+    specs = {rule.pattern: rule.spec for rule in hand.rules}
+    assert specs["head/kernel"] == (None, "model")
+    assert specs["attention/attention_output/kernel"] == ("model", None, None)
+    assert specs["attention/(query|key|value)/kernel"] == (None, "model", None)
+
+
 def test_heads_ffn_and_vocabulary_pay_two_all_reduces_a_block_forward(gemma: Planning) -> None:
     by_hand = gemma.by_hand
     assert by_hand is not None

@@ -167,10 +167,14 @@ def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
     """The layout that people write, told by shapes: heads, feed-forward and vocabulary are split.
 
     The last mesh axis splits the first dimension of each family that is not the residual stream;
-    where that is not legal the family stays whole. The stream is the dimension that most families
-    have, the smallest of several: it is narrower than a feed-forward layer.
+    where that is not legal the family stays whole. The stream is the dimension that most layers
+    have in their largest family (biases of heads, which have none, tell nothing), the smallest of
+    several: it is narrower than a feed-forward layer.
     """
-    sizes = Counter(size for choices in families for size in set(choices.shape))
+    largest: dict[str, Choices] = {}
+    for choices in sorted(families, key=lambda choices: -choices.n_bytes):
+        largest.setdefault(choices.name.rpartition("/")[0], choices)
+    sizes = Counter(size for choices in largest.values() for size in set(choices.shape))
     stream = max(sizes, key=lambda size: (sizes[size], -size), default=0)
     assignment = {}
     for choices in families:
