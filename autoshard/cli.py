@@ -269,7 +269,7 @@ def compare(
 @click.argument("plan_file", metavar="PLAN")
 def explain(plan_file: str) -> None:
     """Say what to know of a PLAN file, and why each family of variables got its spec."""
-    from autoshard.report.plan import explanation_text
+    from autoshard.report.explanation import explanation_text
     from autoshard.sharding_plan import load
 
     click.echo(explanation_text(load(plan_file)))

@@ -94,6 +94,24 @@ def test_a_gather_runs_beside_a_matmul_that_multiplies_the_shards() -> None:
     assert beside.overlapped_seconds == gathers[0][0].seconds == gathers[1][0].seconds
 
 
+@pytest.mark.parametrize("is_shifted", [False, True])
+def test_no_gather_runs_beside_sums_that_are_scattered_along_what_is_shifted(
+    is_shifted: bool,
+) -> None:
+    def both(x, w, a, b, bias):
+        hidden = jnp.tanh(x @ w)
+        made = hidden @ a + bias  # laid out as the bias
+        halves = (made[:, 512:], made[:, :512])
+        return jnp.concatenate(halves, axis=1) if is_shifted else made, hidden @ b
+
+    shapes = ((4096, 1024), (1024, 2048), (2048, 1024), (2048, 1024), (4096, 1024))
+    cost = cost_of(program_of(both, *shapes), WHOLE, 1, 0, 1, 1)
+    (scattered,) = [t for t in cost.traffic if t.kind == "reduce-scatter"]
+    (gather,) = [t for t in cost.traffic if t.kind == "all-gather"]
+    assert scattered.n_bytes == 4096 * 1024 * 4
+    assert gather.overlapped == (not is_shifted)
+
+
 def test_partial_sums_that_are_added_are_reduced_once() -> None:
     program = program_of(
         lambda x, y, a, b: x @ a + y @ b, (64, 256), (64, 256), (256, 128), (256, 128)

@@ -29,7 +29,7 @@ from autoshard.records.parts import (
     Reason,
     Versions,
 )
-from autoshard.report.plan import reasons_text
+from autoshard.report.explanation import reasons_text
 from autoshard.sharding_plan import Plan, is_stream, load, plan_of
 
 RULES = (

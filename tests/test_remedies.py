@@ -79,7 +79,7 @@ def test_what_cannot_be_enough_is_not_tried() -> None:
     outcome = make_plan(small_gemma_backbone, **request, on_progress=tried.append)
     (batch,) = [one for one in outcome.advice.remedies if one.change.startswith("--batch")]
     changed = make_plan(small_gemma_backbone, **{**request, **options(batch.change)})
-    assert changed.fits
+    assert changed.plan.fits
     # Sixteen halvings of the batch, as many of low-rank training, four doublings of the devices.
     assert sum(stage.startswith("try ") for stage in tried) <= 3 * 4
 
@@ -88,12 +88,14 @@ def test_where_no_change_helps_that_is_said() -> None:
     request = {**REQUEST, "memory_limit": "2kB"}
     with pytest.raises(NothingFitsError) as error:
         plan(small_gemma_backbone, **request)
-    words = (
-        "nor does it fit, predicted, with --workload lora --lora-rank 4 --batch 1, or --batch 1, "
-        "or --mesh 1x32 --target gpu:h100-sxm:4x8 --batch 8"
-    )
-    assert f"; {words};" in str(error.value)
-    assert f"\n  {words}\n" in plan_text(make_plan(small_gemma_backbone, **request))
+    assert (
+        "; nor does it fit, predicted, with workload='lora' lora_rank=4 batch=1, or batch=1, "
+        "or mesh='1x32' target='gpu:h100-sxm:4x8' batch=8;"
+    ) in str(error.value)
+    assert (
+        "\n  nor does it fit, predicted, with --workload lora --lora-rank 4 --batch 1, or "
+        "--batch 1, or --mesh 1x32 --target gpu:h100-sxm:4x8 --batch 8\n"
+    ) in plan_text(make_plan(small_gemma_backbone, **request))
 
 
 def test_batches_that_do_not_halve_are_rounded_down() -> None:

@@ -3,16 +3,18 @@
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress, count, starmap
 
 import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
+from autoshard.cost.beside import MatmulsBeside
 from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.scores import AttentionScores, with_maxima
+from autoshard.cost.shares import Moved, Share
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import (
@@ -24,7 +26,7 @@ from autoshard.cost.transfers import (
     transfer_by_part,
 )
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import Array, Layout, Op, Program, in_any_block
+from autoshard.graph.program import Layout, Op, Program, in_any_block
 from autoshard.graph.propagation import Apart, picker, torn_axes
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import wire_bytes
@@ -36,39 +38,6 @@ _WORKING = OpBytes._fields.index("working")
 
 # What makes two collectives the same one -> the collective as the step counts it.
 _Traffics = dict[tuple[object, ...], Traffic]
-
-# What makes a collective the same as another's, the transfer of one op, how the step counts it, and
-# how it does where it runs beside another matmul (None where it cannot).
-_Moved = tuple[tuple[object, ...], Transfer, Traffic, Traffic | None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Share:
-    """What one op adds to the step, with some layouts around it.
-
-    Attributes:
-        compute_seconds: of all its runs.
-        fetch_seconds: of its weights, in all its runs.
-        transfers: of one run, each with what makes it the same as another's and how it counts.
-        moved: the operands that it moves, and over which axis.
-        n_bytes: what it adds to memory, see `PeakMemory.op_bytes`.
-    """
-
-    compute_seconds: float
-    fetch_seconds: float
-    transfers: tuple[_Moved, ...]
-    moved: frozenset[tuple[int, int]]
-    n_bytes: OpBytes
-
-
-def _matmuls_by_operand(ops: Sequence[Op]) -> dict[int, list[int]]:
-    """Identity of an array that the step makes -> the matmuls of the forward pass that read it."""
-    readers: dict[int, list[int]] = {}
-    for index, op in enumerate(ops):
-        if op.kind == "contraction" and not op.backward:
-            for identity in {array.identity for array in op.operands if not array.is_held}:
-                readers.setdefault(identity, []).append(index)
-    return readers
 
 
 class StepPricer:
@@ -88,12 +57,12 @@ class StepPricer:
         self._kind_of = [kinds.setdefault(price_look(op), len(kinds)) for op in program.ops]
         self._around = [picker(op.groups) for op in program.ops]
         self._touching = program.touching()
-        self._readers = _matmuls_by_operand(program.ops)
+        self.beside = MatmulsBeside(program, machine)
         self._maxima = with_maxima(program.ops) if machine.compiles_for_tpu else set()
         self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = AttentionScores(program, machine)
-        self._shares: list[dict[tuple[Layout, ...], _Share]] = [{} for _ in program.ops]
+        self._shares: list[dict[tuple[Layout, ...], Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
             (index, argument.group)
@@ -106,7 +75,7 @@ class StepPricer:
         self._compute = np.zeros(len(program.ops))
         self._fetching = np.zeros(len(program.ops))
         self._n_bytes = np.zeros((len(program.ops), len(OpBytes._fields)))
-        self._moving: dict[int, _Share] = {}
+        self._moving: dict[int, Share] = {}
 
     def price(self, layouts: Sequence[Layout], apart: Apart | None = None) -> StepCost:
         """The step under some layouts.
@@ -147,14 +116,14 @@ class StepPricer:
             memory=self._peak.peak(layouts, n_bytes),
         )
 
-    def _ops_seconds(self, apart: Mapping[int, _Share]) -> float:
+    def _ops_seconds(self, apart: Mapping[int, Share]) -> float:
         """Of all ops, or of fetching their weights meanwhile, the longer; some lie apart."""
         ops, fetching = float(self._compute.sum()), float(self._fetching.sum())
         ops += sum(share.compute_seconds - self._compute[i] for i, share in apart.items())
         fetching += sum(share.fetch_seconds - self._fetching[i] for i, share in apart.items())
         return float(max(ops, fetching))
 
-    def _move(self, traffic: _Traffics, moving: Mapping[int, _Share]) -> float:
+    def _move(self, traffic: _Traffics, moving: Mapping[int, Share]) -> float:
         """Add the collectives of some ops; returns what they cost compute, in seconds."""
         seconds = 0.0
         windowed: dict[tuple[object, ...], Transfer] = {}
@@ -164,7 +133,7 @@ class StepPricer:
                 # all-reduced once: once in all what every block reads or adds to.
                 known = traffic.get(once)
                 if known is None:
-                    if beside is not None and self._runs_beside(index, transfer, moving):
+                    if beside is not None and self.beside.hides(index, transfer, moving):
                         moved = beside
                     traffic[once] = moved
                     seconds += transfer.memory_seconds * moved.count
@@ -193,7 +162,7 @@ class StepPricer:
         for index, (have, want) in asked.items():
             op = self.program.ops[index]
             # The result is gathered beside another matmul that reads what this one does.
-            hidden = any(self.may_run_beside(op, array) for array in op.operands)
+            hidden = any(self.beside.may_hide(op, array) for array in op.operands)
             for place, transfer in enumerate(result_moves(op, have, want, self.machine)):
                 moved = self._traffic(op, transfer)
                 traffic["asked", index, place] = replace(moved, overlapped=hidden)
@@ -213,11 +182,6 @@ class StepPricer:
             if moved.overlapped and moved.kind == "all-gather" and once[0] in self._kept:
                 traffic[once] = replace(moved, overlapped=blocking <= {moved.axis})
 
-    def may_run_beside(self, op: Op, array: Array) -> bool:
-        """Whether an array may be gathered for op beside another matmul that reads it."""
-        several = len(self._readers.get(array.identity, ())) > 1
-        return several and not op.backward and self.machine.hides_gathers
-
     def _beside(self, op: Op, transfer: Transfer, moved: Traffic) -> Traffic | None:
         """A gather that op waits for as it is if it runs beside another matmul that reads the same.
 
@@ -225,21 +189,8 @@ class StepPricer:
         """
         if transfer.overlapped or transfer.operand is None or transfer.kind != "all-gather":
             return None
-        may = self.may_run_beside(op, op.operands[transfer.operand])
+        may = self.beside.may_hide(op, op.operands[transfer.operand])
         return replace(moved, overlapped=True) if may else None
-
-    def _runs_beside(self, index: int, transfer: Transfer, moving: Mapping[int, _Share]) -> bool:
-        """Whether such a gather does: whether another of those matmuls has nothing to wait for.
-
-        It multiplies the shards as they lie. Of 330 such gathers in programs of the TPU compiler it
-        hid three in four, of 2,400 others one in five.
-        """
-        assert transfer.operand is not None
-        identity = self.program.ops[index].operands[transfer.operand].identity
-        return any(
-            reader not in moving or (identity, transfer.axis) not in moving[reader].moved
-            for reader in self._readers[identity]
-        )
 
     def _follow(self, layouts: Sequence[Layout]) -> None:
         """Price anew the ops around which a layout is another than it was."""
@@ -256,17 +207,17 @@ class StepPricer:
                 self._moving.pop(index, None)
         self._last = layouts
 
-    def _share(self, index: int, around: tuple[Layout, ...]) -> _Share:
+    def _share(self, index: int, around: tuple[Layout, ...]) -> Share:
         """What op `index` adds, the layouts of its operands and results given; remembered."""
         share = self._shares[index].get(around)
         if share is None:
             share = self._shares[index][around] = self._new_share(index, around)
         return share
 
-    def _new_share(self, index: int, around: tuple[Layout, ...]) -> _Share:
+    def _new_share(self, index: int, around: tuple[Layout, ...]) -> Share:
         op = self.program.ops[index]
         cost = self._op_cost(index, around)
-        return _Share(
+        return Share(
             compute_seconds=op.count
             * (
                 cost.compute_seconds
@@ -284,7 +235,7 @@ class StepPricer:
             n_bytes=self._peak.op_bytes(index, around, cost),
         )
 
-    def _moved(self, index: int, around: Sequence[Layout], transfer: Transfer) -> _Moved:
+    def _moved(self, index: int, around: Sequence[Layout], transfer: Transfer) -> Moved:
         op = self.program.ops[index]
         if index in self._maxima and transfer.adds_pieces:
             seconds = transfer.alone_seconds + self._max_seconds(op, around)
@@ -385,7 +336,7 @@ def _is_alike(one: Traffic, other: Traffic) -> bool:
     return in_any_block(one.layer) == in_any_block(other.layer)
 
 
-def _is_summed(index: int, moving: Mapping[int, _Share]) -> bool:
+def _is_summed(index: int, moving: Mapping[int, Share]) -> bool:
     """Whether an all-reduce sums what an op makes."""
     share = moving.get(index)
     return share is not None and is_all_reduced(transfer for _, transfer, *_ in share.transfers)

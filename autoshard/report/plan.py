@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tabulate import tabulate
 
@@ -14,7 +14,7 @@ from autoshard.pipeline import PlanOutcome
 from autoshard.planner.mesh_shapes import tradeoffs
 from autoshard.planner.pricing import Candidate
 from autoshard.planner.settling import Verdict
-from autoshard.records.parts import Reason
+from autoshard.report.explanation import RANKING, reasons_text
 from autoshard.search.candidates import legal_specs
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_seconds, option_bytes, spell_count
@@ -22,22 +22,13 @@ from autoshard.xla.collectives import Collective
 from autoshard.xla.compiled import CompiledStep
 from autoshard.xla.partitioned import target_collectives
 
-__all__ = ["explanation_text", "notes", "plan_text"]
-
-# Seconds below this are rounding; bytes are one or more.
-_LEAST = 1e-12
+__all__ = ["notes", "plan_text"]
 
 # Whole weights of less than this share of the model are not worth a line.
 _TRIFLE = 0.01
 
 # If no axis divides more than this share, the mesh has hardly the right shape.
 _MUCH = 0.1
-
-# Why what is faster may come later: `Scored.rank` in words.
-_ADDED = (
-    "the ranking adds a twentieth of the collectives behind compute, 0.25% a rule for an output, "
-    "0.7% for twice the memory"
-)
 
 # What a ranking says of a layout, as `_ranking_row` gives it.
 _COLUMNS = ("step", "compute", "collectives", "wire", "memory", "compiled", "note")
@@ -61,7 +52,7 @@ def plan_text(outcome: PlanOutcome, *, timings: bool = False) -> str:
         *_shapes(outcome),
         _ranking(outcome),
         *_verification(outcome),
-        _reasons(outcome.plan),
+        reasons_text(outcome.plan),
     ]
     if timings:
         parts.append(_timings(outcome))
@@ -236,7 +227,7 @@ def _ranking(outcome: PlanOutcome) -> str:
         name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     table = _table(("layout", *_COLUMNS), rows)
-    note = f"all predicted by formulas;\n{_ADDED}"
+    note = f"all predicted by formulas;\n{RANKING}"
     by = next((v.compiled for v in outcome.verdicts if v.compiled), None)
     if by is not None:
         note += f";\ncompiled: {_source(by)}"
@@ -353,52 +344,6 @@ def _counts(collectives: Iterable[Collective | Traffic]) -> Counter[tuple[str, s
     for item in collectives:
         counts[item.kind, item.axis, item.n_bytes] += item.count
     return counts
-
-
-def explanation_text(plan: Plan) -> str:
-    """What to know of a plan, and why each family got its spec.
-
-    Args:
-        plan: a plan, fresh or from a file.
-    """
-    head = f"{plan.model.name}, {plan.workload}\nmesh {plan.mesh.named} on {plan.target}"
-    known = "".join(f"\nnote: {note}" for note in plan.notes)
-    return f"{head}{known}\n\n{_reasons(plan)}"
-
-
-def _reasons(plan: Plan) -> str:
-    """Why each family got its spec."""
-    rows = []
-    for reason in plan.reasons:
-        rows.append((reason.family, format_spec(reason.spec), *_next_best(reason)))
-    headers = ("family", "spec", "next best, all else equal", "step", "memory")
-    table = tabulate(rows, headers=headers, disable_numparse=True)
-    asked = ";\na compiler was asked about whole layouts, and its word counts first"
-    return (
-        f"{table}\n(step and memory: what the next best would add, predicted by formulas;\n"
-        f"{_ADDED}{asked if plan.compiled else ''})"
-    )
-
-
-def _next_best(reason: Reason) -> tuple[str, str, str]:
-    """The next best spec of a family, and what it would add to the step and to the peak."""
-    if reason.next_best is None or reason.cost_seconds is None or reason.cost_bytes is None:
-        why = "none legal or worth a rule"
-        if any(reason.spec):
-            why = "none: not read by this step, or tied to another family"
-        return why, "", ""
-    return (
-        format_spec(reason.next_best),
-        _signed(reason.cost_seconds, format_seconds),
-        _signed(reason.cost_bytes, format_bytes) + ("" if reason.fits else ", does not fit"),
-    )
-
-
-def _signed(amount: float, text: Callable[[float], str]) -> str:
-    """An amount that is added or saved, "same" where it is neither."""
-    if abs(amount) < _LEAST:
-        return "same"
-    return f"{'+' if amount > 0 else '-'}{text(abs(amount))}"
 
 
 def _timings(outcome: PlanOutcome) -> str:

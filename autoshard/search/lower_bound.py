@@ -250,7 +250,7 @@ class _Builder:
         """
         made, partial = lies_in_op(op, array, operand, choice)
         hidden_dims = windowed_dims(op, array, operand, self.pricer.machine)
-        if operand is not None and self.pricer.may_run_beside(op, array):
+        if operand is not None and self.pricer.beside.may_hide(op, array):
             hidden_dims = set(range(len(array.factors)))
         looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None
         # All that the moves depend on beside the layout.

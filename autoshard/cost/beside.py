@@ -1,0 +1,76 @@
+"""Gathers that the TPU compiler hides behind another matmul that reads the same array."""
+
+from collections.abc import Mapping, Sequence
+
+from autoshard.cost.machine import Machine
+from autoshard.cost.shares import Share
+from autoshard.cost.transfers import Transfer
+from autoshard.graph.program import Array, Op, Program
+
+__all__ = ["MatmulsBeside"]
+
+
+class MatmulsBeside:
+    """The matmuls of a program by what they read, on one machine."""
+
+    def __init__(self, program: Program, machine: Machine) -> None:
+        self._ops = program.ops
+        self._machine = machine
+        self._readers = _matmuls_by_operand(program.ops)
+        self._shifted = _shifted_dims(program.ops)
+
+    def may_hide(self, op: Op, array: Array) -> bool:
+        """Whether an array may be gathered for op beside another matmul that reads it."""
+        several = len(self._readers.get(array.identity, ())) > 1
+        return several and not op.backward and self._machine.hides_gathers
+
+    def hides(self, index: int, transfer: Transfer, moving: Mapping[int, Share]) -> bool:
+        """Whether such a gather is hidden: whether another of those matmuls waits for nothing.
+
+        It multiplies the shards as they lie. Of 330 such gathers in programs of the TPU compiler it
+        hid three in four, of 2,400 others one in five. It hid one of eight where that other's sums
+        are scattered along what is shifted next, the halves of rotary embeddings.
+
+        Args:
+            index: of the op that waits for the gather.
+            transfer: the gather.
+            moving: the ops that move something, with what they add.
+        """
+        assert transfer.operand is not None
+        identity = self._ops[index].operands[transfer.operand].identity
+        return any(
+            reader not in moving
+            or (identity, transfer.axis) not in moving[reader].moved
+            and not self._scatters_shifted(reader, moving[reader])
+            for reader in self._readers[identity]
+        )
+
+    def _scatters_shifted(self, index: int, share: Share) -> bool:
+        """Whether sums of op `index` are scattered along a dimension that is shifted."""
+        group = self._ops[index].results[0].group
+        return any(
+            transfer.kind == "reduce-scatter"
+            and (group, transfer.target[self._machine.axis_of(transfer.axis)]) in self._shifted
+            for _, transfer, *_ in share.transfers
+        )
+
+
+def _matmuls_by_operand(ops: Sequence[Op]) -> dict[int, list[int]]:
+    """Identity of an array that the step makes -> the matmuls of the forward pass that read it."""
+    readers: dict[int, list[int]] = {}
+    for index, op in enumerate(ops):
+        if op.kind == "contraction" and not op.backward:
+            for identity in {array.identity for array in op.operands if not array.is_held}:
+                readers.setdefault(identity, []).append(index)
+    return readers
+
+
+def _shifted_dims(ops: Sequence[Op]) -> set[tuple[int, int]]:
+    """Groups, each with a dimension along which some op passes parts of their arrays on."""
+    return {
+        (array.group, dim)
+        for op in ops
+        for array in op.operands
+        for dim, factor in enumerate(array.factors)
+        if factor in op.shifted
+    }
