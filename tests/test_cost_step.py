@@ -94,6 +94,17 @@ def test_a_gather_runs_beside_a_matmul_that_multiplies_the_shards() -> None:
     assert beside.overlapped_seconds == gathers[0][0].seconds == gathers[1][0].seconds
 
 
+def test_what_a_batch_of_matmuls_reads_is_gathered_early() -> None:
+    def scores(x, keys, b):
+        return jnp.einsum("bqd,bkd->bqk", x, jnp.tanh(keys)), x @ b
+
+    program = program_of(scores, (8, 512, 64), (8, 512, 64), (64, 64), dtype="bfloat16")
+    # the rows of the queries are split, as those of the keys are: those are gathered
+    (gather,) = cost_of(program, 1, 1, WHOLE).traffic
+    assert (gather.kind, gather.n_bytes) == ("all-gather", 8 * 512 * 64 * 2)
+    assert gather.overlapped
+
+
 @pytest.mark.parametrize("is_shifted", [False, True])
 def test_no_gather_runs_beside_sums_that_are_scattered_along_what_is_shifted(
     is_shifted: bool,

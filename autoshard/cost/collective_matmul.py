@@ -100,20 +100,13 @@ def summed(
     if transfer.kind != "reduce-scatter":
         return transfer
     weighed = replace(transfer, seconds=transfer.seconds * _RING_BYTES / op.results[0].itemsize)
-    surely = _BATCH_DECOMPOSED if _is_batch(op) else _DECOMPOSED
+    surely = _BATCH_DECOMPOSED if op.is_batch else _DECOMPOSED
     if may_ring and is_decomposed(weighed, compute, machine, surely):
         return _as_ring(op, choice, transfer, machine)
     if may_ring and is_decomposed(weighed, compute, machine, _NOT_DECOMPOSED):
         return transfer
     whole = _is_summed_whole(op, choice, transfer, machine)
     return as_all_reduce(transfer, machine) if whole else transfer
-
-
-def _is_batch(op: Op) -> bool:
-    """Whether a factor of both operands is one of the result."""
-    return any(
-        {*op.operands[0].factors} & {*op.operands[-1].factors} & {*op.results[0].factors} - {None}
-    )
 
 
 def uses_all_devices(choice: Choice, axis_sizes: Sequence[int]) -> bool:

@@ -163,6 +163,19 @@ class Op:
         return self.primitive == "conv_general_dilated"
 
     @property
+    def is_batch(self) -> bool:
+        """Whether it is a batch of matmuls, as attention is: both operands have it, and the result.
+
+        A convolution is none.
+        """
+        if self.kind != "contraction" or self.is_convolution:
+            return False
+        left, right, made = (
+            {*a.factors} for a in (self.operands[0], self.operands[-1], *self.results)
+        )
+        return bool(left & right & made - {None})
+
+    @property
     def arrays(self) -> tuple[Array, ...]:
         """Its operands, then its results."""
         return (*self.operands, *self.results)
