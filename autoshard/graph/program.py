@@ -168,11 +168,9 @@ class Op:
 
         A convolution is none.
         """
-        if self.kind != "contraction" or self.is_convolution:
+        if self.kind != "contraction" or self.is_convolution or len(self.arrays) != 3:
             return False
-        left, right, made = (
-            {*a.factors} for a in (self.operands[0], self.operands[-1], *self.results)
-        )
+        left, right, made = ({*array.factors} for array in self.arrays)
         return bool(left & right & made - {None})
 
     @property
