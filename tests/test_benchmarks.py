@@ -289,8 +289,8 @@ def test_scaling_plans_every_depth_on_one_mesh_and_the_preset_on_every_mesh() ->
         asked.append((model, mesh))
         timings = {scaling.BUILD: 1.0, "trace the step": 0.25, "search": 0.5}
         predicted = SimpleNamespace(step_seconds=0.1)
-        plan = SimpleNamespace(predicted=predicted)
-        return SimpleNamespace(timings=timings, plan=plan, fits=True)
+        plan = SimpleNamespace(predicted=predicted, fits=True)
+        return SimpleNamespace(timings=timings, plan=plan)
 
     rows = list(scaling.rows(get("gemma_2b_en"), planned))
     assert [row[:2] for row in rows[:4]] == [
