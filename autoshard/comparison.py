@@ -206,6 +206,8 @@ def _explained(
     Layouts pass from layer to layer: a rule for position embeddings splits the sequence, over
     which the gradient of the token embedding, that no rule splits, is summed.
     """
+    if all(item.cause for item in collectives):
+        return list(collectives)
     layers = layer_templates(table.templates)
     maps = [tuple(other for other in rules if other is not rule) for rule in rules]
     priced = [score_rules("", some, table, scorer).scored for some in (*maps, ())]
@@ -216,11 +218,12 @@ def _explained(
         for scored in priced
         if scored
     ]
-    found = []
-    for item in collectives:
+
+    def cause(item: CostlyCollective) -> str:
         key = (item.kind, item.axis, item.n_bytes, item.layer)
         needed = [rule for rule, left in zip(rules, without, strict=True) if key not in left]
-        several = DATA_SPLIT if key in bare else _SEVERAL
-        told = needed[0].pattern if len(needed) == 1 else several
-        found.append(item if item.cause else replace(item, cause=told))
-    return found
+        if len(needed) == 1:
+            return needed[0].pattern
+        return DATA_SPLIT if key in bare else _SEVERAL
+
+    return [item if item.cause else replace(item, cause=cause(item)) for item in collectives]

@@ -99,12 +99,13 @@ def summed(
     """
     if transfer.kind != "reduce-scatter":
         return transfer
-    weighed = replace(transfer, seconds=transfer.seconds * _RING_BYTES / op.results[0].itemsize)
-    surely = _BATCH_DECOMPOSED if op.is_batch else _DECOMPOSED
-    if may_ring and is_decomposed(weighed, compute, machine, surely):
-        return _as_ring(op, choice, transfer, machine)
-    if may_ring and is_decomposed(weighed, compute, machine, _NOT_DECOMPOSED):
-        return transfer
+    if may_ring:
+        weighed = replace(transfer, seconds=transfer.seconds * _RING_BYTES / op.results[0].itemsize)
+        surely = _BATCH_DECOMPOSED if op.is_batch else _DECOMPOSED
+        if is_decomposed(weighed, compute, machine, surely):
+            return _as_ring(op, choice, transfer, machine)
+        if is_decomposed(weighed, compute, machine, _NOT_DECOMPOSED):
+            return transfer
     whole = _is_summed_whole(op, choice, transfer, machine)
     return as_all_reduce(transfer, machine) if whole else transfer
 

@@ -350,9 +350,11 @@ def _moves(
         if target == WHOLE:
             now[axis] = WHOLE
             n_bytes = local_bytes(all_bytes, tuple(now), sizes)
-            on_tpu = machine.chip.kind == "tpu"
-            early = array.is_held or (machine.hides_gathers and op.is_batch)
-            early = early or (on_tpu and op.backward and sizes[axis] > 2)
+            early = (
+                array.is_held
+                or (machine.hides_gathers and op.is_batch)
+                or (machine.chip.kind == "tpu" and op.backward and sizes[axis] > 2)
+            )
             yield collective("all-gather", axis, n_bytes, machine, position, want, not early)
         else:
             n_bytes = local_bytes(all_bytes, have, sizes)
