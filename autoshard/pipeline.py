@@ -162,12 +162,13 @@ def plan(
     if outcome.failure:
         raise XlaError(outcome.failure)
     if not outcome.plan.fits:
-        advice = [f"{one.change} would fit, predicted" for one in outcome.advice.remedies]
-        advice += [outcome.advice.refusal] if outcome.advice.refusal else []
+        changes = [as_arguments(remedy.change) for remedy in outcome.advice.remedies]
+        advice = [f"{change} would fit, predicted" for change in changes]
+        refusal = outcome.advice.refusal(as_arguments)
         raise NothingFitsError(
             f"no layout of {outcome.plan.model.name} keeps "
             f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
-            + "".join(f"; {as_arguments(line)}" for line in advice)
+            + "".join(f"; {line}" for line in (*advice, refusal) if line)
             + ("; devices in place of mesh tries every shape of it" if devices is None else "")
         )
     for doubt in outcome.doubts:

@@ -1,7 +1,5 @@
 """Where nothing fits: the changes that would, each true."""
 
-from typing import Any
-
 import keras
 import pytest
 from test_end_to_end import small_gemma_backbone
@@ -24,24 +22,16 @@ REQUEST = {
 }
 
 
-def options(change: str) -> dict[str, Any]:
-    """`--batch 2` as the arguments of `plan`."""
-    words = change.split()
-    pairs = zip(words[::2], words[1::2], strict=True)
-    named = {name.removeprefix("--").replace("-", "_"): value for name, value in pairs}
-    numbers = {
-        name: int(value) for name, value in named.items() if name != "mesh" and value.isdecimal()
-    }
-    return named | numbers
-
-
 def test_every_remedy_fits_when_it_is_asked_for() -> None:
     outcome = make_plan(small_gemma_backbone, **REQUEST)
     assert not outcome.plan.fits
-    found = {remedy.change.split()[0]: remedy for remedy in outcome.advice.remedies}
-    assert list(found) == ["--workload", "--batch", "--mesh"]
+    assert [next(iter(one.change)) for one in outcome.advice.remedies] == [
+        "workload",
+        "batch",
+        "mesh",
+    ]
     for remedy in outcome.advice.remedies:
-        changed = make_plan(small_gemma_backbone, **{**REQUEST, **options(remedy.change)})
+        changed = make_plan(small_gemma_backbone, **{**REQUEST, **remedy.change})
         assert changed.plan.fits, remedy
         assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
 
@@ -49,8 +39,8 @@ def test_every_remedy_fits_when_it_is_asked_for() -> None:
 def test_more_devices_on_the_data_axis_come_with_the_batch_they_divide() -> None:
     request = {**REQUEST, "mesh": "2", "batch": 2, "memory_limit": "500kB"}
     outcome = make_plan(small_gemma_backbone, **request)
-    (remedy,) = [one for one in outcome.advice.remedies if one.change.startswith("--mesh")]
-    changed = make_plan(small_gemma_backbone, **{**request, **options(remedy.change)})
+    (remedy,) = [one for one in outcome.advice.remedies if "mesh" in one.change]
+    changed = make_plan(small_gemma_backbone, **{**request, **remedy.change})
     assert changed.plan.fits
     assert changed.plan.predicted.peak_bytes_per_device == remedy.peak_bytes
 
@@ -65,9 +55,9 @@ def test_none_is_searched_for_where_weights_alone_are_too_much(
     watch = Stopwatch(progress=tried.append)
     assert remedies(small_gemma_backbone, traced, setup, 0, watch) == Advice(
         in_vain=(
-            "--workload lora --lora-rank 4 --batch 1",
-            "--batch 1",
-            "--mesh 1x32 --target gpu:h100-sxm:4x8 --batch 8",
+            {"workload": "lora", "lora_rank": 4, "batch": 1},
+            {"batch": 1},
+            {"mesh": "1x32", "target": "gpu:h100-sxm:4x8", "batch": 8},
         )
     )
     assert "try --batch 1" in tried
@@ -77,8 +67,8 @@ def test_what_cannot_be_enough_is_not_tried() -> None:
     tried: list[str] = []
     request = {**REQUEST, "batch": 100_000, "memory_limit": "5MB"}
     outcome = make_plan(small_gemma_backbone, **request, on_progress=tried.append)
-    (batch,) = [one for one in outcome.advice.remedies if one.change.startswith("--batch")]
-    changed = make_plan(small_gemma_backbone, **{**request, **options(batch.change)})
+    (batch,) = [one for one in outcome.advice.remedies if list(one.change) == ["batch"]]
+    changed = make_plan(small_gemma_backbone, **{**request, **batch.change})
     assert changed.plan.fits
     # Sixteen halvings of the batch, as many of low-rank training, four doublings of the devices.
     assert sum(stage.startswith("try ") for stage in tried) <= 3 * 4
@@ -101,12 +91,12 @@ def test_where_no_change_helps_that_is_said() -> None:
 def test_batches_that_do_not_halve_are_rounded_down() -> None:
     # 14 / 2 = 7, whose next smaller multiple of two is 6; then 3, and 2.
     offered = [change for change, _ in _smaller_batches(make_setup("2x4", batch=14))]
-    assert offered == ["--batch 6", "--batch 2"]
+    assert offered == [{"batch": 6}, {"batch": 2}]
 
 
 def test_more_gpus_than_a_node_has_are_several_nodes() -> None:
     change, changed = next(_more_devices(make_setup("1x8", target="gpu:h100-sxm:8")))
-    assert change == "--mesh 1x16 --target gpu:h100-sxm:2x8 --batch 8"
+    assert change == {"mesh": "1x16", "target": "gpu:h100-sxm:2x8", "batch": 8}
     assert changed.target.n_devices == changed.mesh.n_devices == 16
 
 
@@ -123,9 +113,15 @@ def test_a_model_without_low_rank_factors_is_offered_the_rest() -> None:
 
     outcome = make_plan(dense, "1x2", dtype="float32", memory_limit="3MB")
     assert not outcome.plan.fits
-    assert [remedy.change.split()[0] for remedy in outcome.advice.remedies] == ["--mesh"]
+    assert [next(iter(one.change)) for one in outcome.advice.remedies] == ["mesh"]
 
 
 def test_no_more_devices_are_offered_than_a_mesh_may_have() -> None:
     offered = [change for change, _ in _more_devices(make_setup("64x128"))]
     assert len(offered) == 3  # 65,536; the next doubling passes 100,000
+
+
+def test_slices_are_not_multiplied_by_a_target_that_names_them() -> None:
+    change, changed = next(_more_devices(make_setup("2x8", slices=2)))
+    assert change == {"mesh": "2x16", "target": "tpu:v5e:4x4:2", "batch": 8, "slices": 1}
+    assert make_setup(**change) == changed

@@ -1,7 +1,6 @@
 """What would make a step fit that does not: changes of the request, each planned in turn."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +15,16 @@ from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, trace_model
 from autoshard.search.candidates import family_choices, smallest_shards
 
-__all__ = ["Advice", "Remedy", "as_arguments", "remedies"]
+__all__ = ["Advice", "Change", "Remedy", "as_arguments", "as_options", "remedies"]
 
 _MOST_DOUBLINGS = 4
 # Of one kind; each traces the step and searches, a few seconds for a small model.
 _MOST_TRIALS = 4
 
-_Changes = Iterator[tuple[str, Setup]]
+Change = Mapping[str, str | int]
+"""Arguments of `autoshard.plan` to give in place of the request's."""
+
+_Changes = Iterator[tuple[Change, Setup]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +32,12 @@ class Remedy:
     """A change of the request under which the step fits.
 
     Attributes:
-        change: the options to give, such as `--batch 2`.
+        change: the arguments to give, such as `{"batch": 2}`.
         step_seconds: predicted.
         peak_bytes: predicted, of one device.
     """
 
-    change: str
+    change: Change
     step_seconds: float
     peak_bytes: int
 
@@ -50,28 +52,35 @@ class Advice:
     """
 
     remedies: tuple[Remedy, ...] = ()
-    in_vain: tuple[str, ...] = ()
+    in_vain: tuple[Change, ...] = ()
 
-    @property
-    def refusal(self) -> str:
-        """That nothing helps, in one line, or "" where something does or nothing was tried."""
+    def refusal(self, written: Callable[[Change], str]) -> str:
+        """That nothing helps, in one line, or "" where something does or nothing was tried.
+
+        Args:
+            written: `as_options` or `as_arguments`.
+        """
         if self.remedies or not self.in_vain:
             return ""
-        return f"nor does it fit, predicted, with {', or '.join(self.in_vain)}"
+        return f"nor does it fit, predicted, with {', or '.join(map(written, self.in_vain))}"
 
 
-def as_arguments(text: str) -> str:
-    """A text with changes as arguments of `autoshard.plan`.
+def as_options(change: Change) -> str:
+    """A change as options of `autoshard plan`.
 
-    >>> as_arguments("--workload lora --batch 2, predicted")
-    "workload='lora' batch=2, predicted"
+    >>> as_options({"workload": "lora", "lora_rank": 4})
+    '--workload lora --lora-rank 4'
     """
-    return re.sub(r"--(\S+) ([^\s,]+)", _argument, text)
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
 
 
-def _argument(option: re.Match[str]) -> str:
-    name, value = option[1].replace("-", "_"), option[2]
-    return f"{name}={value if value.isdecimal() else repr(value)}"
+def as_arguments(change: Change) -> str:
+    """A change as arguments of `autoshard.plan`.
+
+    >>> as_arguments({"workload": "lora", "lora_rank": 4})
+    "workload='lora' lora_rank=4"
+    """
+    return " ".join(f"{name}={value!r}" for name, value in change.items())
 
 
 def remedies(
@@ -99,7 +108,7 @@ def remedies(
     ]
     return Advice(
         remedies=tuple(one for one in found if isinstance(one, Remedy)),
-        in_vain=tuple(one for one in found if isinstance(one, str)),
+        in_vain=tuple(one for one in found if isinstance(one, Mapping)),
     )
 
 
@@ -109,7 +118,7 @@ def _first_that_fits(
     peak_bytes: int,
     trace: Callable[[Setup], TracedModel],
     watch: Stopwatch,
-) -> Remedy | str | None:
+) -> Remedy | Change | None:
     """The first change under which the step fits, else the furthest that was tried, if any.
 
     Half the sequences, or twice the devices, take half the memory at the least: changes that
@@ -131,7 +140,7 @@ def _first_that_fits(
         if peak_bytes * share > changed.memory_limit:
             furthest = change
             continue
-        watch.progress(f"try {change}")
+        watch.progress(f"try {as_options(change)}")
         try:
             traced = trace(changed)
         except (ModelError, UsageError):
@@ -163,10 +172,10 @@ def _adapted(setup: Setup) -> _Changes:
     if setup.workload.kind == "train":
         workload = replace(setup.workload, kind="lora", lora_rank=DEFAULT_LORA_RANK)
         adapted = replace(setup, workload=workload)
-        name = f"--workload lora --lora-rank {DEFAULT_LORA_RANK}"
-        yield name, adapted
+        change: Change = {"workload": "lora", "lora_rank": DEFAULT_LORA_RANK}
+        yield change, adapted
         for smaller, changed in _smaller_batches(adapted):
-            yield f"{name} {smaller}", changed
+            yield {**change, **smaller}, changed
 
 
 def _smaller_batches(setup: Setup) -> _Changes:
@@ -176,7 +185,7 @@ def _smaller_batches(setup: Setup) -> _Changes:
     while batch > n_data:
         batch = max(batch // 2 // n_data, 1) * n_data
         workload = replace(setup.workload, batch=batch)
-        yield f"--batch {batch}", replace(setup, workload=workload)
+        yield {"batch": batch}, replace(setup, workload=workload)
 
 
 def _more_devices(setup: Setup) -> _Changes:
@@ -191,7 +200,8 @@ def _more_devices(setup: Setup) -> _Changes:
         target = replace(one, n_slices=n_slices * one.n_slices)
         n_data = mesh.sizes[mesh.data_axis]
         batch = round_up(setup.workload.batch, n_data)
-        change = f"--mesh {mesh} --target {target} --batch {batch}"
-        change += " in place of slices" if n_slices > 1 else ""
+        change: Change = {"mesh": str(mesh), "target": str(target), "batch": batch}
+        if n_slices > 1:  # the target says it; slices that were asked for would multiply it
+            change = {**change, "slices": 1}
         workload = replace(setup.workload, batch=batch)
         yield change, replace(setup, mesh=mesh, target=target, workload=workload)

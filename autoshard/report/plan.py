@@ -13,6 +13,7 @@ from autoshard.mesh import format_spec
 from autoshard.pipeline import PlanOutcome
 from autoshard.planner.mesh_shapes import tradeoffs
 from autoshard.planner.pricing import Candidate
+from autoshard.planner.remedies import as_options
 from autoshard.planner.settling import Verdict
 from autoshard.report.explanation import RANKING, reasons_text
 from autoshard.search.candidates import legal_specs
@@ -102,13 +103,12 @@ def _misfit(outcome: PlanOutcome) -> str:
         said = f", by the target's compiler: {outcome.verdicts[0].misfit}"
     lines = [f"DOES NOT FIT {limit} a device{said}"]
     lines += [
-        f"  fits with {remedy.change}: step {format_seconds(remedy.step_seconds)}, "
+        f"  fits with {as_options(remedy.change)}: step {format_seconds(remedy.step_seconds)}, "
         f"{format_bytes(remedy.peak_bytes)} a device, predicted"
         for remedy in outcome.advice.remedies
     ]
-    if outcome.advice.refusal:
-        lines.append(f"  {outcome.advice.refusal}")
-    return "\n".join(lines)
+    refusal = outcome.advice.refusal(as_options)
+    return "\n".join([*lines, *([f"  {refusal}"] if refusal else [])])
 
 
 def _cost(outcome: PlanOutcome) -> str:
