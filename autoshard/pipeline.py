@@ -140,7 +140,7 @@ def plan(
         XlaError: the verification failed.
 
     Warns:
-        UserWarning: the plan may not be what it seems: see `Planning.doubts`.
+        UserWarning: the plan may not be what it seems: see `autoshard.planner.doubts`.
     """
     outcome = make_plan(
         model,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from autoshard.layout.causes import Causes
+from autoshard.planner.doubts import doubts
 from autoshard.planner.planning import Planning
 from autoshard.planner.pricing import Candidate
 from autoshard.planner.settling import Verdict
@@ -50,7 +51,7 @@ def plan_value(
         generate=planning.setup.generate or not winner.scored.n_outputs,
         fits=winner.fits if fits is None else fits,
         warnings=tuple(
-            planning.doubts(winner.rules, is_compiled=bool(verdicts), is_best_shape=is_best_shape)
+            doubts(planning, winner.rules, is_compiled=bool(verdicts), is_best_shape=is_best_shape)
         ),
         predicted=Prediction.of(winner.scored.cost),
         compiled=said.get(winner.name),

@@ -1,20 +1,17 @@
 """Plans a traced model on one mesh: search, then rules. No compiler runs here."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autoshard.errors import LayoutError, MeshError
 from autoshard.graph.program import Program
-from autoshard.layout.rules import LayoutRules, matching_rules
+from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
 from autoshard.model.folding import BlockStack
 from autoshard.model.outputs import OutputShapes
-from autoshard.model.paths import layer_template, layer_templates
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
-from autoshard.model.workload import OPTIMIZERS
 from autoshard.planner.pricing import Candidate, make_scorer, published_maps
 from autoshard.planner.setup import Setup
 from autoshard.planner.stopwatch import Stopwatch
@@ -23,15 +20,7 @@ from autoshard.search.candidates import split_by_hand
 from autoshard.search.descent import Scored, Scorer
 from autoshard.search.ranking import SearchResult, search
 
-__all__ = [
-    "Planning",
-    "run_planner",
-]
-
-# Of all floating point operations; cutting pictures into patches takes a hundredth.
-_MANY_CONVOLUTIONS = 0.1
-# No process makes so many layers of a class.
-_NO_NUMBER = 987_654_321
+__all__ = ["Planning", "run_planner"]
 
 # Each further axis multiplies the layouts of every array.
 _MOST_AXES = 3
@@ -86,86 +75,6 @@ class Planning:
         scored = self.candidates[0].scored
         assert scored is not None
         return scored
-
-    def doubts(
-        self, rules: LayoutRules, *, is_compiled: bool, is_best_shape: bool = False
-    ) -> Iterator[str]:
-        """Why a plan of these rules may not be what it seems, a line each.
-
-        Args:
-            rules: of the plan.
-            is_compiled: whether a compiler was asked about it.
-            is_best_shape: whether it comes before the plans for every other shape of the mesh.
-        """
-        if numbered := sorted(self._relied_upon(rules)):
-            yield (
-                f"Keras made up {', '.join(numbered)}, and numbers such names as a process "
-                "makes layers: name the layers, or another run may not find them"
-            )
-        if self.open_inputs:
-            yield (
-                f"of the sizes that {', '.join(self.open_inputs)} leaves open 1 is taken: give the "
-                "keras.Input its sizes"
-            )
-        planned = self.setup.workload.optimizer
-        if self.setup.workload.trains and self.compiled_with not in ("", planned):
-            yield (
-                f"the model is compiled with {self.compiled_with}, but planned for {planned}: "
-                "slots, memory and time may differ; an optimizer to plan for can be given, one of "
-                f"{', '.join(OPTIMIZERS)}"
-            )
-        if self.setup.workload.policy == "bfloat16" and self.table.dtype == "float32":
-            yield (
-                "the weights are float32, although the step is planned in bfloat16: that is how "
-                f"{self.task} makes them whatever dtype it is given"
-            )
-        mesh = self.setup.mesh
-        is_split = any(axis for rule in rules for axis in rule.spec)
-        if not is_split and mesh.n_devices > 1 and mesh.sizes[mesh.data_axis] == 1:
-            n_devices, batch = mesh.n_devices, self.setup.workload.batch
-            advice = f"a data axis, as of mesh {n_devices}x1, would split the batch"
-            if batch % n_devices:
-                advice = f"a data axis would split a batch of a multiple of {n_devices}"
-            elif is_best_shape:
-                advice = "the shapes of the mesh that split the batch rank behind"
-            yield f"nothing is split: each of the {n_devices} devices does all the work; {advice}"
-        if unknown := "; ".join(self._unknown()):
-            yield (
-                f"{unknown}: how layouts pass through this is not known, so that "
-                "it is taken to need whole operands: time and memory may be far from predicted"
-            )
-        splits_more = mesh.n_devices > mesh.sizes[mesh.data_axis]
-        trains_convolutions = any(op.is_convolution and op.backward for op in self.program.ops)
-        if trains_convolutions and splits_more and not is_compiled:
-            yield (
-                "where devices hold copies XLA's partitioner may make gradients of convolutions "
-                "too large: have the plan compiled for cpu, which tells"
-            )
-        matmuls = [(op.flops * op.count, op.is_convolution) for op in self.program.ops]
-        convolved = sum(flops for flops, is_convolution in matmuls if is_convolution)
-        if convolved > _MANY_CONVOLUTIONS * sum(flops for flops, _ in matmuls):
-            yield (
-                "convolutions are priced as the matmuls they are made of: where channels are few, "
-                "time and memory may be several times what is predicted"
-            )
-
-    def _unknown(self) -> Iterator[str]:
-        """Each primitive without a rule, with the layers that have it."""
-        templates = layer_templates(self.table.templates)
-        for primitive, layers in self.program.unknown().items():
-            named = dict.fromkeys(layer_template(layer, templates) for layer in layers if layer)
-            yield primitive + (f" in {', '.join(named)}" if named else "")
-
-    def _relied_upon(self, rules: LayoutRules) -> set[str]:
-        """The layers whose names Keras made up, and for which rules differ by their number."""
-        paths = [*(variable.path for variable in self.table.variables), *self.table.output_paths]
-        return {
-            name
-            for path in paths
-            for name in self.numbered_layers.intersection(path.split("/"))
-            for renamed in _renumbered(path, name)
-            if matching_rules(rules, path) != matching_rules(rules, renamed)
-        }
 
     def cache_specs(self, scored: Scored) -> tuple[Spec, ...]:
         """How a layout lays out each array of a KV cache.
@@ -246,13 +155,6 @@ def _check(setup: Setup) -> None:
         raise MeshError(
             f"mesh {setup.mesh} splits over {n_axes} axes; plans are made for up to {_MOST_AXES}"
         )
-
-
-def _renumbered(path: str, name: str) -> Iterator[str]:
-    """A path whose layer `name` has no number, or one that no process comes to."""
-    stem = re.sub(r"_\d+$", "", name)
-    for other in (stem, f"{stem}_{_NO_NUMBER}"):
-        yield "/".join(other if one == name else one for one in path.split("/"))
 
 
 def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:
