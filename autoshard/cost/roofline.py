@@ -51,10 +51,12 @@ _KERNELS = {"reduction": 3, "slice": 2}
 _FETCHED_SHARE = 0.14
 
 # Where devices share the widths of heads, a TPU turns what it moves of a cache, and writes some
-# arrays that repeat in tiles that are not full. In programs for v5e caches took 1.1 to 1.9 times
-# as long (of 13; of narrow heads that are whole they did not), repeating 1.1 to 2.6 (of 11).
-_TURNED_CACHE = 1.5
-_TURNED_REPETITION = 1.3
+# arrays that repeat in tiles that are not full. In programs for v5e caches took 1.4 to 2.8 times
+# as long (of 18), repeating 1.1 to 4 times (of 13); neither where a share is no wider than the 16
+# rows of a tile of two-byte elements (of 4), nor where heads are narrow and whole (of 19).
+_TURNED_CACHE = 1.7
+_TURNED_REPETITION = 1.4
+_UNTURNED_WIDTH = 16
 
 
 def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
@@ -186,8 +188,9 @@ def _repeating_seconds(op: Op, result: Array, choice: Choice, machine: Machine) 
     tiles = shard / (result.itemsize * TILE_ROWS * TILE_LANES)
     if repetition.for_rows and sizes[width] >= TILE_LANES and TILE_ROWS % repetition.times == 0:
         tiles *= TILE_ROWS / repetition.times if repetition.times < TILE_ROWS else 0
-    turned = _TURNED_REPETITION if sizes[width] < op.factor_sizes[width] else 1.0
-    return turned * tiles * _TILE_SECONDS
+    if _UNTURNED_WIDTH < sizes[width] < op.factor_sizes[width]:
+        tiles *= _TURNED_REPETITION
+    return tiles * _TILE_SECONDS
 
 
 def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> int:
@@ -213,20 +216,22 @@ def _bytes_waited_for(op: Op, array: Array, choice: Choice, machine: Machine) ->
 
 
 def _thinness(op: Op, array: Array, choice: Choice, machine: Machine) -> float:
-    """Time over that of full tiles, where a device has few of the heads that a cache is of.
+    """Time over that of full tiles, where a device has little of each dimension of a cache.
 
-    If what is in each fills the lanes, rows of a tile are heads, and fewer than eight leave a
+    If the width of heads fills the lanes, rows of a tile are heads, and fewer than eight leave a
     TPU's registers empty in part. Half of the time goes by registers, half by bytes: two heads took
-    2.4 times as long in programs for v5e, four 1.6 times.
+    2.4 times as long in programs for v5e, four 1.6 times. If no dimension fills them, part of each
+    tile is padding: 64 tokens of heads of 64 took 2.6 times as long.
     """
     local = local_sizes(op, choice, machine.axis_sizes)
     factors = [f for f in array.factors if f is not None]
     rows, width = [1, 1, *(local[f] for f in factors)][-2:]
-    is_turned = op.moves_cache and factors and width < op.factor_sizes[factors[-1]]
-    turned = _TURNED_CACHE if is_turned else 1.0
-    if array.repetition or width < TILE_LANES or not 1 < rows < TILE_ROWS:
-        return turned
-    return max(turned, (1 + TILE_ROWS / (1 << (rows - 1).bit_length())) / 2)
+    thinness = [max(1.0, TILE_LANES / max(local[f] for f in factors))]
+    if op.moves_cache and _UNTURNED_WIDTH < width < op.factor_sizes[factors[-1]]:
+        thinness.append(_TURNED_CACHE)
+    if not array.repetition and width >= TILE_LANES and 1 < rows < TILE_ROWS:
+        thinness.append((1 + TILE_ROWS / (1 << (rows - 1).bit_length())) / 2)
+    return max(thinness)
 
 
 def _matmul_shape(op: Op, local: Sequence[int], n_shares: int) -> tuple[int, int, int]:

@@ -336,8 +336,8 @@ def _moves(
     The TPU compiler starts the gather of a weight early, beside what runs before. For an array that
     the step makes the op that reads it mostly waits in the forward pass. It does not where it is a
     batch of matmuls (26 of 29 in programs for v5e): what attention reads is made before its scores,
-    or other projections. In the backward pass there is other work meanwhile, except in groups of
-    two.
+    or other projections. What such a batch makes is waited for. In the backward pass there is other
+    work meanwhile, except in groups of two.
     """
     sizes = machine.axis_sizes
     all_bytes = array.n_bytes if position is None else moved_bytes(op, array, machine)
@@ -352,7 +352,7 @@ def _moves(
             n_bytes = local_bytes(all_bytes, tuple(now), sizes)
             early = (
                 array.is_held
-                or (machine.hides_gathers and op.is_batch)
+                or (machine.hides_gathers and op.is_batch and position is not None)
                 or (machine.chip.kind == "tpu" and op.backward and sizes[axis] > 2)
             )
             yield collective("all-gather", axis, n_bytes, machine, position, want, not early)
