@@ -1,5 +1,6 @@
 """A step of one token: weights fetched ahead, short kernels, few heads, halves joined."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def test_small_weights_are_fetched_behind_what_runs_before() -> None:
     # 4 MiB each: little to multiply, so that the step takes what fetching takes.
     program = token(*[2048, 1024] * 8)
     n_bytes = 15 * 2048 * 1024 * 2
-    assert compute(program) == pytest.approx(n_bytes / CHIP.hbm_bytes_per_second, rel=1e-2)
+    fetching = n_bytes / CHIP.hbm_bytes_per_second
+    assert fetching < compute(program) < 1.1 * fetching
     # A larger one is read by the matmul itself, at what it reaches of the bandwidth; `x` is not.
     (op,) = token(8192, 8192).ops
     choice = (WHOLE,)
@@ -57,7 +59,7 @@ def test_what_runs_longer_hides_the_weights() -> None:
     matmul, *others = (price_op(op, ((WHOLE,),) * len(op.arrays), MACHINE) for op in program.ops)
     assert matmul.fetch_seconds > 0
     alone = matmul.compute_seconds + sum(cost.compute_seconds for cost in others)
-    assert compute(program) == pytest.approx(alone)
+    assert alone < compute(program) < alone + 0.2 * matmul.fetch_seconds
 
 
 @pytest.mark.parametrize("axis_size", [8, 4096])
@@ -73,13 +75,13 @@ def test_no_kernel_is_shorter_than_a_microsecond(axis_size: int) -> None:
     assert price_op(op, ((WHOLE,),) * 2, gpu).compute_seconds < KERNEL
 
 
-def products(heads: int, width: int) -> Op:
-    """One token's queries with the keys of 512."""
+def products(heads: int, width: int, n_tokens: int = 512) -> Op:
+    """One token's queries with the keys of so many."""
 
     def scores(query: Any, keys: Any) -> Any:
         return jnp.einsum("bnh,bsnh->bns", query, keys)
 
-    shapes = ((8, heads, width), (8, 512, heads, width))
+    shapes = ((8, heads, width), (8, n_tokens, heads, width))
     (op,) = program_of(scores, *shapes, dtype="bfloat16", for_tpu=True).ops
     return op
 
@@ -92,6 +94,29 @@ def products(heads: int, width: int) -> Op:
 def test_few_heads_leave_registers_empty(heads: int, width: int, microseconds: float) -> None:
     seconds = price_op(products(heads, width), ((WHOLE,),) * 3, MACHINE).compute_seconds
     assert seconds * 1e6 == pytest.approx(microseconds, rel=0.35)
+
+
+def test_a_cache_is_padded_where_no_dimension_fills_the_lanes() -> None:
+    # By the TPU compiler for v5e 13.6 us: an eighth of the tokens of GPT-2 large.
+    seconds = price_op(products(20, 64, 64), ((WHOLE,),) * 3, MACHINE).compute_seconds
+    assert seconds * 1e6 == pytest.approx(13.6, rel=0.15)
+    as_many = price_op(products(20, 8, 512), ((WHOLE,),) * 3, MACHINE).compute_seconds
+    assert seconds == pytest.approx(2 * as_many)
+
+
+# Devices share the tokens, or the 128 wide heads: in shares of 64, or of 16.
+@pytest.mark.parametrize(("mesh", "dim", "times"), [("1x2", 3, 1.7), ("1x8", 3, 1), ("1x2", 0, 1)])
+def test_shares_of_the_width_of_heads_are_turned(mesh: str, dim: int, times: float) -> None:
+    def keys(cache: Any) -> Any:
+        return jnp.tanh(cache[:, 0])
+
+    program = program_of(keys, (512, 2, 8, 128), dtype="bfloat16")
+    (cut,) = (replace(op, moves_cache=True) for op in program.ops if op.kind == "slice")
+    machine = Machine.of(parse_mesh(mesh), parse_target(f"tpu:v5e:{mesh}"))
+    whole, split = (
+        price_op(cut, (layout,) * 2, machine).compute_seconds for layout in ((WHOLE,), (dim,))
+    )
+    assert split == pytest.approx(times * whole / machine.axis_sizes[0])
 
 
 def turned(x: Any) -> Any:

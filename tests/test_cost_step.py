@@ -12,6 +12,7 @@ from autoshard.cost.lifetimes import read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.step import StepPricer
+from autoshard.cost.strategies import price_op
 from autoshard.cost.values import Memory, StepCost
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.jaxpr import read_jaxpr
@@ -105,6 +106,12 @@ def test_what_a_batch_of_matmuls_reads_is_gathered_early() -> None:
     assert gather.overlapped
 
 
+def test_what_a_batch_of_matmuls_makes_is_waited_for() -> None:
+    program = program_of(lambda x, y: jnp.einsum("bqd,bkd->bqk", x, y), (8, 1, 64), (8, 512, 64))
+    (gather,) = price_op(program.ops[0], ((0,), (0,), (WHOLE,)), MACHINE).transfers
+    assert (gather.kind, gather.operand, gather.overlapped) == ("all-gather", None, False)
+
+
 @pytest.mark.parametrize("is_shifted", [False, True])
 def test_no_gather_runs_beside_sums_that_are_scattered_along_what_is_shifted(
     is_shifted: bool,
@@ -171,7 +178,7 @@ def test_a_large_matmul_takes_its_gathered_operand_apart(
     for cost, kind in ((rows, of_rows), (contracted, of_contracted)):
         assert [(t.kind, t.overlapped) for t in cost.traffic] == [("all-gather", n > 2)]
         more = cost.compute_seconds - whole.compute_seconds
-        assert more == pytest.approx(expected[kind])
+        assert more == pytest.approx(expected[kind], rel=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "in_memory"), [(256, False), (65_536, True)])
@@ -223,7 +230,7 @@ def test_maxima_of_what_is_summed_across_devices_are_found_afterwards() -> None:
     added = program_of(lambda x, w: x @ w, *shapes, dtype="bfloat16")
     summed, alone = (cost_of(program, 1, 0) for program in (largest, added))
     found = matrix_seconds(2 * 512 * 4096, MACHINE)
-    assert summed.compute_seconds - alone.compute_seconds == pytest.approx(found)
+    assert summed.compute_seconds - alone.compute_seconds == pytest.approx(found, rel=1e-4)
     assert cost_of(largest, WHOLE, 1).compute_seconds < found
 
 
