@@ -55,6 +55,7 @@ def test_none_is_searched_for_where_weights_alone_are_too_much(
     watch = Stopwatch(progress=tried.append)
     assert remedies(small_gemma_backbone, traced, setup, 0, watch) == Advice(
         in_vain=(
+            {"generate": False},
             {"workload": "lora", "lora_rank": 4, "batch": 1},
             {"batch": 1},
             {"mesh": "1x32", "target": "gpu:h100-sxm:4x8", "batch": 8},
@@ -79,12 +80,12 @@ def test_where_no_change_helps_that_is_said() -> None:
     with pytest.raises(NothingFitsError) as error:
         plan(small_gemma_backbone, **request)
     assert (
-        "; nor does it fit, predicted, with workload='lora' lora_rank=4 batch=1, or batch=1, "
-        "or mesh='1x32' target='gpu:h100-sxm:4x8' batch=8;"
+        "; nor does it fit, predicted, with generate=False, or workload='lora', lora_rank=4, "
+        "batch=1, or batch=1, or mesh='1x32', target='gpu:h100-sxm:4x8', batch=8;"
     ) in str(error.value)
     assert (
-        "\n  nor does it fit, predicted, with --workload lora --lora-rank 4 --batch 1, or "
-        "--batch 1, or --mesh 1x32 --target gpu:h100-sxm:4x8 --batch 8\n"
+        "\n  nor does it fit, predicted, with --no-generate, or --workload lora --lora-rank 4 "
+        "--batch 1, or --batch 1, or --mesh 1x32 --target gpu:h100-sxm:4x8 --batch 8\n"
     ) in plan_text(make_plan(small_gemma_backbone, **request))
 
 
@@ -101,7 +102,7 @@ def test_more_gpus_than_a_node_has_are_several_nodes() -> None:
 
 
 def test_the_error_names_the_remedies() -> None:
-    with pytest.raises(NothingFitsError, match="workload='lora' lora_rank=4 batch=4 would fit"):
+    with pytest.raises(NothingFitsError, match="workload='lora', lora_rank=4, batch=4 would fit"):
         plan(small_gemma_backbone, **REQUEST)
 
 

@@ -120,12 +120,17 @@ class ModelTable:
         return sum(variable.n_bytes for variable in self.variables)
 
     @property
-    def dtype(self) -> str:
-        """The dtype of most of these bytes; "" without weights."""
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of the weights, that of most bytes first."""
         sizes: Counter[str] = Counter()
         for variable in self.variables:
             sizes[variable.dtype] += variable.n_bytes
-        return max(sizes, key=sizes.__getitem__, default="")
+        return tuple(dtype for dtype, _ in sizes.most_common())
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most of these bytes; "" without weights."""
+        return next(iter(self.dtypes), "")
 
     def families(self) -> tuple[Family, ...]:
         """The families, each where its first variable stands."""

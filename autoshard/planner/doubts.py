@@ -31,6 +31,7 @@ def doubts(
     yield from _open_inputs(planning)
     yield from _other_optimizer(planning)
     yield from _wide_weights(planning)
+    yield from _nothing_trained(planning)
     yield from _nothing_split(planning, rules, is_best_shape)
     yield from _unknown_primitives(planning)
     if not is_compiled:
@@ -84,10 +85,18 @@ def _other_optimizer(planning: Planning) -> Iterator[str]:
 
 
 def _wide_weights(planning: Planning) -> Iterator[str]:
-    if planning.setup.workload.policy == "bfloat16" and planning.table.dtype == "float32":
+    if planning.setup.workload.policy == "bfloat16" and planning.table.dtypes == ("float32",):
         yield (
             "the weights are float32, although the step is planned in bfloat16: that is how "
             f"{planning.task} makes them whatever dtype it is given"
+        )
+
+
+def _nothing_trained(planning: Planning) -> Iterator[str]:
+    if planning.setup.workload.trains and not planning.table.n_trainable:
+        yield (
+            f"no weight of {planning.table.name} is trainable: a step of training computes no "
+            "gradient and changes nothing"
         )
 
 

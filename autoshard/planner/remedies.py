@@ -68,19 +68,22 @@ class Advice:
 def as_options(change: Change) -> str:
     """A change as options of `autoshard plan`.
 
-    >>> as_options({"workload": "lora", "lora_rank": 4})
-    '--workload lora --lora-rank 4'
+    >>> as_options({"workload": "lora", "lora_rank": 4, "generate": False})
+    '--workload lora --lora-rank 4 --no-generate'
     """
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+    named = {name.replace("_", "-"): value for name, value in change.items()}
+    return " ".join(
+        f"--no-{name}" if value is False else f"--{name} {value}" for name, value in named.items()
+    )
 
 
 def as_arguments(change: Change) -> str:
     """A change as arguments of `autoshard.plan`.
 
     >>> as_arguments({"workload": "lora", "lora_rank": 4})
-    "workload='lora' lora_rank=4"
+    "workload='lora', lora_rank=4"
     """
-    return " ".join(f"{name}={value!r}" for name, value in change.items())
+    return ", ".join(f"{name}={value!r}" for name, value in change.items())
 
 
 def remedies(
@@ -102,6 +105,7 @@ def remedies(
         return trace_model(model, changed.workload, setup.target.chip)
 
     found = [
+        _first_that_fits(_without_generate(setup, traced), setup, 0, trace, watch),
         _first_that_fits(_adapted(setup), setup, 0, trace, watch),
         _first_that_fits(_smaller_batches(setup), setup, peak_bytes, trace, watch),
         _first_that_fits(_more_devices(setup), setup, peak_bytes, trace, watch),
@@ -165,6 +169,12 @@ def _held_bytes(traced: TracedModel, setup: Setup) -> int:
     shards = smallest_shards(family_choices(traced.program, setup.mesh), setup.mesh)
     memory = scorer.score(shards).cost.memory
     return memory.weights + memory.optimizer
+
+
+def _without_generate(setup: Setup, traced: TracedModel) -> _Changes:
+    """Rules for outputs under which `generate` is slow or fails, where it was to be kept."""
+    if setup.generate and traced.whole.generates:
+        yield {"generate": False}, replace(setup, generate=False)
 
 
 def _adapted(setup: Setup) -> _Changes:

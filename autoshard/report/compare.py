@@ -36,11 +36,12 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def _table(layouts: tuple[ComparedLayout, ...]) -> str:
-    best = layouts[0].predicted
+    steps = [layout.predicted.step_seconds for layout in layouts if layout.predicted]
+    fastest = min(steps, default=0.0)
     rows = []
     for layout in layouts:
         predicted = layout.predicted
-        if predicted is None or best is None:
+        if predicted is None:
             rows.append((layout.name, *[""] * 6, "not priced"))
             continue
         excess = layout.excess_bytes
@@ -48,7 +49,7 @@ def _table(layouts: tuple[ComparedLayout, ...]) -> str:
             (
                 layout.name,
                 format_seconds(predicted.step_seconds),
-                f"{predicted.step_seconds / best.step_seconds:.2f}" if best.step_seconds else "",
+                f"{predicted.step_seconds / fastest:.2f}" if fastest else "",
                 format_seconds(predicted.compute_seconds),
                 format_seconds(predicted.collective_seconds),
                 format_bytes(predicted.collective_bytes),
@@ -56,7 +57,7 @@ def _table(layouts: tuple[ComparedLayout, ...]) -> str:
                 f"{format_bytes(excess)} too much" if excess else "fits",
             )
         )
-    headers = ("layout", "step", "x best", "compute", "collectives", "wire", "memory", "note")
+    headers = ("layout", "step", "x fastest", "compute", "collectives", "wire", "memory", "note")
     table = tabulate(rows, headers=headers, disable_numparse=True)
     return f"{table}\n(all predicted by formulas; wire and memory are bytes of one device)"
 

@@ -67,7 +67,7 @@ def _map(plan: Plan) -> str:
 
 def _head(outcome: PlanOutcome) -> str:
     setup, table = outcome.planning.setup, outcome.planning.table
-    stored = f"{format_bytes(table.n_bytes)} as {table.dtype}"
+    stored = f"{format_bytes(table.n_bytes)} as {' and '.join(table.dtypes)}"
     lines = [
         f"{table.name}: {spell_count(table.n_parameters, 'parameters', stored)}, "
         f"{outcome.planning.task}",
@@ -167,11 +167,12 @@ def _passed_over(outcome: PlanOutcome) -> Iterator[str]:
     seconds, mesh, fastest = min(fitting, key=lambda one: one[0], default=(math.inf, None, winner))
     if seconds >= winner.cost.step_seconds or fastest in compiled:
         return
-    yield (
-        f"a step of {format_seconds(seconds)} on {mesh} was passed over: with what the ranking "
-        f"adds (told below) it counts {format_seconds(fastest.counted_beside(winner))}, "
-        f"this plan {format_seconds(winner.counted_beside(winner))}"
-    )
+    counted, own = (format_seconds(one.counted_beside(winner)) for one in (fastest, winner))
+    if counted != own:  # else they are as good as equal
+        yield (
+            f"a step of {format_seconds(seconds)} on {mesh} was passed over: with what the ranking "
+            f"adds (told below) it counts {counted}, this plan {own}"
+        )
 
 
 def _whole(outcome: PlanOutcome) -> Iterator[str]:

@@ -136,12 +136,18 @@ def search(
         front=_front(worthy),
         unbound=beyond
         if beyond is not None
-        and beyond.rank < ranked[0].rank
+        and _is_gain(beyond, ranked[0])
         and _holds(beyond, _output_groups([*bound, *free]), mesh.parallel_axes)
         else None,
         plain=next((scored for scored in ranked if not scored.n_outputs), None),
         tied=tied,
     )
+
+
+def _is_gain(beyond: Scored, best: Scored) -> bool:
+    """Whether a layout is worth giving `generate` up for: not for a few bytes where none fits."""
+    is_faster = beyond.cost.step_seconds < best.cost.step_seconds
+    return beyond.rank < best.rank and (is_faster or not beyond.excess_bytes)
 
 
 def _best(
