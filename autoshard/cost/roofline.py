@@ -54,8 +54,8 @@ _FETCHED_SHARE = 0.14
 # arrays that repeat in tiles that are not full. In programs for v5e caches took 1.4 to 2.8 times
 # as long (of 18), repeating 1.1 to 4 times (of 13); neither where a share is no wider than the 16
 # rows of a tile of two-byte elements (of 4), nor where heads are narrow and whole (of 19).
-_TURNED_CACHE = 1.7
-_TURNED_REPETITION = 1.4
+_TURNED_CACHE = 1.5
+_TURNED_REPETITION = 1.3
 _UNTURNED_WIDTH = 16
 
 
