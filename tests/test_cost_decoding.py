@@ -105,8 +105,12 @@ def test_a_cache_is_padded_where_no_dimension_fills_the_lanes() -> None:
 
 
 # Devices share the tokens, or the 128 wide heads: in shares of 64, or of 16.
-@pytest.mark.parametrize(("mesh", "dim", "times"), [("1x2", 3, 1.7), ("1x8", 3, 1), ("1x2", 0, 1)])
-def test_shares_of_the_width_of_heads_are_turned(mesh: str, dim: int, times: float) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "dims", "times"), [("1x2", (3, 2), 1.5), ("1x8", (3, 2), 1), ("1x2", (0, 0), 1)]
+)
+def test_shares_of_the_width_of_heads_are_turned(
+    mesh: str, dims: tuple[int, int], times: float
+) -> None:
     def keys(cache: Any) -> Any:
         return jnp.tanh(cache[:, 0])
 
@@ -114,7 +118,8 @@ def test_shares_of_the_width_of_heads_are_turned(mesh: str, dim: int, times: flo
     (cut,) = (replace(op, moves_cache=True) for op in program.ops if op.kind == "slice")
     machine = Machine.of(parse_mesh(mesh), parse_target(f"tpu:v5e:{mesh}"))
     whole, split = (
-        price_op(cut, (layout,) * 2, machine).compute_seconds for layout in ((WHOLE,), (dim,))
+        price_op(cut, [(dim,) for dim in both], machine).compute_seconds
+        for both in ((WHOLE, WHOLE), dims)
     )
     assert split == pytest.approx(times * whole / machine.axis_sizes[0])
 

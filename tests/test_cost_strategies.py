@@ -422,11 +422,11 @@ def test_a_small_ring_takes_its_kernels() -> None:
 def test_a_weight_is_turned_round_where_a_ring_of_sums_cuts_its_tiles(
     hidden: int, turned: bool
 ) -> None:
-    shapes = (8, 18_944), (18_944, hidden)
+    shapes = (8, 37_888), (37_888, hidden)
     program = program_of(lambda x, w: jnp.tanh(x) @ w, *shapes, dtype="bfloat16")
     (scatter,) = price_op(program.ops[-1], ((1,), (0,), (1,)), MACHINE).transfers
     assert scatter.in_ring
-    seconds = round_up(18_944 // 8, 128) * hidden / 1024 * 11 / CHIP.clock_hz if turned else 0.0
+    seconds = round_up(37_888 // 8, 128) * hidden / 1024 * 11 / CHIP.clock_hz if turned else 0.0
     assert scatter.memory_seconds == pytest.approx(12 * KERNEL_SECONDS + seconds)
 
 

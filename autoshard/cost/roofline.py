@@ -51,8 +51,8 @@ _KERNELS = {"reduction": 3, "slice": 2}
 _FETCHED_SHARE = 0.14
 
 # Where devices share the widths of heads, a TPU turns what it moves of a cache, and writes some
-# arrays that repeat in tiles that are not full. In programs for v5e caches took 1.4 to 2.8 times
-# as long (of 18), repeating 1.1 to 4 times (of 13); neither where a share is no wider than the 16
+# arrays that repeat in tiles that are not full. In programs for v5e caches took 1.2 to 2.8 times
+# as long (of 26), repeating 1.1 to 4 times (of 13); neither where a share is no wider than the 16
 # rows of a tile of two-byte elements (of 4), nor where heads are narrow and whole (of 19).
 _TURNED_CACHE = 1.5
 _TURNED_REPETITION = 1.3
