@@ -209,7 +209,7 @@ def _cost(op: Op, partition: Partition, layouts: Sequence[Layout], machine: Mach
     if machine.decomposes_sums and op.kind == "contraction":
         uses_all = uses_all_devices(choice, machine.axis_sizes)
         may_ring = uses_all and all(transfer.kind != "all-gather" for transfer in transfers)
-        transfers = [summed(op, choice, one, seconds, may_ring, machine) for one in transfers]
+        transfers = [summed(op, choice, one, may_ring, machine) for one in transfers]
         if op.is_convolution and uses_all:
             seconds *= max((thinning(op, permuted, one, machine) for one in transfers), default=1.0)
     transfers = [windowed(op, choice, permuted, one, seconds, machine) for one in transfers]

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from autoshard.cost.collective_matmul import is_decomposed, windowed_dims
+from autoshard.cost.collective_matmul import may_decompose, windowed_dims
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.roofline import compute_seconds
 from autoshard.cost.step import StepPricer
@@ -283,7 +283,7 @@ class _Builder:
             written += move.memory_seconds
             dim = layout[self.machine.axis_of(move.axis)]
             hidden = move.overlapped or (dim in hidden_dims and move.kind == "all-gather")
-            if not (hidden or is_decomposed(move, math.inf, self.machine)):
+            if not (hidden or may_decompose(move, self.machine)):
                 blocking += move.seconds
         return blocking + written, everything
 
