@@ -410,6 +410,34 @@ def test_a_weight_is_turned_round_where_a_ring_cuts_its_tiles(
     assert gather.alone_seconds == pytest.approx(4 * KERNEL_SECONDS + seconds)
 
 
+# Compiled for each, with 8 to 4,096 rows: neither these nor the columns make a difference.
+@pytest.mark.parametrize(
+    ("target", "n", "longest", "shortest"),
+    [
+        ("tpu:v5e:2x4", 8, 4096, 4224),
+        ("tpu:v5e:2x2", 4, 4160, 4224),
+        ("tpu:v5e:1x2", 2, 65_536, None),
+        ("tpu:v6e:2x4", 8, 9728, 9856),
+        ("tpu:v6e:2x2", 4, 9792, 9856),
+        ("tpu:v5p:2x2x2", 8, 65_536, None),
+    ],
+)
+@pytest.mark.parametrize("rows", [8, 4096])
+def test_sums_of_long_contractions_go_round_in_a_ring(
+    target: str, n: int, longest: int, shortest: int | None, rows: int
+) -> None:
+    machine = Machine.of(parse_mesh(f"1x{n}"), parse_target(target))
+
+    def is_ring(contracted: int) -> bool:
+        shapes = (rows, contracted), (contracted, 4096)
+        (op,) = program_of(lambda x, w: x @ w, *shapes, dtype="bfloat16").ops
+        (sums,) = price_op(op, ((1,), (0,), (1,)), machine).transfers
+        return sums.in_ring
+
+    assert not is_ring(longest)
+    assert shortest is None or is_ring(shortest)
+
+
 def test_a_small_ring_takes_its_kernels() -> None:
     program = program_of(lambda x, w: jnp.tanh(x) @ w, (8, 14_336), (14_336, 4096))
     (scatter,) = price_op(program.ops[-1], ((1,), (0,), (1,)), MACHINE).transfers
