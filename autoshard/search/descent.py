@@ -184,7 +184,7 @@ def descend(
 ) -> Scored:
     """The best of the local optima reached from each start, and from the best one shaken."""
     moves = list(_moves(families, scorer.mesh))
-    simple = [move for move in moves if not move.is_pair]
+    simple = [move for move in moves if not (move.is_pair or move.is_joint)]
     outputs_first = sorted(simple, key=lambda move: not move.is_output)
     orders = [simple, outputs_first] if outputs_first != simple else [simple]
     best: Scored | None = None
@@ -280,13 +280,15 @@ class _Move:
 
     Attributes:
         change: from an assignment to the entries that change.
-        is_pair: whether it moves two sibling groups at once: such moves are the most.
+        is_pair: whether it moves two sibling groups of weights at once: such moves are the most.
         is_output: whether it moves outputs of layers.
+        is_joint: whether it moves weights and the outputs of their layers.
     """
 
     change: Callable[[Mapping[str, Spec]], dict[str, Spec]]
     is_pair: bool = False
     is_output: bool = False
+    is_joint: bool = False
 
 
 def _descend_from(scorer: Scorer, moves: Sequence[_Move], start: Mapping[str, Spec]) -> Scored:
@@ -311,7 +313,8 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
 
     First whole sibling groups, then single families, then two of the largest sibling groups at
     once. The outputs of one group are laid out together, each spec in turn; of groups that stand
-    beside each other, as keys and values, any two and no other too.
+    beside each other, as keys and values, any two and no other too. So are those of a layer with
+    its weights, also in place of those of the layers beside it.
     """
     weights = sibling_groups(choices for choices in families if not choices.is_output)
     outputs = sibling_groups(choices for choices in families if choices.is_output)
@@ -333,14 +336,63 @@ def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
     for members in outputs.values():
         beside.setdefault((members[0].parent, members[0].shape), []).append(members)
     for groups in beside.values():
+        own = [_own_weights(members, families) for members in groups]
+        for axis, at in itertools.product(mesh.parallel_axes, range(len(groups))):
+            yield from _joint_moves(groups, own, at, axis)
         for pair in itertools.combinations(groups, 2):
             for spec in pair[0][0].specs[1:]:
                 yield _Move(change=partial(_lay_alone, pair, groups, spec), is_output=True)
 
 
+def _joint_moves(
+    groups: Sequence[Sequence[Choices]], own: Sequence[Sequence[Choices]], at: int, axis: str
+) -> Iterator[_Move]:
+    """One of several groups of outputs with a weight of its layer, the others as they are or not.
+
+    Args:
+        groups: the outputs that stand beside each other.
+        own: the weights of their layers.
+        at: which of the groups.
+        axis: where the weights' shares may lie.
+    """
+    others = [([weight], -1) for made in own if made is not own[at] for weight in made]
+    for weight in own[at]:
+        for dim, spec in itertools.product(range(-1, len(weight.shape)), groups[at][0].specs[1:]):
+            place = ([weight], dim)
+            beside = partial(_lay_with, groups[at], spec, (), (place,), axis)
+            yield _Move(change=beside, is_joint=True)
+            if others:
+                alone = partial(_lay_with, groups[at], spec, groups, (place, *others), axis)
+                yield _Move(change=alone, is_joint=True)
+
+
 def _lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict[str, Spec]:
     """Lay out the members of one group that `spec` is legal for, whatever the assignment now."""
     return {choices.name: spec for choices in members if spec in choices.specs}
+
+
+def _own_weights(outputs: Sequence[Choices], families: Iterable[Choices]) -> list[Choices]:
+    """The weights of the layers that make some outputs."""
+    layers = {choices.name.removesuffix("/output") for choices in outputs}
+    return [
+        choices
+        for choices in families
+        if not choices.is_output
+        and len(choices.specs) > 1
+        and choices.name.rpartition("/")[0] in layers
+    ]
+
+
+def _lay_with(
+    members: Sequence[Choices],
+    spec: Spec,
+    groups: Iterable[Sequence[Choices]],
+    places: Sequence[tuple[Sequence[Choices], int]],
+    axis: str,
+    now: Mapping[str, Spec],
+) -> dict[str, Spec]:
+    """Lay out one of several groups of outputs, and put `axis` on a dimension of each family."""
+    return {**_lay_alone([members], groups, spec, now), **_put(places, axis, now)}
 
 
 def _lay_alone(
