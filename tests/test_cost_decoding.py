@@ -40,9 +40,11 @@ def compute(program: Any, machine: Machine = MACHINE) -> float:
 def test_small_weights_are_fetched_behind_what_runs_before() -> None:
     # 4 MiB each: little to multiply, so that the step takes what fetching takes.
     program = token(*[2048, 1024] * 8)
-    n_bytes = 15 * 2048 * 1024 * 2
+    n_bytes = (15 * 2048 * 1024 + 8 * 2048) * 2  # the first rows are an argument too
     fetching = n_bytes / CHIP.hbm_bytes_per_second
-    assert fetching < compute(program) < 1.1 * fetching
+    ops = sum(price_op(op, ((WHOLE,),) * 3, MACHINE).compute_seconds for op in program.ops)
+    assert ops < fetching
+    assert compute(program) == pytest.approx(fetching + 0.2 * ops**2 / fetching)
     # A larger one is read by the matmul itself, at what it reaches of the bandwidth; `x` is not.
     (op,) = token(8192, 8192).ops
     choice = (WHOLE,)
@@ -59,7 +61,8 @@ def test_what_runs_longer_hides_the_weights() -> None:
     matmul, *others = (price_op(op, ((WHOLE,),) * len(op.arrays), MACHINE) for op in program.ops)
     assert matmul.fetch_seconds > 0
     alone = matmul.compute_seconds + sum(cost.compute_seconds for cost in others)
-    assert alone < compute(program) < alone + 0.2 * matmul.fetch_seconds
+    fetching = matmul.fetch_seconds
+    assert compute(program) == pytest.approx(alone + 0.2 * fetching**2 / alone)
 
 
 @pytest.mark.parametrize("axis_size", [8, 4096])

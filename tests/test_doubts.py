@@ -84,6 +84,31 @@ def test_weights_that_stay_in_float32_are_told_of() -> None:
     assert "SmolLM3CausalLM makes them whatever dtype it is given" in doubt
 
 
+def test_weights_of_two_dtypes_are_no_doubt(gemma: Planning) -> None:
+    prefill = replace(gemma, setup=make_setup("8x1", workload="prefill"))
+    for dtypes, n_doubts in ((("float32",), 1), (("bfloat16", "float32"), 0)):
+        variables = tuple(
+            replace(variable, dtype=dtypes[k % len(dtypes)])
+            for k, variable in enumerate(gemma.table.variables)
+        )
+        found = replace(prefill, table=replace(gemma.table, variables=variables))
+        assert len(list(doubts(found, (), is_compiled=True))) == n_doubts
+
+
+def test_a_frozen_model_is_told_of() -> None:
+    def frozen() -> Any:
+        keras = import_keras()
+        rows = keras.Input((256,), name="rows")
+        model = keras.Model(rows, keras.layers.Dense(512, name="only")(rows))
+        model.trainable = False
+        return model
+
+    (doubt,) = doubts(plan(frozen, make_setup("8x1")), (), is_compiled=True)
+    assert "no weight of" in doubt and "computes no gradient" in doubt
+    prefill = plan(frozen, make_setup("8x1", workload="prefill"))
+    assert list(doubts(prefill, (), is_compiled=True)) == []
+
+
 def test_another_optimizer_than_a_model_is_compiled_with_is_told_of(gemma: Planning) -> None:
     def network() -> Any:
         keras = import_keras()

@@ -225,8 +225,9 @@ def _thinness(op: Op, array: Array, choice: Choice, machine: Machine) -> float:
     """
     local = local_sizes(op, choice, machine.axis_sizes)
     factors = [f for f in array.factors if f is not None]
-    rows, width = [1, 1, *(local[f] for f in factors)][-2:]
-    thinness = [max(1.0, TILE_LANES / max(local[f] for f in factors))]
+    sizes = [local[f] for f in factors]
+    rows, width = [1, 1, *sizes][-2:]
+    thinness = [max(1.0, TILE_LANES / max(sizes))]
     if op.moves_cache and _UNTURNED_WIDTH < width < op.factor_sizes[factors[-1]]:
         thinness.append(_TURNED_CACHE)
     if not array.repetition and width >= TILE_LANES and 1 < rows < TILE_ROWS:

@@ -210,8 +210,8 @@ def _more_devices(setup: Setup) -> _Changes:
         target = replace(one, n_slices=n_slices * one.n_slices)
         n_data = mesh.sizes[mesh.data_axis]
         batch = round_up(setup.workload.batch, n_data)
-        change: Change = {"mesh": str(mesh), "target": str(target), "batch": batch}
+        change: dict[str, Any] = {"mesh": str(mesh), "target": str(target), "batch": batch}
         if n_slices > 1:  # the target says it; slices that were asked for would multiply it
-            change = {**change, "slices": 1}
+            change["slices"] = 1
         workload = replace(setup.workload, batch=batch)
         yield change, replace(setup, mesh=mesh, target=target, workload=workload)

@@ -107,8 +107,9 @@ def _misfit(outcome: PlanOutcome) -> str:
         f"{format_bytes(remedy.peak_bytes)} a device, predicted"
         for remedy in outcome.advice.remedies
     ]
-    refusal = outcome.advice.refusal(as_options)
-    return "\n".join([*lines, *([f"  {refusal}"] if refusal else [])])
+    if refusal := outcome.advice.refusal(as_options):
+        lines.append(f"  {refusal}")
+    return "\n".join(lines)
 
 
 def _cost(outcome: PlanOutcome) -> str:
@@ -168,11 +169,12 @@ def _passed_over(outcome: PlanOutcome) -> Iterator[str]:
     if seconds >= winner.cost.step_seconds or fastest in compiled:
         return
     counted, own = (format_seconds(one.counted_beside(winner)) for one in (fastest, winner))
-    if counted != own:  # else they are as good as equal
-        yield (
-            f"a step of {format_seconds(seconds)} on {mesh} was passed over: with what the ranking "
-            f"adds (told below) it counts {counted}, this plan {own}"
-        )
+    if counted == own:  # they are as good as equal
+        return
+    yield (
+        f"a step of {format_seconds(seconds)} on {mesh} was passed over: with what the ranking "
+        f"adds (told below) it counts {counted}, this plan {own}"
+    )
 
 
 def _whole(outcome: PlanOutcome) -> Iterator[str]:
