@@ -36,7 +36,7 @@ __all__ = [
 _LINK_SHARE = (15 / 16) / 0.9
 # So often a ring reads or writes its whole result beside the matmul, adding up as it goes. By the
 # cycles of 24 matmuls compiled for v5e, groups of four and eight, 8 to 256 MiB: 6.5 to 8.6.
-_RING_PASSES = 7
+_RING_PASSES = 6
 # Bytes of an element of those, and of the collective that it is weighed against. Float32 takes no
 # longer, it is added up on the chip: 42 us for 16 MiB of SmolLM3's sums, where this says 72 and
 # their bytes 143.

@@ -13,15 +13,16 @@ two blocks, have one array for 1,024 tokens (dinov2_giant for 1,370), two for 2,
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
 from autoshard.graph.program import Layout, Op, Program
+from autoshard.graph.softmaxes import read_softmaxes
 from autoshard.hardware.efficiency import memory_seconds
 
-__all__ = ["AttentionScores", "Written", "with_maxima"]
+__all__ = ["AttentionScores", "Written"]
 
 # The shortest row seen whose scores are written; of 1,370 and fewer none are.
 _LONG_ROW = 2048
@@ -68,39 +69,58 @@ class AttentionScores:
         self._scores = tuple(_scores(program.ops)) if machine.compiles_for_tpu else ()
 
     def written(
-        self, layouts: Sequence[Layout], is_summed: Callable[[int], bool]
+        self,
+        layouts: Sequence[Layout],
+        moved: Mapping[int, tuple[Layout, Layout]],
+        is_summed: Callable[[int], bool],
     ) -> Iterator[Written]:
         """Those that are written under some layouts.
 
         Args:
             layouts: one a group.
+            moved: of what ops a rule moves the result -> the layouts before and after.
             is_summed: whether an all-reduce sums what the op of an index makes.
         """
         machine = self._machine
         for query, scores, sums, is_shared, is_long in self._scores:
-            reads_again = query is not None and is_summed(query)
+            reads_again = query is not None and (
+                is_summed(query) or (query in moved and self._is_turned(query, moved[query][0]))
+            )
             if not (is_long or reads_again or (is_shared and is_summed(scores))):
                 continue
-            array, count = self._ops[sums].operands[0], self._ops[sums].count
+            op = self._ops[sums]
+            array = op.operands[0]
             n_bytes = local_bytes(array.n_bytes, layouts[array.group], machine.axis_sizes)
             seconds = 0.0
-            if (is_long or reads_again) and n_bytes > machine.on_chip_bytes:
-                read = n_bytes if reads_again else 0
-                seconds = count * memory_seconds(machine.chip, read, n_bytes)
+            if n_bytes > machine.on_chip_bytes:
+                if op.scores is not None:
+                    seconds = op.count * 2 * n_bytes / (0.73 * machine.chip.hbm_bytes_per_second)
+                elif is_long or reads_again:
+                    read = n_bytes if reads_again else 0
+                    seconds = op.count * memory_seconds(machine.chip, read, n_bytes)
             yield Written(sums=sums, n_bytes=n_bytes, seconds=seconds)
+
+    def _is_turned(self, query: int, made: Layout) -> bool:
+        """Whether a device makes less of each head's width than there are heads."""
+        result = self._ops[query].results[0]
+        local = [
+            self._ops[query].factor_sizes[factor]
+            // math.prod(
+                n for at, n in zip(made, self._machine.axis_sizes, strict=True) if at == dim
+            )
+            for dim, factor in enumerate(result.factors)
+            if factor is not None
+        ]
+        return len(local) > 1 and local[-1] < local[-2]
 
 
 def _scores(ops: Sequence[Op]) -> Iterator[_Scores]:
-    for scores in sorted(with_maxima(ops)):
+    for scores, sums, weighing in read_softmaxes(ops):
         op = ops[scores]
         keys = [array for array in op.operands if array.repetition is not None]
         others = [array for array in op.operands if array.repetition is None]
-        after = range(scores + 1, len(ops))
-        sums = next((i for i in after if _sums_up(ops[i], op.results[0].group)), None)
-        if op.backward or sums is None:
-            continue
         is_shared = len(keys) == len(others) == 1
-        is_long = _are_weights(ops, sums) and _row(ops[sums]) >= _LONG_ROW
+        is_long = weighing is not None and _row(ops[sums]) >= _LONG_ROW
         if is_shared or is_long:
             query = _made_by(ops, others[0].group, before=scores) if is_shared else None
             yield _Scores(query, scores, sums, is_shared, is_long)
@@ -109,32 +129,6 @@ def _scores(ops: Sequence[Op]) -> Iterator[_Scores]:
 def _row(sums: Op) -> int:
     """How many elements a reduction adds up."""
     return math.prod(sums.factor_sizes[factor] for factor in sums.reduced)
-
-
-def _are_weights(ops: Sequence[Op], sums: int) -> bool:
-    """Whether a matmul multiplies by the exponentials that are added up, as attention does."""
-    group = ops[sums].operands[0].group
-    return any(
-        op.kind == "contraction" and group in {array.group for array in op.operands}
-        for op in ops[sums + 1 :]
-        if not op.backward
-    )
-
-
-def with_maxima(ops: Sequence[Op]) -> set[int]:
-    """The matmuls of whose results maxima are found, as of logits and of attention's scores."""
-    made_by: dict[int, int] = {}
-    found = set()
-    for index, op in enumerate(ops):
-        if op.kind == "contraction" and op.results:
-            made_by[op.results[0].group] = index
-        elif op.primitive == "reduce_max" and op.operands[0].group in made_by:
-            found.add(made_by[op.operands[0].group])
-    return found
-
-
-def _sums_up(op: Op, group: int) -> bool:
-    return op.primitive == "reduce_sum" and group in {array.group for array in op.operands}
 
 
 def _made_by(ops: Sequence[Op], group: int, *, before: int) -> int | None:

@@ -13,7 +13,7 @@ from autoshard.cost.beside import MatmulsBeside
 from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
-from autoshard.cost.scores import AttentionScores, with_maxima
+from autoshard.cost.scores import AttentionScores
 from autoshard.cost.shares import Moved, Share
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.strategies import OpCost, price_op
@@ -28,6 +28,7 @@ from autoshard.cost.transfers import (
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import Layout, Op, Program, in_any_block
 from autoshard.graph.propagation import Apart, picker, torn_axes
+from autoshard.graph.softmaxes import read_softmaxes, with_maxima
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.efficiency import memory_seconds
@@ -63,9 +64,13 @@ class StepPricer:
         self._touching = program.touching()
         self.beside = MatmulsBeside(program, machine)
         self._maxima = with_maxima(program.ops) if machine.compiles_for_tpu else set()
+        self._softmaxes = {one.sums for one in read_softmaxes(program.ops)}
         self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = AttentionScores(program, machine)
+        self._finished = {
+            output.made_by for output in program.layer_outputs if not output.as_made
+        } - {None}
         self._shares: list[dict[tuple[Layout, ...], Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
@@ -93,7 +98,9 @@ class StepPricer:
         torn = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn.items()}
         shares = {index: self._share(index, seen) for index, seen in (torn | apart.around).items()}
         moving = {**self._moving, **shares}
-        scores = list(self._scores.written(layouts, lambda index: _is_summed(index, moving)))
+        scores = list(
+            self._scores.written(layouts, apart.moved, lambda index: _is_summed(index, moving))
+        )
         n_bytes = self._n_bytes
         if shares or scores:
             n_bytes = n_bytes.copy()
@@ -168,7 +175,12 @@ class StepPricer:
             op = self.program.ops[index]
             # The result is gathered beside another matmul that reads what this one does.
             hidden = any(self.beside.may_hide(op, array) for array in op.operands)
-            for place, transfer in enumerate(result_moves(op, have, want, self.machine)):
+            transfers = result_moves(op, have, want, self.machine)
+            if index in self._finished and self.machine.compiles_for_tpu and transfers:
+                n_bytes = local_bytes(op.results[0].n_bytes, want, self.machine.axis_sizes)
+                n_elements = n_bytes / op.results[0].itemsize
+                seconds += op.count * matrix_seconds(n_elements, self.machine)
+            for place, transfer in enumerate(transfers):
                 moved = self._traffic(op, transfer)
                 traffic["asked", index, place] = replace(moved, overlapped=hidden)
                 seconds += transfer.memory_seconds * op.count
@@ -228,6 +240,7 @@ class StepPricer:
                 cost.compute_seconds
                 + self._chain_seconds(index, cost)
                 + self._maximum_seconds(index, around, cost)
+                + self._apart_seconds(index, cost)
                 + self._peak.copies.seconds(op, around[-1])
             ),
             fetch_seconds=op.count * cost.fetch_seconds,
@@ -264,6 +277,17 @@ class StepPricer:
         if not (is_summed and index in self._maxima):
             return 0.0
         return self._max_seconds(self.program.ops[index], around)
+
+    def _apart_seconds(self, index: int, cost: OpCost) -> float:
+        """What it takes a TPU to read again what it has summed up, where a sum over devices waits.
+
+        So it is with norms of rows that devices share: what is made of a row and its sum comes
+        after the sum is there.
+        """
+        op = self.program.ops[index]
+        is_norm = op.kind == "reduction" and not op.backward and index not in self._softmaxes
+        is_apart = is_norm and self.machine.compiles_for_tpu and is_all_reduced(cost.transfers)
+        return cost.compute_seconds if is_apart else 0.0
 
     def _max_seconds(self, op: Op, around: Sequence[Layout]) -> float:
         """What it takes a TPU to find the maxima of the result of an op apart from it.

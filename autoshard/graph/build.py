@@ -10,7 +10,7 @@ from autoshard.graph.equal import merge_equal
 from autoshard.graph.grouping import Grouping, Numbering, group_arrays
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
 from autoshard.graph.layer_outputs import layer_outputs
-from autoshard.graph.link import Label, Link
+from autoshard.graph.link import PASSING, Label, Link
 from autoshard.graph.liveness import Lives, read_lives
 from autoshard.graph.meetings import count_meetings
 from autoshard.graph.program import (
@@ -24,6 +24,7 @@ from autoshard.graph.program import (
 )
 from autoshard.graph.repeats import read_repetitions
 from autoshard.graph.slices import Slice, read_slices
+from autoshard.graph.softmaxes import with_scores
 from autoshard.graph.sums import as_summed, sum_targets
 from autoshard.graph.vectors import broadcast_vectors
 
@@ -93,6 +94,9 @@ def build_program(
     made = _ops(flat, left, numbering, _counts(flat, left, moves, common, count_of))
     lives = read_lives(flat, {position: index for index, position in enumerate(made)})
     ops = _with_surroundings(made, flat, grouping, moves, lives, for_tpu)
+    ops = _returned(ops, flat)
+    if not (caches or any(op.backward for op in ops)):
+        ops = with_scores([replace(op, is_brief=not op.is_returned) for op in ops])
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
     laid = layer_outputs(flat, ops, numbering, templates or {}, for_tpu)
@@ -189,6 +193,20 @@ def _with_surroundings(
             slicing=_slicing(op, slices, grouping),
         )
         for position, op in zip(made, as_summed(list(made.values()), lives), strict=True)
+    ]
+
+
+def _returned(ops: Sequence[Op], flat: FlatJaxpr) -> list[Op]:
+    """The ops, told which of them make what the step returns: themselves, or a cast of it."""
+    outputs = set(flat.outputs)
+    for equation in reversed(flat.equations):
+        if outputs.intersection(equation.results) and equation.link.kind in PASSING:
+            outputs.update(equation.operands)
+    return [
+        op
+        if op.backward or outputs.isdisjoint(a.identity for a in op.results)
+        else replace(op, is_returned=True)
+        for op in ops
     ]
 
 

@@ -103,6 +103,19 @@ class Slicing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What attention scores (see `autoshard.graph.softmaxes`), among the arrays of an op.
+
+    Attributes:
+        position: of the scores or their exponentials, among operands and results.
+        itemsize: bytes of an element, as the matmul makes it.
+    """
+
+    position: int
+    itemsize: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
     """One op of the step that moves or computes something.
 
@@ -133,6 +146,11 @@ class Op:
         n_meetings: how often elementwise ops bring a matmul's result together with arrays of its
             group that others laid out.
         slicing: of a matmul, the slice that is all that is read of its result, if one is.
+        is_returned: whether the step returns what it makes, as logits.
+        is_brief: whether what it makes is soon read for the last time, as in a step that neither
+            trains nor decodes.
+        scores: of the ops of attention in a step that neither trains nor decodes, which array they
+            make, add up or read; None for any other op.
     """
 
     primitive: str
@@ -156,6 +174,9 @@ class Op:
     vectors: int | None = None
     n_meetings: int = 0
     slicing: Slicing | None = None
+    is_returned: bool = False
+    is_brief: bool = False
+    scores: Scores | None = None
 
     @property
     def is_convolution(self) -> bool:

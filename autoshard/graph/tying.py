@@ -21,7 +21,7 @@ TiedOp = tuple[Op, tuple[int, ...], int]
 def price_look(op: Op) -> tuple[object, ...]:
     """Everything that decides an op's price but the layouts of its arrays."""
     repeated = tuple(array.repetition for array in op.results)
-    return _look(op), op.addends, op.summed_batch, op.slicing, repeated
+    return _look(op), op.addends, op.summed_batch, op.slicing, op.scores, repeated
 
 
 def _look(op: Op) -> tuple[object, ...]:
