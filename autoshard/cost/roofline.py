@@ -18,9 +18,10 @@ from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, local_sizes
+from autoshard.cost.scores import attending_seconds
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.transfers import FLOAT32, local_bytes, moved_bytes, n_parts
-from autoshard.graph.program import Array, Layout, Op, Scores
+from autoshard.graph.program import Array, Layout, Op
 from autoshard.graph.splits import layout_of
 from autoshard.graph.vectors import vectors_of
 from autoshard.hardware.efficiency import (
@@ -40,20 +41,17 @@ _SUM_SHARE = 1 / 3
 # v3, v5e and v6e 12 to 16 ns.
 _TILE_SECONDS = 15e-9
 
-# Of the bandwidth, with what logits are written that a matmul does not hide; it hides next to nothing
-# with so many rows, and most with eight times as many. By 20 programs for v5e: 3.5 to 3.7 ps a byte
-# with 512 rows, 1.3 with 2,048, up to 1 with 4,096 (2.4 where the vocabulary fills no tiles).
+# Of the bandwidth, with what logits are written that a matmul does not hide: next to nothing is
+# hidden with so many rows, most with eight times as many. In 20 programs for v5e it took 3.5 to 3.7
+# ps a byte with 512 rows, 1.3 with 2,048, up to 1 with 4,096 (2.4 where the vocabulary fills no
+# tiles).
 _RETURNED = 0.34
 _HIDING_ROWS = 512
 
-# What sums of attention's exponentials take, over those of other rows, by whether they are in float32
-# and whether a device has one head or one sequence alone: by 30 programs for v5e 1.3 to 1.4 ps an
-# element in float32 and 12.5 of one head, in bfloat16 7.2 to 8.5 and 9.5.
-_SUM_OF_SCORES = {(True, False): 0.14, (True, True): 1.33, (False, False): 0.8, (False, True): 1.0}
-
-# Of the bandwidth, with what scores are written that do not fit the vector memory: by 8 programs for
-# v5e.
-_SCORES_WRITTEN = 0.73
+# What it takes to cut an array up or to join it, over the time to add up its elements. Halves that
+# change places, as of rotary embeddings, took 24 to 42 ps an element in 50 programs for v5e: they
+# are cut, joined, turned and added.
+_CUTTING = 2
 
 # How many kernels of a TPU such an op is where it is small. In programs for v5e that decode a norm
 # made three of its reduction (the sum, what is made of it, the scale in float32), and a rotary
@@ -113,8 +111,6 @@ def _bytes_fetched(n_bytes: int, machine: Machine) -> int:
 
 def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     """The time of a kernel, however short."""
-    if op.scores is not None and machine.compiles_for_tpu:
-        return _attending(op, op.scores, choice, machine)
     if op.kind == "reshape" and machine.compiles_for_tpu:
         return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
@@ -128,48 +124,49 @@ def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         for arrays in (op.results if cuts else op.operands, op.results)
     )
     moving = memory_seconds(machine.chip, read, written)
-    if op.moves_cache and machine.compiles_for_tpu:
+    if not machine.compiles_for_tpu:
+        return max(moving, _multiplying(op, choice, machine)) if op.flops else moving
+    if op.primitive == "reduce_max":
+        return 0.0
+    if op.moves_cache:
         moving *= _thinness(op, op.results[0], choice, machine)
-    if op.kind == "slice" and machine.compiles_for_tpu and not op.moves_cache:
-        n_cut = sum(r.n_bytes / r.itemsize for r in op.results) / n_parts(
-            choice, machine.axis_sizes
-        )
-        return max(moving, 2 * matrix_seconds(n_cut, machine))
-    if op.kind == "reduction" and machine.compiles_for_tpu:
-        return 0.0 if op.primitive == "reduce_max" else max(moving, _adding(op, choice, machine))
-    multiplying = _multiplying(op, choice, machine) if op.flops else 0.0
-    if op.is_returned and op.kind == "contraction" and machine.compiles_for_tpu:
-        multiplying += _unhidden(op, choice, written, machine)
-    return max(moving, multiplying)
+    working = _working(op, choice, written, machine)
+    if op.scores is not None:
+        return attending_seconds(op, op.scores, choice, working, machine)
+    return max(moving, working)
+
+
+def _working(op: Op, choice: Choice, written: float, machine: Machine) -> float:
+    """What an op takes a TPU, were all that it reads and writes there at once.
+
+    Args:
+        op: the op.
+        choice: the factor split over each axis, or `WHOLE`.
+        written: bytes that it writes.
+        machine: the chips.
+    """
+    if op.kind == "reduction":
+        return _adding(op, choice, machine)
+    if op.kind == "slice" and not op.moves_cache:
+        return _CUTTING * sum(_touching(result, choice, machine) for result in op.results)
+    if not op.flops:
+        return 0.0
+    unhidden = _unhidden(op, choice, written, machine) if op.is_returned else 0.0
+    return _multiplying(op, choice, machine) + unhidden
+
+
+def _touching(array: Array, choice: Choice, machine: Machine) -> float:
+    """What it takes a TPU to go through a device's shard of an array once, adding it up."""
+    shard = local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
+    return matrix_seconds(shard / array.itemsize, machine)
 
 
 def _unhidden(op: Op, choice: Choice, written: float, machine: Machine) -> float:
-    """What a TPU does not hide behind a matmul of few rows of writing what the step returns."""
+    """What a TPU does not hide behind a matmul of writing what the step returns."""
     sizes = machine.axis_sizes
     rows, *_ = _matmul_shape(op, local_sizes(op, choice, sizes), n_parts(choice, sizes))
     share = min(1.0, _HIDING_ROWS / rows)
     return share * written / (_RETURNED * machine.chip.hbm_bytes_per_second)
-
-
-def _attending(op: Op, scores: Scores, choice: Choice, machine: Machine) -> float:
-    """What an op of attention takes a TPU, which adds the exponentials up as it makes them.
-
-    Scores that fit stay in the vector memory; others are written once and read once.
-    """
-    chip, sizes, array = machine.chip, machine.axis_sizes, op.arrays[scores.position]
-    layout = layout_of(array, choice)
-    n_bytes = local_bytes(array.n_bytes // array.itemsize * scores.itemsize, layout, sizes)
-    stays = n_bytes <= machine.on_chip_bytes
-    if op.kind == "reduction":
-        local = local_sizes(op, choice, sizes)
-        is_flat = sum(factor is not None and local[factor] > 1 for factor in array.factors) < 4
-        is_wide = scores.itemsize == FLOAT32
-        if not (stays or is_flat):
-            return 0.0
-        return _SUM_OF_SCORES[is_wide, is_flat] * _adding(op, choice, machine)
-    share = _SCORES_WRITTEN if scores.position >= len(op.operands) else chip.hbm_read_efficiency
-    moving = 0.0 if stays else n_bytes / (share * chip.hbm_bytes_per_second)
-    return max(moving, _multiplying(op, choice, machine))
 
 
 def _multiplying(op: Op, choice: Choice, machine: Machine) -> float:
@@ -263,13 +260,14 @@ def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> 
 
 
 def _bytes_waited_for(op: Op, array: Array, choice: Choice, machine: Machine) -> int:
-    """The same, without what is fetched ahead."""
+    """The same, without what is fetched ahead, or stays in the vector memory until it is read."""
     n_bytes = _bytes_in_memory(op, array, choice, machine)
-    is_weight = op.kind == "contraction" and array.is_held
-    if op.is_brief and op.kind == "contraction" and not array.is_held and machine.compiles_for_tpu:
-        if n_bytes <= machine.on_chip_bytes:
-            return 0
-    return n_bytes - _bytes_fetched(n_bytes, machine) if is_weight else n_bytes
+    if op.kind != "contraction":
+        return n_bytes
+    if array.is_held:
+        return n_bytes - _bytes_fetched(n_bytes, machine)
+    stays = op.is_brief and machine.compiles_for_tpu and n_bytes <= machine.on_chip_bytes
+    return 0 if stays else n_bytes
 
 
 def _thinness(op: Op, array: Array, choice: Choice, machine: Machine) -> float:

@@ -1,12 +1,16 @@
-"""The scores of attention that a TPU's program writes beside their exponentials.
+"""The scores of attention on a TPU: where they lie, and what it takes to write and read them.
 
-It multiplies the query by the keys once for the maxima of a softmax and once more for its
-exponentials, and writes these alone. Where heads of the query share a key's and the query, or the
-scores themselves, are summed over devices before, it writes the scores too; of a query that is
-summed it reads them again. By the TPU compiler's programs for v5e, two blocks of qwen2.5_7b_en,
+In a step that neither trains nor decodes they stay in the vector memory if they fit. Others are
+written as exponentials, added up on the way, and read once by what weighs values by them.
+
+For that a program multiplies the query by the keys once for the maxima of a softmax and once more
+for its exponentials, and writes these alone. Where heads of the query share a key's and the query,
+or the scores themselves, are summed over devices before, it writes the scores too; of a query that
+is summed it reads them again. By the TPU compiler's programs for v5e, two blocks of qwen2.5_7b_en,
 mistral_7b_en and llama3_8b_en on 1x8 with all scores on each device: nine of twelve that sum so
 have two arrays of 224 or 256 MiB, fifteen others one or less. (phi3_mini_4k_instruct_en, with a key
-for each head, has one in any case.)
+for each head, has one in any case.) So it is of a query that is gathered from devices that each
+made less of the heads' width than there are heads: then heads lie along the rows of its tiles.
 
 Of long rows it writes the scores whatever was summed: llama3_8b_en and phi3_mini_4k_instruct_en,
 two blocks, have one array for 1,024 tokens (dinov2_giant for 1,370), two for 2,048 and 4,096.
@@ -17,15 +21,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.transfers import local_bytes
-from autoshard.graph.program import Layout, Op, Program
+from autoshard.cost.partitioner import Choice, local_sizes
+from autoshard.cost.transfers import FLOAT32, local_bytes
+from autoshard.graph.program import Layout, Op, Program, Scores
 from autoshard.graph.softmaxes import read_softmaxes
+from autoshard.graph.splits import layout_of
 from autoshard.hardware.efficiency import memory_seconds
 
-__all__ = ["AttentionScores", "Written"]
+__all__ = ["AttentionScores", "Written", "attending_seconds"]
 
 # The shortest row seen whose scores are written; of 1,370 and fewer none are.
 _LONG_ROW = 2048
+
+# What sums of the exponentials take, over those of other rows, by whether they are in float32 and
+# whether a device has one head or one sequence alone: by 30 programs for v5e 1.3 to 1.4 ps an
+# element in float32 and 12.5 of one head, in bfloat16 7.2 to 8.5 and 9.5.
+_SUMMING = {(True, False): 0.14, (True, True): 1.33, (False, False): 0.8, (False, True): 1.0}
+
+# Of the bandwidth, with what exponentials that do not fit are written: by eight programs for v5e.
+_WRITING = 0.73
 
 
 class Written(NamedTuple):
@@ -40,6 +54,32 @@ class Written(NamedTuple):
     sums: int
     n_bytes: int
     seconds: float
+
+
+def attending_seconds(
+    op: Op, scores: Scores, choice: Choice, working: float, machine: Machine
+) -> float:
+    """What an op of attention takes a device of a step that neither trains nor decodes.
+
+    Args:
+        op: what makes the scores, adds up their exponentials or weighs values by these.
+        scores: which of its arrays they are.
+        choice: the factor split over each axis, or `WHOLE`.
+        working: seconds of multiplying or adding up alone.
+        machine: the chips.
+    """
+    array, local = op.arrays[scores.position], local_sizes(op, choice, machine.axis_sizes)
+    n_bytes = array.n_bytes // array.itemsize * scores.itemsize
+    shard = local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
+    stays = shard <= machine.on_chip_bytes
+    if op.kind == "reduction":
+        is_flat = sum(factor is not None and local[factor] > 1 for factor in array.factors) < 4
+        share = _SUMMING[scores.itemsize == FLOAT32, is_flat]
+        return share * working if stays or is_flat else 0.0
+    is_made = scores.position >= len(op.operands)
+    efficiency = _WRITING if is_made else machine.chip.hbm_read_efficiency
+    moving = 0.0 if stays else shard / (efficiency * machine.chip.hbm_bytes_per_second)
+    return max(moving, working)
 
 
 class _Scores(NamedTuple):
@@ -89,29 +129,32 @@ class AttentionScores:
             if not (is_long or reads_again or (is_shared and is_summed(scores))):
                 continue
             op = self._ops[sums]
-            array = op.operands[0]
+            (array,) = op.operands
             n_bytes = local_bytes(array.n_bytes, layouts[array.group], machine.axis_sizes)
             seconds = 0.0
             if n_bytes > machine.on_chip_bytes:
-                if op.scores is not None:
-                    seconds = op.count * 2 * n_bytes / (0.73 * machine.chip.hbm_bytes_per_second)
-                elif is_long or reads_again:
-                    read = n_bytes if reads_again else 0
-                    seconds = op.count * memory_seconds(machine.chip, read, n_bytes)
+                seconds = op.count * self._seconds(op, n_bytes, is_long, reads_again)
             yield Written(sums=sums, n_bytes=n_bytes, seconds=seconds)
 
+    def _seconds(self, sums: Op, n_bytes: int, is_long: bool, reads_again: bool) -> float:
+        """What it takes to write so many bytes of scores, and to read them."""
+        chip = self._machine.chip
+        if sums.scores is not None:
+            return 2 * n_bytes / (_WRITING * chip.hbm_bytes_per_second)
+        if not (is_long or reads_again):
+            return 0.0
+        return memory_seconds(chip, n_bytes if reads_again else 0, n_bytes)
+
     def _is_turned(self, query: int, made: Layout) -> bool:
-        """Whether a device makes less of each head's width than there are heads."""
-        result = self._ops[query].results[0]
+        """Whether a device makes less of the width of heads than there are heads."""
+        op, n = self._ops[query], self._machine.axis_sizes
         local = [
-            self._ops[query].factor_sizes[factor]
-            // math.prod(
-                n for at, n in zip(made, self._machine.axis_sizes, strict=True) if at == dim
-            )
-            for dim, factor in enumerate(result.factors)
+            op.factor_sizes[factor]
+            // math.prod(n[axis] for axis, at in enumerate(made) if at == dim)
+            for dim, factor in enumerate(op.results[0].factors)
             if factor is not None
         ]
-        return len(local) > 1 and local[-1] < local[-2]
+        return len(local) == 4 and local[-1] < local[-2]
 
 
 def _scores(ops: Sequence[Op]) -> Iterator[_Scores]:

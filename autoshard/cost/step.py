@@ -68,9 +68,8 @@ class StepPricer:
         self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = AttentionScores(program, machine)
-        self._finished = {
-            output.made_by for output in program.layer_outputs if not output.as_made
-        } - {None}
+        # The matmuls to whose results something is added before a rule may move them.
+        self._biased = {out.made_by for out in program.layer_outputs if not out.as_made}
         self._shares: list[dict[tuple[Layout, ...], Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
@@ -175,16 +174,21 @@ class StepPricer:
             op = self.program.ops[index]
             # The result is gathered beside another matmul that reads what this one does.
             hidden = any(self.beside.may_hide(op, array) for array in op.operands)
-            transfers = result_moves(op, have, want, self.machine)
-            if index in self._finished and self.machine.compiles_for_tpu and transfers:
-                n_bytes = local_bytes(op.results[0].n_bytes, want, self.machine.axis_sizes)
-                n_elements = n_bytes / op.results[0].itemsize
-                seconds += op.count * matrix_seconds(n_elements, self.machine)
-            for place, transfer in enumerate(transfers):
+            if index in self._biased:
+                seconds += op.count * self._bias_seconds(op, want)
+            for place, transfer in enumerate(result_moves(op, have, want, self.machine)):
                 moved = self._traffic(op, transfer)
                 traffic["asked", index, place] = replace(moved, overlapped=hidden)
                 seconds += transfer.memory_seconds * op.count
         return seconds
+
+    def _bias_seconds(self, op: Op, layout: Layout) -> float:
+        """What it takes a TPU to add a bias to what a rule has moved, apart from the matmul."""
+        if not self.machine.compiles_for_tpu:
+            return 0.0
+        result = op.results[0]
+        n_bytes = local_bytes(result.n_bytes, layout, self.machine.axis_sizes)
+        return matrix_seconds(n_bytes / result.itemsize, self.machine)
 
     def _wait_for_last_weight(self, traffic: _Traffics) -> None:
         """Let the gather of the weight block that the end of the forward half keeps.
