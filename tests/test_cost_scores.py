@@ -1,6 +1,7 @@
 """The scores of attention that a TPU writes beside their exponentials."""
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 from test_cost_step import MACHINE, cost_of
 from test_graph_rules import program_of
+from test_graph_softmaxes import attention as attention_alone
 
 from autoshard.cost.scores import AttentionScores
 from autoshard.cost.step import StepPricer
+from autoshard.cost.strategies import price_op
 from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import propagate
 from autoshard.hardware.efficiency import memory_seconds
@@ -48,10 +51,17 @@ def matmuls(program: Program) -> list[int]:
     return [index for index, op in enumerate(program.ops) if op.kind == "contraction"]
 
 
-def written(program: Program, dims: tuple[int, ...], summed: set[int]) -> list[Any]:
+def untold(program: Program) -> Program:
+    """As part of a step that trains."""
+    return replace(program, ops=tuple(replace(op, scores=None) for op in program.ops))
+
+
+def written(
+    program: Program, dims: tuple[int, ...], summed: set[int], moved: Any = MappingProxyType({})
+) -> list[Any]:
     fixed = zip((argument.group for argument in program.arguments), dims, strict=True)
     layouts = propagate(program, {group: (dim,) for group, dim in fixed}, (8,))
-    return list(AttentionScores(program, MACHINE).written(layouts, summed.__contains__))
+    return list(AttentionScores(program, MACHINE).written(layouts, moved, summed.__contains__))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +76,25 @@ def test_they_are_where_the_query_is_summed_or_they_are(
     ((sums, n_bytes, seconds),) = written(program, (WHOLE,) * 3, {matmuls(program)[place]})
     assert program.ops[sums].primitive == "reduce_sum"
     assert n_bytes == SCORES
+    assert seconds == pytest.approx(2 * SCORES / (0.73 * MACHINE.chip.hbm_bytes_per_second))
+    ((_, _, seconds),) = written(untold(program), (WHOLE,) * 3, {matmuls(program)[place]})
     twice = memory_seconds(MACHINE.chip, SCORES, SCORES)
     assert seconds == (twice if is_read_again else 0.0)
+
+
+@pytest.mark.parametrize(("dim", "is_turned"), [(3, True), (2, False), (0, False)])
+def test_they_are_where_a_query_is_gathered_from_small_shares_of_the_width(
+    dim: int, is_turned: bool
+) -> None:
+    # Sixteen heads 64 wide: a device makes eight elements of each, two heads, or half a sequence.
+    program = program_of(
+        lambda x, query, key: attention(x, query, key, 2),
+        *((4, LENGTH, 2048), (2048, HEADS, WIDTH // 2), (2048, HEADS // 2, WIDTH // 2)),
+        dtype="bfloat16",
+    )
+    (query, *_) = matmuls(program)
+    found = written(program, (WHOLE,) * 3, set(), {query: ((dim,), (WHOLE,))})
+    assert [n_bytes for _, n_bytes, _ in found] == [SCORES] * is_turned
 
 
 def test_they_are_a_devices_share_and_small_ones_take_no_time() -> None:
@@ -119,7 +146,7 @@ def test_each_block_that_an_op_stands_for_writes_them() -> None:
     layouts = propagate(program, {a.group: (WHOLE,) for a in program.arguments}, (8,))
     query = set(matmuls(program)[:1]).__contains__
     ((one,), (three,)) = (
-        AttentionScores(each, MACHINE).written(layouts, query) for each in (program, several)
+        AttentionScores(each, MACHINE).written(layouts, {}, query) for each in (program, several)
     )
     assert three.seconds == 3 * one.seconds and three.n_bytes == one.n_bytes
 
@@ -134,7 +161,50 @@ def test_those_of_long_rows_are_written_whatever_is_summed(length: int, is_writt
 
     whole = program_of(attend, (8 * length, 64), (length, 64), (length, 64))
     layouts = [(WHOLE,)] * len(whole.groups)
-    found = list(AttentionScores(whole, MACHINE).written(layouts, lambda index: False))
+    found = list(AttentionScores(whole, MACHINE).written(layouts, {}, lambda index: False))
     assert [one.n_bytes for one in found] == [8 * length * length * 4] * is_written
     # Logits are no attention: nothing is multiplied by their exponentials.
     assert not AttentionScores(program_of(entropy, (8, 64), (64, length)), MACHINE)._scores
+
+
+# Batch, heads, tokens and width on a device; microseconds by the TPU compiler for v5e, of making
+# the scores with their sums and of weighing by them: an eighth of Llama 3 8B, all heads of
+# Qwen 2.5 7B and GPT-2 large (which has its softmax in bfloat16), one sequence of DINOv2 giant.
+@pytest.mark.parametrize(
+    ("shape", "is_wide", "summing", "weighing"),
+    [
+        ((8, 4, 512, 128), True, 23.1, 19.1),
+        ((8, 28, 512, 128), True, 389, 333),
+        ((8, 20, 512, 64), False, 356, 65),
+        ((1, 24, 1370, 64), True, 857, 330),
+    ],
+)
+def test_scores_stay_on_the_chip_where_they_fit(
+    shape: tuple[int, ...], is_wide: bool, summing: float, weighing: float
+) -> None:
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        wide = {"preferred_element_type": "float32"} if is_wide else {}
+        scores = jnp.einsum("bhtk,bhsk->bhts", jnp.tanh(query), jnp.tanh(key), **wide)
+        shares = jax.nn.softmax(scores).astype(value.dtype)
+        return jnp.tanh(jnp.einsum("bhts,bhsk->bhtk", shares, jnp.tanh(value)))
+
+    program = program_of(attend, shape, shape, shape, dtype="bfloat16")
+    told = [op for op in program.ops if op.scores is not None]
+    made, summed, weighed = (
+        1e6 * price_op(op, ((WHOLE,),) * len(op.arrays), MACHINE).compute_seconds for op in told
+    )
+    assert made + summed == pytest.approx(summing, rel=0.2)
+    assert weighed == pytest.approx(weighing, rel=0.4)
+
+
+def test_scores_that_do_not_fit_take_what_writing_and_reading_them_takes() -> None:
+    shape = (32, 512, 8, 128)
+    program = program_of(attention_alone, shape, shape, shape, dtype="bfloat16")
+    told = [op for op in program.ops if op.scores is not None]
+    made, summed, weighed = (
+        price_op(op, ((WHOLE,),) * len(op.arrays), MACHINE).compute_seconds for op in told
+    )
+    seconds = 32 * 8 * 512 * 512 * 2 / MACHINE.chip.hbm_bytes_per_second
+    assert made == pytest.approx(seconds / 0.73)
+    assert summed == 0
+    assert weighed == pytest.approx(seconds / MACHINE.chip.hbm_read_efficiency)

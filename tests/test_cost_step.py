@@ -228,9 +228,11 @@ def test_maxima_of_what_is_summed_across_devices_are_found_afterwards() -> None:
     shapes = (512, 256), (256, 4096)
     largest = program_of(lambda x, w: jnp.max(x @ w, axis=-1), *shapes, dtype="bfloat16")
     added = program_of(lambda x, w: x @ w, *shapes, dtype="bfloat16")
+    read = {"is_returned": False, "is_brief": True}  # as in the other
+    added = replace(added, ops=tuple(replace(op, **read) for op in added.ops))
     summed, alone = (cost_of(program, 1, 0) for program in (largest, added))
     found = matrix_seconds(2 * 512 * 4096, MACHINE)
-    assert summed.compute_seconds - alone.compute_seconds == pytest.approx(found, rel=1e-4)
+    assert summed.compute_seconds - alone.compute_seconds == pytest.approx(found, rel=2e-4)
     assert cost_of(largest, WHOLE, 1).compute_seconds < found
 
 

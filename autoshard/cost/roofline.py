@@ -182,6 +182,9 @@ def _multiplying(op: Op, choice: Choice, machine: Machine) -> float:
     if op.kind == "contraction":
         shape = _matmul_shape(op, local, n_parts(choice, sizes))
         efficiency = matmul_efficiency(chip, *shape, dtype)
+        if op.scores is not None and machine.compiles_for_tpu:
+            # A tile of scores is there for one head alone: to fill it in takes as long as its rows.
+            efficiency *= min(1.0, min(shape[0], shape[2]) / chip.mxu_size)
     else:  # a loop, whose matmuls may have any shape
         efficiency = chip.matmul_efficiency_max
     return flops / (chip.flops_per_second(dtype) * efficiency)

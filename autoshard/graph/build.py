@@ -197,15 +197,15 @@ def _with_surroundings(
 
 
 def _returned(ops: Sequence[Op], flat: FlatJaxpr) -> list[Op]:
-    """The ops, told which of them make what the step returns: themselves, or a cast of it."""
+    """The ops, told which matmuls make what the step returns, or what that is in other form."""
     outputs = set(flat.outputs)
     for equation in reversed(flat.equations):
-        if outputs.intersection(equation.results) and equation.link.kind in PASSING:
+        if equation.link.kind in PASSING and not outputs.isdisjoint(equation.results):
             outputs.update(equation.operands)
     return [
-        op
-        if op.backward or outputs.isdisjoint(a.identity for a in op.results)
-        else replace(op, is_returned=True)
+        replace(op, is_returned=not outputs.isdisjoint(array.identity for array in op.results))
+        if op.kind == "contraction" and not op.backward
+        else op
         for op in ops
     ]
 

@@ -5,7 +5,8 @@ is none:
 
 1. from several starts, the relaxed problem's answer first, by moves of one sibling group or of one
    family; once weights move before the outputs of layers and once after them;
-2. from the best of these, by moves of two sibling groups at once too;
+2. from the best of these, by moves of two sibling groups at once too, and of the outputs of a layer
+   with its weights;
 3. from the best with two sibling groups shaken, several times.
 
 Large programs end pairs and shakes early, and descend only from starts that are better than what
@@ -16,9 +17,8 @@ that stand beside each other; one start lays out any two groups of them.
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
@@ -34,6 +34,7 @@ from autoshard.search.candidates import (
     smallest_shards,
     split_by_hand,
 )
+from autoshard.search.moves import Move, lay, make_moves, sibling_groups
 
 __all__ = [
     "Scored",
@@ -42,7 +43,6 @@ __all__ = [
     "exhaust",
     "n_assignments",
     "outputs_alone",
-    "sibling_groups",
     "starting_points",
 ]
 
@@ -57,9 +57,6 @@ _HIDDEN_SHARE = 0.05
 # Memory counts as this power of its bytes: with half the peak a step may take 0.7% longer. A
 # judgement too, so that no table stays whole for a microsecond.
 _MEMORY_POWER = 0.01
-
-# So many sibling groups, the largest, are moved in pairs.
-_PAIRED = 16
 
 # So many looks at ops, of all layouts together, after which no more pairs are tried and no shakes.
 _MOST_LOOKS = 2_500_000
@@ -183,7 +180,7 @@ def descend(
     n_shakes: int = _SHAKES,
 ) -> Scored:
     """The best of the local optima reached from each start, and from the best one shaken."""
-    moves = list(_moves(families, scorer.mesh))
+    moves = list(make_moves(families, scorer.mesh))
     simple = [move for move in moves if not (move.is_pair or move.is_joint)]
     outputs_first = sorted(simple, key=lambda move: not move.is_output)
     orders = [simple, outputs_first] if outputs_first != simple else [simple]
@@ -222,17 +219,8 @@ def _shake(families: Sequence[Choices], source: random.Random) -> dict[str, Spec
     drawn = source.sample(sorted(groups), min(2, len(groups)))
     shaken: dict[str, Spec] = {}
     for name in drawn:
-        shaken |= _lay(groups[name], source.choice(groups[name][0].specs), {})
+        shaken |= lay(groups[name], source.choice(groups[name][0].specs), {})
     return shaken
-
-
-def sibling_groups(families: Iterable[Choices]) -> dict[str, list[Choices]]:
-    """The families that have a choice, by the name that siblings share."""
-    groups: dict[str, list[Choices]] = {}
-    for choices in families:
-        if len(choices.specs) > 1:
-            groups.setdefault(choices.siblings, []).append(choices)
-    return groups
 
 
 def starting_points(
@@ -266,7 +254,7 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
         return None
     largest = sorted(groups.values(), key=lambda members: -sum(one.n_bytes for one in members))
     laid = (
-        {**unlaid, **_lay(first, one, unlaid), **_lay(second, other, unlaid)}
+        {**unlaid, **lay(first, one, unlaid), **lay(second, other, unlaid)}
         for first, second in itertools.combinations(largest, 2)
         for one, other in itertools.product(first[0].specs[1:], second[0].specs[1:])
         if not scorer.is_spent
@@ -274,24 +262,7 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
     return min(laid, key=lambda assignment: scorer.score(assignment).rank, default=None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Move:
-    """A change of an assignment.
-
-    Attributes:
-        change: from an assignment to the entries that change.
-        is_pair: whether it moves two sibling groups of weights at once: such moves are the most.
-        is_output: whether it moves outputs of layers.
-        is_joint: whether it moves weights and the outputs of their layers.
-    """
-
-    change: Callable[[Mapping[str, Spec]], dict[str, Spec]]
-    is_pair: bool = False
-    is_output: bool = False
-    is_joint: bool = False
-
-
-def _descend_from(scorer: Scorer, moves: Sequence[_Move], start: Mapping[str, Spec]) -> Scored:
+def _descend_from(scorer: Scorer, moves: Sequence[Move], start: Mapping[str, Spec]) -> Scored:
     """Take the first better move found, until each has failed since the last that was taken."""
     best = scorer.score(start)
     n_failed = 0
@@ -306,123 +277,3 @@ def _descend_from(scorer: Scorer, moves: Sequence[_Move], start: Mapping[str, Sp
         if found.rank < best.rank:
             best, n_failed = found, 0
     return best
-
-
-def _moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[_Move]:
-    """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
-
-    First whole sibling groups, then single families, then two of the largest sibling groups at
-    once. The outputs of one group are laid out together, each spec in turn; of groups that stand
-    beside each other, as keys and values, any two and no other too. So are those of a layer with
-    its weights, also in place of those of the layers beside it.
-    """
-    weights = sibling_groups(choices for choices in families if not choices.is_output)
-    outputs = sibling_groups(choices for choices in families if choices.is_output)
-    singles = [[choices] for members in weights.values() for choices in members]
-    for axis in mesh.parallel_axes:
-        for members in [*weights.values(), *singles]:
-            for dim in range(-1, len(members[0].shape)):
-                yield _Move(change=partial(_put, ((members, dim),), axis))
-        for first, second in itertools.combinations(list(weights.values())[:_PAIRED], 2):
-            for dims in itertools.product(
-                range(-1, len(first[0].shape)), range(-1, len(second[0].shape))
-            ):
-                places = ((first, dims[0]), (second, dims[1]))
-                yield _Move(change=partial(_put, places, axis), is_pair=True)
-    for members in outputs.values():
-        for spec in members[0].specs:
-            yield _Move(change=partial(_lay, members, spec), is_output=True)
-    beside: dict[tuple[str, tuple[int, ...]], list[Sequence[Choices]]] = {}
-    for members in outputs.values():
-        beside.setdefault((members[0].parent, members[0].shape), []).append(members)
-    for groups in beside.values():
-        own = [_own_weights(members, families) for members in groups]
-        for axis, at in itertools.product(mesh.parallel_axes, range(len(groups))):
-            yield from _joint_moves(groups, own, at, axis)
-        for pair in itertools.combinations(groups, 2):
-            for spec in pair[0][0].specs[1:]:
-                yield _Move(change=partial(_lay_alone, pair, groups, spec), is_output=True)
-
-
-def _joint_moves(
-    groups: Sequence[Sequence[Choices]], own: Sequence[Sequence[Choices]], at: int, axis: str
-) -> Iterator[_Move]:
-    """One of several groups of outputs with a weight of its layer, the others as they are or not.
-
-    Args:
-        groups: the outputs that stand beside each other.
-        own: the weights of their layers.
-        at: which of the groups.
-        axis: where the weights' shares may lie.
-    """
-    others = [([weight], -1) for made in own if made is not own[at] for weight in made]
-    for weight in own[at]:
-        for dim, spec in itertools.product(range(-1, len(weight.shape)), groups[at][0].specs[1:]):
-            place = ([weight], dim)
-            beside = partial(_lay_with, groups[at], spec, (), (place,), axis)
-            yield _Move(change=beside, is_joint=True)
-            if others:
-                alone = partial(_lay_with, groups[at], spec, groups, (place, *others), axis)
-                yield _Move(change=alone, is_joint=True)
-
-
-def _lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Lay out the members of one group that `spec` is legal for, whatever the assignment now."""
-    return {choices.name: spec for choices in members if spec in choices.specs}
-
-
-def _own_weights(outputs: Sequence[Choices], families: Iterable[Choices]) -> list[Choices]:
-    """The weights of the layers that make some outputs."""
-    layers = {choices.name.removesuffix("/output") for choices in outputs}
-    return [
-        choices
-        for choices in families
-        if not choices.is_output
-        and len(choices.specs) > 1
-        and choices.name.rpartition("/")[0] in layers
-    ]
-
-
-def _lay_with(
-    members: Sequence[Choices],
-    spec: Spec,
-    groups: Iterable[Sequence[Choices]],
-    places: Sequence[tuple[Sequence[Choices], int]],
-    axis: str,
-    now: Mapping[str, Spec],
-) -> dict[str, Spec]:
-    """Lay out one of several groups of outputs, and put `axis` on a dimension of each family."""
-    return {**_lay_alone([members], groups, spec, now), **_put(places, axis, now)}
-
-
-def _lay_alone(
-    laid: Iterable[Sequence[Choices]],
-    groups: Iterable[Sequence[Choices]],
-    spec: Spec,
-    now: Mapping[str, Spec],
-) -> dict[str, Spec]:
-    """Lay out some of several groups of outputs, the others by no rule."""
-    change = {choices.name: NO_RULE for members in groups for choices in members}
-    for members in laid:
-        change |= _lay(members, spec, now)
-    return change
-
-
-def _put(
-    places: Sequence[tuple[Sequence[Choices], int]], axis: str, now: Mapping[str, Spec]
-) -> dict[str, Spec]:
-    """Put `axis` on a dimension (or none, -1) of each family, if that spec is legal.
-
-    What splits that dimension already goes to where the axis comes from.
-    """
-    changed = {}
-    for members, dim in places:
-        for choices in members:
-            old = now[choices.name]
-            displaced = old[dim] if dim >= 0 else None
-            spec = tuple(displaced if entry == axis else entry for entry in old)
-            if dim >= 0:
-                spec = (*spec[:dim], axis, *spec[dim + 1 :])
-            if spec in choices.specs:
-                changed[choices.name] = spec
-    return changed

@@ -21,10 +21,10 @@ from autoshard.search.descent import (
     exhaust,
     n_assignments,
     outputs_alone,
-    sibling_groups,
     starting_points,
 )
 from autoshard.search.lower_bound import relax
+from autoshard.search.moves import sibling_groups
 
 __all__ = ["SearchResult", "search"]
 
