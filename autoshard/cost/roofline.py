@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, local_sizes
-from autoshard.cost.scores import attending_seconds
+from autoshard.cost.scores import attending_seconds, filled_share
 from autoshard.cost.single_rows import matrix_seconds
 from autoshard.cost.transfers import FLOAT32, local_bytes, moved_bytes, n_parts
 from autoshard.graph.program import Array, Layout, Op
@@ -48,9 +48,9 @@ _TILE_SECONDS = 15e-9
 _RETURNED = 0.34
 _HIDING_ROWS = 512
 
-# What it takes to join arrays, over the time to add up their elements. Halves that change places, as
-# of rotary embeddings, are joined, turned and added: in 50 programs for v5e that took 17 to 35 ps an
-# element, and 7 to cut them.
+# What it takes to join arrays, over the time to add up their elements. Halves that change places,
+# as of rotary embeddings, are joined, turned and added: in 50 programs for v5e that took 17 to 35
+# ps an element, and 7 to cut them.
 _JOINING = 2
 
 # How many kernels of a TPU such an op is where it is small. In programs for v5e that decode a norm
@@ -183,8 +183,7 @@ def _multiplying(op: Op, choice: Choice, machine: Machine) -> float:
         shape = _matmul_shape(op, local, n_parts(choice, sizes))
         efficiency = matmul_efficiency(chip, *shape, dtype)
         if op.scores is not None and machine.compiles_for_tpu:
-            # A tile of scores is there for one head alone: to fill it in takes as long as its rows.
-            efficiency *= min(1.0, min(shape[0], shape[2]) / chip.mxu_size)
+            efficiency *= filled_share(op, op.scores, local, min(shape[0], shape[2]), chip)
     else:  # a loop, whose matmuls may have any shape
         efficiency = chip.matmul_efficiency_max
     return flops / (chip.flops_per_second(dtype) * efficiency)

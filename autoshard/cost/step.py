@@ -144,9 +144,8 @@ class StepPricer:
                 # all-reduced once: once in all what every block reads or adds to.
                 known = traffic.get(once)
                 if known is None:
-                    if beside is not None and self.beside.hides(index, transfer, moving):
-                        moved = beside
-                    traffic[once] = moved
+                    for part in self._parts_beside(index, transfer, moved, beside, moving):
+                        traffic[(*once, "waits") if once in traffic else once] = part
                     seconds += transfer.memory_seconds * moved.count
                 elif moved.count < known.count and _is_alike(moved, known):
                     traffic[once] = replace(known, count=moved.count)
@@ -202,6 +201,24 @@ class StepPricer:
         for once, moved in traffic.items():
             if moved.overlapped and moved.kind == "all-gather" and once[0] in self._kept:
                 traffic[once] = replace(moved, overlapped=blocking <= {moved.axis})
+
+    def _parts_beside(
+        self,
+        index: int,
+        transfer: Transfer,
+        moved: Traffic,
+        beside: Traffic | None,
+        moving: Mapping[int, Share],
+    ) -> Iterator[Traffic]:
+        """A collective, or those that another matmul hides and those that op `index` waits for."""
+        share = 0.0
+        if beside is not None:
+            share = self.beside.hidden_share(index, transfer, moving, self._compute)
+        n_hidden = round(share * moved.count)
+        if beside is not None and n_hidden:
+            yield replace(beside, count=n_hidden)
+        if n_hidden < moved.count:
+            yield replace(moved, count=moved.count - n_hidden) if n_hidden else moved
 
     def _beside(self, op: Op, transfer: Transfer, moved: Traffic) -> Traffic | None:
         """A gather that op waits for as it is if it runs beside another matmul that reads the same.
