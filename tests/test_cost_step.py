@@ -95,6 +95,45 @@ def test_a_gather_runs_beside_a_matmul_that_multiplies_the_shards() -> None:
     assert beside.overlapped_seconds == gathers[0][0].seconds == gathers[1][0].seconds
 
 
+def several(program: Program, count: int) -> Program:
+    """Each op as often as many blocks run it."""
+    return replace(program, ops=tuple(replace(op, count=count) for op in program.ops))
+
+
+@pytest.mark.parametrize(("width", "n_hidden"), [(1024, 11), (8, 0)])
+def test_half_of_the_gathers_run_beside_a_matmul_whose_sums_are_reduced(
+    width: int, n_hidden: int
+) -> None:
+    def both(x, w, a, b):
+        hidden = jnp.tanh(x @ w)
+        return hidden @ a, hidden @ b
+
+    program = program_of(both, (4096, 1024), (1024, 2048), (2048, width), (2048, 1024))
+    cost = cost_of(several(program, 20), WHOLE, 1, 0, 1)
+    (reduced,) = [t for t in cost.traffic if t.kind == "all-reduce"]
+    assert reduced.n_bytes == 4096 * width * 4
+    gathers = [(t.overlapped, t.count) for t in cost.traffic if t.kind == "all-gather"]
+    # A matmul as small as a router hides none.
+    expected = [(True, n_hidden), (False, 20 - n_hidden)]
+    assert gathers == [one for one in expected if one[1]]
+    whole = sum(t.seconds * t.count for t in cost.traffic)
+    assert cost.blocking_seconds + cost.overlapped_seconds == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(("dim", "times"), [(1, 2), (0, 1), (WHOLE, 1)])
+def test_rows_that_devices_share_are_read_again_once_their_sums_are_there(
+    dim: int, times: int
+) -> None:
+    def norm(x):
+        return x * jnp.sum(x * x, axis=-1, keepdims=True)
+
+    cost = cost_of(program_of(norm, (4096, 4096), dtype="bfloat16"), dim)
+    assert [t.kind for t in cost.traffic] == ["all-reduce"] * (times - 1)
+    n_parts = 1 if dim == WHOLE else 8
+    once = matrix_seconds(4096 * 4096 / n_parts, MACHINE)
+    assert cost.compute_seconds == pytest.approx(times * once)
+
+
 def test_what_a_batch_of_matmuls_reads_is_gathered_early() -> None:
     def scores(x, keys, b):
         return jnp.einsum("bqd,bkd->bqk", x, jnp.tanh(keys)), x @ b

@@ -1,0 +1,70 @@
+"""What one device's share of an op takes, beside what the TPU compiler says of it."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from test_cost_step import MACHINE
+from test_graph_rules import program_of
+
+from autoshard.cost.strategies import price_op
+from autoshard.graph.program import WHOLE, Op
+from autoshard.hardware.efficiency import memory_seconds
+
+CHIP = MACHINE.chip
+
+
+def microseconds(op: Op) -> float:
+    return 1e6 * price_op(op, ((WHOLE,),) * len(op.arrays), MACHINE).compute_seconds
+
+
+def matmul(rows: int, contracted: int, columns: int) -> Op:
+    shapes = ((rows, contracted), (contracted, columns))
+    op = program_of(lambda x, w: jnp.tanh(x) @ w, *shapes, dtype="bfloat16").ops[-1]
+    return op
+
+
+# By the TPU compiler for v5e: the vocabularies of GPT-2 large and of Falcon 1B with a sequence,
+# a quarter and an eighth of that of Gemma 7B with four and with all eight.
+@pytest.mark.parametrize(
+    ("rows", "contracted", "columns", "compiled"),
+    [
+        (512, 1280, 50_257, 533),
+        (512, 2048, 50_304, 736),
+        (2048, 3072, 64_000, 4520),
+        (4096, 3072, 32_000, 4188),
+    ],
+)
+def test_few_rows_do_not_hide_what_the_step_returns(
+    rows: int, contracted: int, columns: int, compiled: float
+) -> None:
+    op = matmul(rows, contracted, columns)
+    assert op.is_returned
+    assert microseconds(op) == pytest.approx(compiled, rel=0.05)
+    assert microseconds(replace(op, is_returned=False)) < microseconds(op)
+
+
+def test_what_is_soon_read_again_does_not_go_through_the_main_memory() -> None:
+    op = replace(matmul(4096, 512, 512), is_returned=False)
+    kept, brief = (microseconds(replace(op, is_brief=is_brief)) for is_brief in (False, True))
+    moving = 1e6 * memory_seconds(CHIP, 4096 * 512 * 2, 4096 * 512 * 2)
+    assert brief < moving / 2 and kept == pytest.approx(moving)
+    # What does not fit into the vector memory does.
+    large = replace(matmul(2**18, 512, 512), is_returned=False)
+    kept, brief = (microseconds(replace(large, is_brief=is_brief)) for is_brief in (False, True))
+    assert brief == kept
+
+
+# Cut, joined and turned, by the TPU compiler for v5e: all heads of Qwen 2.5 7B, an eighth of those
+# of Gemma 7B.
+@pytest.mark.parametrize(("heads", "width", "compiled"), [(28, 128, 412), (2, 256, 66)])
+def test_halves_that_change_places_take_what_their_elements_take(
+    heads: int, width: int, compiled: float
+) -> None:
+    def rotated(x: Any) -> Any:
+        first, second = jnp.split(jnp.tanh(x), 2, axis=-1)
+        return jnp.concatenate([-second, first], axis=-1)
+
+    ops = program_of(rotated, (8, 512, heads, width), dtype="bfloat16").ops
+    assert sum(map(microseconds, ops)) == pytest.approx(compiled, rel=0.15)
