@@ -49,7 +49,7 @@ def test_what_is_soon_read_again_does_not_go_through_the_main_memory() -> None:
     op = replace(matmul(4096, 512, 512), is_returned=False)
     kept, brief = (microseconds(replace(op, is_brief=is_brief)) for is_brief in (False, True))
     moving = 1e6 * memory_seconds(CHIP, 4096 * 512 * 2, 4096 * 512 * 2)
-    assert brief < moving / 2 and kept == pytest.approx(moving)
+    assert brief < 0.6 * moving and kept == pytest.approx(moving)
     # What does not fit into the vector memory does.
     large = replace(matmul(2**18, 512, 512), is_returned=False)
     kept, brief = (microseconds(replace(large, is_brief=is_brief)) for is_brief in (False, True))

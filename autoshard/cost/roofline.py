@@ -2,10 +2,14 @@
 
 - Matmuls, and loops that hold some, take `max(FLOPs / (peak x efficiency), bytes / bandwidth)`. A
   TPU fetches weights ahead, as far as these are small, behind what runs before.
+- In a step that neither trains nor decodes what matmuls read and make stays in a TPU's vector
+  memory if it fits, scores of attention too (`autoshard.cost.scores`). Few rows do not hide what a
+  matmul writes that the step returns.
 - TPUs multiply single rows without the matrix unit (`autoshard.cost.single_rows`). Few heads on a
   device fill their registers in part.
 - Lookups and moves take their bytes. So do reductions, but TPUs add up no faster than they multiply
-  single rows, and find the maxima of what a matmul makes while it writes.
+  single rows, and find the maxima of what a matmul makes while it writes. They join arrays half as
+  fast.
 - What repeats for a matmul a TPU reads once. To write it out takes it so much a tile; it does where
   a device has several parts to be repeated.
 - Sums of a stream take a part of the norm that reads them.
