@@ -46,16 +46,24 @@ _SUM_SHARE = 1 / 3
 _TILE_SECONDS = 15e-9
 
 # Of the bandwidth, with what logits are written that a matmul does not hide: next to nothing is
-# hidden with so many rows, most with eight times as many. In 20 programs for v5e it took 3.5 to 3.7
-# ps a byte with 512 rows, 1.3 with 2,048, up to 1 with 4,096 (2.4 where the vocabulary fills no
-# tiles).
+# hidden with so many rows, most with eight times as many, and all of it where what is contracted is
+# no longer than a pass. In 50 programs for v5e it took 3.5 to 3.8 ps a byte with 512 rows, 0.7 with
+# 2,048, 0.5 with 4,096 (in the median; up to 2.5), and 0.2 where 1,024 are contracted.
 _RETURNED = 0.34
 _HIDING_ROWS = 512
+_HIDING_DEPTH = 1024
+
+# Of the main memory's bandwidth, with what is stored in the vector memory that a matmul does not
+# hide: all of what it makes by contracting so few, an eighth where it contracts eight times as many.
+# In 20 programs for v5e it took 0.7 ps a byte with 384 or 512.
+_STORED = 1.7
+_SHALLOW = 512
 
 # What it takes to join arrays, over the time to add up their elements. Halves that change places,
 # as of rotary embeddings, are joined, turned and added: in 50 programs for v5e that took 17 to 35
-# ps an element, and 7 to cut them.
-_JOINING = 2
+# ps an element, and 7 to cut them. Where nothing keeps the parts they are cut as they are read.
+_JOINED = 2
+_CUT_AND_JOINED = 3
 
 # How many kernels of a TPU such an op is where it is small. In programs for v5e that decode a norm
 # made three of its reduction (the sum, what is made of it, the scale in float32), and a rotary
@@ -118,7 +126,8 @@ def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     if op.kind == "reshape" and machine.compiles_for_tpu:
         return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
-    is_fused = op.is_fused and not op.shifted & set(choice)
+    is_cut = op.is_brief and op.primitive in ("slice", "split") and machine.compiles_for_tpu
+    is_fused = (op.is_fused or is_cut) and not op.shifted & set(choice)
     if is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
     # A lookup reads the rows it returns, not the table; so does a slice.
@@ -152,10 +161,11 @@ def _working(op: Op, choice: Choice, written: float, machine: Machine) -> float:
     if op.kind == "reduction":
         return _adding(op, choice, machine)
     if op.primitive in ("concatenate", "stack") and not op.moves_cache:
-        return _JOINING * sum(_touching(result, choice, machine) for result in op.results)
+        n_passes = _CUT_AND_JOINED if op.is_brief else _JOINED
+        return n_passes * sum(_touching(result, choice, machine) for result in op.results)
     if not op.flops:
         return 0.0
-    unhidden = _unhidden(op, choice, written, machine) if op.is_returned else 0.0
+    unhidden = _unhidden(op, choice, written, machine) if op.kind == "contraction" else 0.0
     return _multiplying(op, choice, machine) + unhidden
 
 
@@ -166,11 +176,19 @@ def _touching(array: Array, choice: Choice, machine: Machine) -> float:
 
 
 def _unhidden(op: Op, choice: Choice, written: float, machine: Machine) -> float:
-    """What a TPU does not hide behind a matmul of writing what the step returns."""
-    sizes = machine.axis_sizes
-    rows, *_ = _matmul_shape(op, local_sizes(op, choice, sizes), n_parts(choice, sizes))
-    share = min(1.0, _HIDING_ROWS / rows)
-    return share * written / (_RETURNED * machine.chip.hbm_bytes_per_second)
+    """What a TPU does not hide behind a matmul of writing what it makes."""
+    sizes, bandwidth = machine.axis_sizes, machine.chip.hbm_bytes_per_second
+    rows, contracted, _ = _matmul_shape(op, local_sizes(op, choice, sizes), n_parts(choice, sizes))
+    if op.is_returned:
+        share = min(1.0, _HIDING_ROWS / rows) if contracted > _HIDING_DEPTH else 0.0
+        return share * written / (_RETURNED * bandwidth)
+    if not op.is_brief or op.scores is not None:
+        return 0.0
+    result = op.results[0]
+    n_bytes = moved_bytes(op, result, machine)
+    shard = local_bytes(n_bytes, layout_of(result, choice), sizes)
+    stays = shard <= machine.on_chip_bytes
+    return min(1.0, _SHALLOW / contracted) * shard / (_STORED * bandwidth) if stays else 0.0
 
 
 def _multiplying(op: Op, choice: Choice, machine: Machine) -> float:

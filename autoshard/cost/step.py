@@ -13,6 +13,7 @@ from autoshard.cost.beside import MatmulsBeside
 from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
+from autoshard.cost.norms import SharedNorms
 from autoshard.cost.scores import AttentionScores
 from autoshard.cost.shares import Moved, Share
 from autoshard.cost.single_rows import matrix_seconds
@@ -28,7 +29,7 @@ from autoshard.cost.transfers import (
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import Layout, Op, Program, in_any_block
 from autoshard.graph.propagation import Apart, picker, torn_axes
-from autoshard.graph.softmaxes import read_softmaxes, with_maxima
+from autoshard.graph.softmaxes import with_maxima
 from autoshard.graph.tying import price_look
 from autoshard.hardware.collectives import wire_bytes
 from autoshard.hardware.efficiency import memory_seconds
@@ -64,7 +65,7 @@ class StepPricer:
         self._touching = program.touching()
         self.beside = MatmulsBeside(program, machine)
         self._maxima = with_maxima(program.ops) if machine.compiles_for_tpu else set()
-        self._softmaxes = {one.sums for one in read_softmaxes(program.ops)}
+        self._norms = SharedNorms(program, machine)
         self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = AttentionScores(program, machine)
@@ -112,6 +113,7 @@ class StepPricer:
         compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
         compute += self._move(traffic, moving)
         compute += sum(written.seconds for written in scores)
+        compute += self._norms.seconds(moving, apart.moved)
         self._wait_for_last_weight(traffic)
         compute += self._move_as_asked(traffic, apart.moved)
         for index, own in apart.torn.items():
@@ -261,7 +263,6 @@ class StepPricer:
                 cost.compute_seconds
                 + self._chain_seconds(index, cost)
                 + self._maximum_seconds(index, around, cost)
-                + self._apart_seconds(index, cost)
                 + self._peak.copies.seconds(op, around[-1])
             ),
             fetch_seconds=op.count * cost.fetch_seconds,
@@ -298,17 +299,6 @@ class StepPricer:
         if not (is_summed and index in self._maxima):
             return 0.0
         return self._max_seconds(self.program.ops[index], around)
-
-    def _apart_seconds(self, index: int, cost: OpCost) -> float:
-        """What it takes a TPU to read again what it has summed up, where a sum over devices waits.
-
-        So it is with norms of rows that devices share: what is made of a row and its sum comes
-        after the sum is there.
-        """
-        op = self.program.ops[index]
-        is_norm = op.kind == "reduction" and not op.backward and index not in self._softmaxes
-        is_apart = is_norm and self.machine.compiles_for_tpu and is_all_reduced(cost.transfers)
-        return cost.compute_seconds if is_apart else 0.0
 
     def _max_seconds(self, op: Op, around: Sequence[Layout]) -> float:
         """What it takes a TPU to find the maxima of the result of an op apart from it.
