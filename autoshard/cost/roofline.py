@@ -54,8 +54,8 @@ _HIDING_ROWS = 512
 _HIDING_DEPTH = 1024
 
 # Of the main memory's bandwidth, with what is stored in the vector memory that a matmul does not
-# hide: all of what it makes by contracting so few, an eighth where it contracts eight times as many.
-# In 20 programs for v5e it took 0.7 ps a byte with 384 or 512.
+# hide: all of what it makes by contracting so few, an eighth where it contracts eight times as
+# many. In 20 programs for v5e it took 0.7 ps a byte with 384 or 512.
 _STORED = 1.7
 _SHALLOW = 512
 
