@@ -18,7 +18,7 @@ __all__ = ["SharedNorms"]
 
 
 class _Norm(NamedTuple):
-    """Index of a norm's first sum, and of the matmul that makes what it adds up last, if one does."""
+    """Index of a norm's first sum, and of the matmul that makes the last of what it adds up."""
 
     sums: int
     maker: int | None
