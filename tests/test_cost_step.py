@@ -120,20 +120,6 @@ def test_half_of_the_gathers_run_beside_a_matmul_whose_sums_are_reduced(
     assert cost.blocking_seconds + cost.overlapped_seconds == pytest.approx(whole)
 
 
-@pytest.mark.parametrize(("dim", "times"), [(1, 2), (0, 1), (WHOLE, 1)])
-def test_rows_that_devices_share_are_read_again_once_their_sums_are_there(
-    dim: int, times: int
-) -> None:
-    def norm(x):
-        return x * jnp.sum(x * x, axis=-1, keepdims=True)
-
-    cost = cost_of(program_of(norm, (4096, 4096), dtype="bfloat16"), dim)
-    assert [t.kind for t in cost.traffic] == ["all-reduce"] * (times - 1)
-    n_parts = 1 if dim == WHOLE else 8
-    once = matrix_seconds(4096 * 4096 / n_parts, MACHINE)
-    assert cost.compute_seconds == pytest.approx(times * once)
-
-
 def test_what_a_batch_of_matmuls_reads_is_gathered_early() -> None:
     def scores(x, keys, b):
         return jnp.einsum("bqd,bkd->bqk", x, jnp.tanh(keys)), x @ b
