@@ -127,7 +127,7 @@ def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
         return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
     is_cut = op.is_brief and op.primitive in ("slice", "split") and machine.compiles_for_tpu
-    is_fused = (op.is_fused or is_cut) and not op.shifted & set(choice)
+    is_fused = is_cut or op.is_fused and not op.shifted & set(choice)
     if is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
     # A lookup reads the rows it returns, not the table; so does a slice.
