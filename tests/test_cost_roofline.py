@@ -79,4 +79,5 @@ def test_halves_that_change_places_take_what_their_elements_take(
         return jnp.concatenate([-second, first], axis=-1)
 
     ops = program_of(rotated, (8, 512, heads, width), dtype="bfloat16").ops
-    assert sum(map(microseconds, ops)) == pytest.approx(compiled, rel=0.15)
+    read = [replace(op, is_returned=False, is_brief=True) for op in ops]
+    assert sum(map(microseconds, read)) == pytest.approx(compiled, rel=0.15)

@@ -62,7 +62,7 @@ def test_a_step_that_trains_is_told_nothing() -> None:
     program = program_of(jax.grad(loss, argnums=(0, 1, 2)), *SHAPES)
     assert len(list(read_softmaxes(program.ops))) == 1
     assert not told(program)
-    assert not any(op.is_brief or op.is_returned for op in program.ops)
+    assert not any(op.is_brief for op in program.ops)
 
 
 @pytest.mark.parametrize(("kind", "n_told"), [("prefill", 3), ("decode", 0)])
@@ -72,6 +72,13 @@ def test_a_step_that_decodes_is_told_nothing(kind: Any, n_told: int) -> None:
     assert len(told(program)) == 2 * n_told
     logits = [op for op in program.ops if op.is_returned and op.kind == "contraction"]
     assert [op.layer for op in logits] == ["token_embedding"]
+
+
+def test_a_part_of_logits_is_what_the_step_returns() -> None:
+    program = program_of(lambda x, w: (x @ w)[32:], (64, 64), (64, 64))
+    assert [(op.primitive, op.is_returned, op.is_brief) for op in program.ops] == [
+        *(("dot_general", False, True), ("slice", True, False))
+    ]
 
 
 def test_what_the_step_returns_is_read_by_nothing_in_it() -> None:

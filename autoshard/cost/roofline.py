@@ -179,7 +179,7 @@ def _unhidden(op: Op, choice: Choice, written: float, machine: Machine) -> float
     """What a TPU does not hide behind a matmul of writing what it makes."""
     sizes, bandwidth = machine.axis_sizes, machine.chip.hbm_bytes_per_second
     rows, contracted, _ = _matmul_shape(op, local_sizes(op, choice, sizes), n_parts(choice, sizes))
-    if op.is_returned:
+    if op.is_returned and not op.backward:
         share = min(1.0, _HIDING_ROWS / rows) if contracted > _HIDING_DEPTH else 0.0
         return share * written / (_RETURNED * bandwidth)
     if not op.is_brief or op.scores is not None:

@@ -197,15 +197,13 @@ def _with_surroundings(
 
 
 def _returned(ops: Sequence[Op], flat: FlatJaxpr) -> list[Op]:
-    """The ops, told which matmuls make what the step returns, or what that is in other form."""
+    """The ops, told which make what the step returns, or what that is in other form."""
     outputs = set(flat.outputs)
     for equation in reversed(flat.equations):
         if equation.link.kind in PASSING and not outputs.isdisjoint(equation.results):
             outputs.update(equation.operands)
     return [
         replace(op, is_returned=not outputs.isdisjoint(array.identity for array in op.results))
-        if op.kind == "contraction" and not op.backward
-        else op
         for op in ops
     ]
 

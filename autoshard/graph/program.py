@@ -147,8 +147,7 @@ class Op:
         n_meetings: how often elementwise ops bring a matmul's result together with arrays of its
             group that others laid out.
         slicing: of a matmul, the slice that is all that is read of its result, if one is.
-        is_returned: whether it is a matmul of the forward half that makes what the step returns, as
-            logits.
+        is_returned: whether the step returns what it makes, as logits, or that in other form.
         is_brief: whether what it makes is soon read for the last time, as in a step that neither
             trains nor decodes.
         scores: of the ops of attention in a step that neither trains nor decodes, which array they
