@@ -81,6 +81,18 @@ def test_a_part_of_logits_is_what_the_step_returns() -> None:
     ]
 
 
+def test_a_stream_is_not_returned_because_its_norm_is() -> None:
+    def backbone(x: Any, w: Any, scale: Any) -> Any:
+        stream = x + jnp.tanh(x) @ w
+        return stream * jnp.sum(stream, axis=-1, keepdims=True) * scale
+
+    program = program_of(backbone, (64, 64), (64, 64), (64,))
+    (matmul,) = [op for op in program.ops if op.kind == "contraction"]
+    assert not matmul.is_returned and matmul.is_brief
+    biased = program_of(lambda x, w, bias: jnp.tanh(x @ w + bias), (64, 64), (64, 64), (64,))
+    assert [op.is_returned for op in biased.ops if op.kind == "contraction"] == [True]
+
+
 def test_what_the_step_returns_is_read_by_nothing_in_it() -> None:
     program = program_of(lambda x, a, b: ((x @ a) @ b).astype("float32"), *[(64, 64)] * 3)
     assert [(op.is_returned, op.is_brief) for op in program.ops] == [(False, True), (True, False)]

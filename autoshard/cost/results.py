@@ -30,17 +30,14 @@ class ResultCopies:
     def __init__(self, program: Program, machine: Machine) -> None:
         self._program = program
         self._machine = machine
-        self._returned = {(output.group, output.n_bytes) for output in program.outputs}
-        self._returned |= {
-            _look(op.operands[0]) for op in program.ops if self._is_returned_slice(op)
+        returned = [op for op in program.ops if op.is_returned]
+        self._returned = {array.identity for op in returned for array in op.results} | {
+            op.operands[0].identity for op in returned if op.kind == "slice" and op.is_fused
         }
 
     def is_returned(self, array: Array) -> bool:
-        """Whether an array is one of the results, or laid out like one and as large."""
-        return _look(array) in self._returned
-
-    def _is_returned_slice(self, op: Op) -> bool:
-        return op.kind == "slice" and op.is_fused and any(map(self.is_returned, op.results))
+        """Whether an array is one of the results, or one in other form, or one is a slice of it."""
+        return array.identity in self._returned
 
     def n_bytes(self, op: Op, layout: Layout) -> int:
         """Bytes of one device's copy; 0 where there is none.
@@ -77,10 +74,6 @@ class ResultCopies:
             if dim != WHOLE:
                 shape[dim] = -(-shape[dim] // size)
         return copied_tiles([size for size in shape if size > 1])
-
-
-def _look(array: Array) -> tuple[int, int]:
-    return array.group, array.n_bytes
 
 
 def copied_tiles(shape: Sequence[int]) -> tuple[int, int] | None:

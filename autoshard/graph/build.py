@@ -198,10 +198,14 @@ def _with_surroundings(
 
 def _returned(ops: Sequence[Op], flat: FlatJaxpr) -> list[Op]:
     """The ops, told which make what the step returns, or what that is in other form."""
-    outputs = set(flat.outputs)
+    outputs, spread = set(flat.outputs), set[int]()
+    for equation in flat.equations:
+        if equation.link.kind == "broadcast":
+            spread.update(equation.results)
     for equation in reversed(flat.equations):
         if equation.link.kind in PASSING and not outputs.isdisjoint(equation.results):
-            outputs.update(equation.operands)
+            own = set(equation.operands) - spread
+            outputs |= own if len(own) == 1 else set()
     return [
         replace(op, is_returned=not outputs.isdisjoint(array.identity for array in op.results))
         for op in ops
