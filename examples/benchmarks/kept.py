@@ -5,12 +5,13 @@
 Compiles nothing: `fidelity.py` and `rivals.py` put the programs, as deep as `PERIODS` says or whole
 (`rivals.py --whole`), into results/. A row a workload and model; an error is predicted over
 compiled, less one. The step is timed on the links of the mesh; its rank correlation is that of
-layouts on one mesh, the mean over meshes. Memory of training that was compiled before what is in
+layouts on one mesh, to a twentieth, the mean over meshes. Memory of training that was compiled before what is in
 use at once was kept is left out: what lies idle counts twice there. (Prefill leaves next to nothing
 idle.)
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,16 +121,26 @@ def row(workload: str, model: str, several: Sequence[Kept]) -> tuple[str, ...]:
 
 
 def ranks(several: Sequence[Kept]) -> str:
-    """The mean rank correlation of the step over models and meshes, where there are enough."""
+    """The mean rank correlation of the step over models and meshes, where there are enough.
+
+    In steps of a twentieth: most layouts of a place are plans, and alike.
+    """
     places: dict[tuple[str, str], list[Kept]] = {}
     for one in several:
         places.setdefault((one.model, one.mesh), []).append(one)
     found = [
-        spearman([one.predicted_seconds for one in some], [one.compiled_seconds for one in some])
+        spearman(
+            [_twentieths(one.predicted_seconds) for one in some],
+            [_twentieths(one.compiled_seconds) for one in some],
+        )
         for some in places.values()
         if len(some) >= _RANKED
     ]
     return f"{statistics.mean(found):.3f}" if found else ""
+
+
+def _twentieths(seconds: float) -> int:
+    return round(math.log(seconds) / math.log(1.05))
 
 
 if __name__ == "__main__":
