@@ -5,9 +5,9 @@
 Compiles nothing: `fidelity.py` and `rivals.py` put the programs, as deep as `PERIODS` says or whole
 (`rivals.py --whole`), into results/. A row a workload and model; an error is predicted over
 compiled, less one. The step is timed on the links of the mesh; its rank correlation is that of
-layouts on one mesh, to a twentieth, the mean over meshes. Memory of training that was compiled before what is in
-use at once was kept is left out: what lies idle counts twice there. (Prefill leaves next to nothing
-idle.)
+layouts on one mesh, to a twentieth, the mean over meshes. Memory of training that was compiled
+before what is in use at once was kept is left out: what lies idle counts twice there. (Prefill
+leaves next to nothing idle.)
 """
 
 import argparse
