@@ -54,4 +54,5 @@ def test_a_matmul_adds_up_what_it_makes(dims: tuple[int, int], is_added_up: bool
     kinds = {traffic.kind for traffic in costs[1].traffic}
     assert kinds == (set() if is_added_up else {"reduce-scatter"})
     more = costs[0].compute_seconds - costs[1].compute_seconds
-    assert more == pytest.approx((1 if is_added_up else 2) * ONCE, rel=0.01)
+    # Within what the fetching of the weight adds to either.
+    assert more == pytest.approx((1 if is_added_up else 2) * ONCE, rel=0.02)
