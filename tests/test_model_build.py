@@ -233,7 +233,7 @@ def test_a_model_with_weights_in_eight_bits_keeps_them_so() -> None:
 def test_a_model_is_planned_whatever_was_built_before_it() -> None:
     made = [small_gemma(dtype="bfloat16") for _ in range(2)]
     first, second = (
-        plan(model, "1x8", workload="prefill", seq_len=64, generate=False) for model in made
+        plan(model, "1x8", workload="prefill", seq_len=512, generate=False) for model in made
     )
     assert first.rules == second.rules
 
