@@ -57,17 +57,19 @@ class MatmulsBeside:
         assert transfer.operand is not None
         identity = self._ops[index].operands[transfer.operand].identity
         least = _SHORTEST * transfer.seconds * self._ops[index].count
-        shares = [
-            1.0 if reader not in moving else _REDUCED
+        readers = (
+            reader
             for reader in self._readers[identity]
             if compute[reader] >= least
-            and (
-                reader not in moving
-                or (identity, transfer.axis) not in moving[reader].moved
-                and not self._scatters_shifted(reader, moving[reader])
-            )
-        ]
-        return max(shares, default=0.0)
+            and self._multiplies_shards(reader, identity, transfer.axis, moving.get(reader))
+        )
+        return max((_REDUCED if reader in moving else 1.0 for reader in readers), default=0.0)
+
+    def _multiplies_shards(self, index: int, identity: int, axis: int, share: Share | None) -> bool:
+        """Whether a matmul takes an array as it lies, and scatters nothing that is shifted next."""
+        if share is None:
+            return True
+        return (identity, axis) not in share.moved and not self._scatters_shifted(index, share)
 
     def _scatters_shifted(self, index: int, share: Share) -> bool:
         """Whether sums of op `index` are scattered along a dimension that is shifted."""

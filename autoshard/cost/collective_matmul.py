@@ -35,7 +35,8 @@ __all__ = [
 # on v6e, for n of four and eight, whatever the rows and columns.
 _LINK_SHARE = (15 / 16) / 0.9
 # So often a ring reads or writes its whole result beside the matmul, adding up as it goes. By the
-# cycles of 24 matmuls compiled for v5e, groups of four and eight, 8 to 256 MiB: 6.5 to 8.6.
+# cycles of 24 matmuls compiled for v5e, groups of four and eight, 8 to 256 MiB: 6.5 to 8.6; in
+# programs for v5e, where that stays in the vector memory, 5.9 to 6.0.
 _RING_PASSES = 6
 # Bytes of an element of those, and of the collective that it is weighed against. Float32 takes no
 # longer, it is added up on the chip: 42 us for 16 MiB of SmolLM3's sums, where this says 72 and

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.shares import Share
-from autoshard.cost.transfers import is_all_reduced
 from autoshard.graph.program import Op, Program
 from autoshard.graph.softmaxes import read_softmaxes
 
@@ -45,7 +44,9 @@ class SharedNorms:
         return sum(
             moving[sums].compute_seconds
             for sums, maker in self._norms
-            if _is_summed(sums, moving) and not _is_added_up(maker, moving, moved)
+            if sums in moving
+            and moving[sums].is_all_reduced
+            and not _is_added_up(maker, moving, moved)
         )
 
 
@@ -64,14 +65,8 @@ def _norms(ops: Sequence[Op]) -> Iterator[_Norm]:
             yield _Norm(index, made_by.get(group))
 
 
-def _is_summed(index: int, moving: Mapping[int, Share]) -> bool:
-    return index in moving and is_all_reduced(one for _, one, *_ in moving[index].transfers)
-
-
 def _is_added_up(maker: int | None, moving: Mapping[int, Share], moved: Collection[int]) -> bool:
     """Whether a matmul adds up what it makes."""
     if maker is None or maker in moved:
         return False
-    return maker not in moving or all(
-        transfer.operand is not None for _, transfer, *_ in moving[maker].transfers
-    )
+    return maker not in moving or not moving[maker].moves_result

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, local_sizes
 from autoshard.cost.scores import attending_seconds, filled_share
-from autoshard.cost.single_rows import matrix_seconds
+from autoshard.cost.single_rows import matrix_seconds, shard_seconds
 from autoshard.cost.transfers import FLOAT32, local_bytes, moved_bytes, n_parts
 from autoshard.graph.program import Array, Layout, Op
 from autoshard.graph.splits import layout_of
@@ -162,17 +162,13 @@ def _working(op: Op, choice: Choice, written: float, machine: Machine) -> float:
         return _adding(op, choice, machine)
     if op.primitive in ("concatenate", "stack") and not op.moves_cache:
         n_passes = _CUT_AND_JOINED if op.is_brief else _JOINED
-        return n_passes * sum(_touching(result, choice, machine) for result in op.results)
+        return n_passes * sum(
+            shard_seconds(result, layout_of(result, choice), machine) for result in op.results
+        )
     if not op.flops:
         return 0.0
     unhidden = _unhidden(op, choice, written, machine) if op.kind == "contraction" else 0.0
     return _multiplying(op, choice, machine) + unhidden
-
-
-def _touching(array: Array, choice: Choice, machine: Machine) -> float:
-    """What it takes a TPU to go through a device's shard of an array once, adding it up."""
-    shard = local_bytes(array.n_bytes, layout_of(array, choice), machine.axis_sizes)
-    return matrix_seconds(shard / array.itemsize, machine)
 
 
 def _unhidden(op: Op, choice: Choice, written: float, machine: Machine) -> float:
@@ -241,9 +237,7 @@ def sum_seconds(op: Op, layouts: Sequence[Layout], machine: Machine) -> float:
     """
     if not (machine.compiles_for_tpu and op.addends and op.results):
         return 0.0
-    result = op.results[0]
-    shard = local_bytes(result.n_bytes, layouts[len(op.operands)], machine.axis_sizes)
-    seconds = matrix_seconds(shard / result.itemsize, machine)
+    seconds = shard_seconds(op.results[0], layouts[len(op.operands)], machine)
     return _SUM_SHARE * seconds * sum(op.addends) / 2
 
 

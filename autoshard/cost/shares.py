@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from autoshard.cost.memory import OpBytes
-from autoshard.cost.transfers import Transfer
+from autoshard.cost.transfers import Transfer, is_all_reduced
 from autoshard.cost.values import Traffic
 
 __all__ = ["Moved", "Share"]
@@ -30,3 +30,13 @@ class Share:
     transfers: tuple[Moved, ...]
     moved: frozenset[tuple[int, int]]
     n_bytes: OpBytes
+
+    @property
+    def is_all_reduced(self) -> bool:
+        """Whether an all-reduce sums what the op makes."""
+        return is_all_reduced(transfer for _, transfer, *_ in self.transfers)
+
+    @property
+    def moves_result(self) -> bool:
+        """Whether what the op makes is summed over devices, or moved."""
+        return any(transfer.operand is None for _, transfer, *_ in self.transfers)

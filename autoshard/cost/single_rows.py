@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import Transfer, collective, local_bytes
-from autoshard.graph.program import WHOLE, Layout, Op
+from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.vectors import vectors_of
 
-__all__ = ["matrix_seconds", "matrix_transfer"]
+__all__ = ["matrix_seconds", "matrix_transfer", "shard_seconds"]
 
 # By the cycles of the compilers for v3, v5e and v6e 0.24 to 0.3 of the bandwidth, were each element
 # of the matrix of two bytes. Two rows go to the matrix unit.
@@ -22,6 +22,18 @@ _ITEM_BYTES = 2
 def matrix_seconds(n_products: float, machine: Machine) -> float:
     """What it takes a TPU to multiply and sum up so many pairs, or to sum up so many elements."""
     return n_products * _ITEM_BYTES / (_SHARE * machine.chip.hbm_bytes_per_second)
+
+
+def shard_seconds(array: Array, layout: Layout, machine: Machine) -> float:
+    """What it takes a TPU to go through a device's shard of an array once, adding it up.
+
+    Args:
+        array: the array.
+        layout: how it lies.
+        machine: the chips.
+    """
+    n_bytes = local_bytes(array.n_bytes, layout, machine.axis_sizes)
+    return matrix_seconds(n_bytes / array.itemsize, machine)
 
 
 def matrix_transfer(

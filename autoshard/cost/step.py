@@ -16,12 +16,11 @@ from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.norms import SharedNorms
 from autoshard.cost.scores import AttentionScores
 from autoshard.cost.shares import Moved, Share
-from autoshard.cost.single_rows import matrix_seconds
+from autoshard.cost.single_rows import shard_seconds
 from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import (
     Transfer,
     collective,
-    is_all_reduced,
     local_bytes,
     result_moves,
     transfer_by_part,
@@ -70,7 +69,8 @@ class StepPricer:
         self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = AttentionScores(program, machine)
         # The matmuls to whose results something is added before a rule may move them.
-        self._biased = {out.made_by for out in program.layer_outputs if not out.as_made}
+        biased = {out.made_by for out in program.layer_outputs if not out.as_made}
+        self._biased = biased if machine.compiles_for_tpu else set()
         self._shares: list[dict[tuple[Layout, ...], Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
@@ -99,7 +99,9 @@ class StepPricer:
         shares = {index: self._share(index, seen) for index, seen in (torn | apart.around).items()}
         moving = {**self._moving, **shares}
         scores = list(
-            self._scores.written(layouts, apart.moved, lambda index: _is_summed(index, moving))
+            self._scores.written(
+                layouts, apart.moved, lambda index: index in moving and moving[index].is_all_reduced
+            )
         )
         n_bytes = self._n_bytes
         if shares or scores:
@@ -146,8 +148,11 @@ class StepPricer:
                 # all-reduced once: once in all what every block reads or adds to.
                 known = traffic.get(once)
                 if known is None:
-                    for part in self._parts_beside(index, transfer, moved, beside, moving):
-                        traffic[(*once, "waits") if once in traffic else once] = part
+                    if beside is None:
+                        traffic[once] = moved
+                    else:
+                        share = self.beside.hidden_share(index, transfer, moving, self._compute)
+                        traffic |= _split(once, moved, beside, share)
                     seconds += transfer.memory_seconds * moved.count
                 elif moved.count < known.count and _is_alike(moved, known):
                     traffic[once] = replace(known, count=moved.count)
@@ -176,20 +181,13 @@ class StepPricer:
             # The result is gathered beside another matmul that reads what this one does.
             hidden = any(self.beside.may_hide(op, array) for array in op.operands)
             if index in self._biased:
-                seconds += op.count * self._bias_seconds(op, want)
+                # Added apart from the matmul, to what has been moved.
+                seconds += op.count * shard_seconds(op.results[0], want, self.machine)
             for place, transfer in enumerate(result_moves(op, have, want, self.machine)):
                 moved = self._traffic(op, transfer)
                 traffic["asked", index, place] = replace(moved, overlapped=hidden)
                 seconds += transfer.memory_seconds * op.count
         return seconds
-
-    def _bias_seconds(self, op: Op, layout: Layout) -> float:
-        """What it takes a TPU to add a bias to what a rule has moved, apart from the matmul."""
-        if not self.machine.compiles_for_tpu:
-            return 0.0
-        result = op.results[0]
-        n_bytes = local_bytes(result.n_bytes, layout, self.machine.axis_sizes)
-        return matrix_seconds(n_bytes / result.itemsize, self.machine)
 
     def _wait_for_last_weight(self, traffic: _Traffics) -> None:
         """Let the gather of the weight block that the end of the forward half keeps.
@@ -203,24 +201,6 @@ class StepPricer:
         for once, moved in traffic.items():
             if moved.overlapped and moved.kind == "all-gather" and once[0] in self._kept:
                 traffic[once] = replace(moved, overlapped=blocking <= {moved.axis})
-
-    def _parts_beside(
-        self,
-        index: int,
-        transfer: Transfer,
-        moved: Traffic,
-        beside: Traffic | None,
-        moving: Mapping[int, Share],
-    ) -> Iterator[Traffic]:
-        """A collective, or those that another matmul hides and those that op `index` waits for."""
-        share = 0.0
-        if beside is not None:
-            share = self.beside.hidden_share(index, transfer, moving, self._compute)
-        n_hidden = round(share * moved.count)
-        if beside is not None and n_hidden:
-            yield replace(beside, count=n_hidden)
-        if n_hidden < moved.count:
-            yield replace(moved, count=moved.count - n_hidden) if n_hidden else moved
 
     def _beside(self, op: Op, transfer: Transfer, moved: Traffic) -> Traffic | None:
         """A gather that op waits for as it is if it runs beside another matmul that reads the same.
@@ -305,9 +285,7 @@ class StepPricer:
 
         Two-byte elements by the cycles of the compiler for v5e: each counts as two that are added.
         """
-        result = op.results[0]
-        n_bytes = local_bytes(result.n_bytes, around[-1], self.machine.axis_sizes)
-        return matrix_seconds(2 * n_bytes / result.itemsize, self.machine)
+        return 2 * shard_seconds(op.results[0], around[-1], self.machine)
 
     def _op_cost(self, index: int, around: tuple[Layout, ...]) -> OpCost:
         """The price of op `index`, the layouts of its operands and results given; remembered."""
@@ -371,12 +349,19 @@ class StepPricer:
         return seconds
 
 
+def _split(once: tuple[object, ...], moved: Traffic, beside: Traffic, share: float) -> _Traffics:
+    """The runs of a gather: those that another matmul hides, and those that are waited for."""
+    n_hidden = round(share * moved.count)
+    if n_hidden == moved.count:
+        return {once: beside}
+    if not n_hidden:
+        return {once: moved}
+    return {
+        once: replace(beside, count=n_hidden),
+        (*once, "waits"): replace(moved, count=moved.count - n_hidden),
+    }
+
+
 def _is_alike(one: Traffic, other: Traffic) -> bool:
     """Whether two collectives are of the same layer, in whatever blocks."""
     return in_any_block(one.layer) == in_any_block(other.layer)
-
-
-def _is_summed(index: int, moving: Mapping[int, Share]) -> bool:
-    """Whether an all-reduce sums what an op makes."""
-    share = moving.get(index)
-    return share is not None and is_all_reduced(transfer for _, transfer, *_ in share.transfers)

@@ -94,9 +94,7 @@ def build_program(
     made = _ops(flat, left, numbering, _counts(flat, left, moves, common, count_of))
     lives = read_lives(flat, {position: index for index, position in enumerate(made)})
     ops = _with_surroundings(made, flat, grouping, moves, lives, for_tpu)
-    ops = _returned(ops, flat)
-    if not (caches or any(op.backward for op in ops)):
-        ops = with_scores([replace(op, is_brief=not op.is_returned) for op in ops])
+    ops = _with_ends(ops, flat, has_caches=bool(caches))
     ops += _replacements(flat, inputs, replaces, numbering)
     outputs, arguments = _ends(flat, inputs, replaces, numbering)
     laid = layer_outputs(flat, ops, numbering, templates or {}, for_tpu)
@@ -196,8 +194,8 @@ def _with_surroundings(
     ]
 
 
-def _returned(ops: Sequence[Op], flat: FlatJaxpr) -> list[Op]:
-    """The ops, told which make what the step returns, or what that is in other form."""
+def _with_ends(ops: Sequence[Op], flat: FlatJaxpr, *, has_caches: bool) -> list[Op]:
+    """The ops, told which make what the step returns, or that in other form, and what is brief."""
     outputs, spread = set(flat.outputs), set[int]()
     for equation in flat.equations:
         if equation.link.kind == "broadcast":
@@ -206,10 +204,13 @@ def _returned(ops: Sequence[Op], flat: FlatJaxpr) -> list[Op]:
         if equation.link.kind in PASSING and not outputs.isdisjoint(equation.results):
             own = set(equation.operands) - spread
             outputs |= own if len(own) == 1 else set()
-    return [
+    told = [
         replace(op, is_returned=not outputs.isdisjoint(array.identity for array in op.results))
         for op in ops
     ]
+    if has_caches or any(op.backward for op in ops):
+        return told
+    return with_scores([replace(op, is_brief=not op.is_returned) for op in told])
 
 
 def _slicing(op: Op, slices: Mapping[int, Slice], grouping: Grouping) -> Slicing | None:
