@@ -8,7 +8,7 @@ from autoshard.errors import PlanFileError, UsageError
 from autoshard.hardware.targets import default_target, parse_target
 from autoshard.layout.outputs import idle_rules, refused_outputs
 from autoshard.layout.reading import read_layout
-from autoshard.layout.resolve import Finding, FindingKind, resolve
+from autoshard.layout.resolve import Finding, FindingKind, Resolution, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
 from autoshard.model.build import build
@@ -19,9 +19,12 @@ from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planner.tracing import make_program, shapes_in_generate
 from autoshard.sharding_plan import Plan, plan_of
-from autoshard.units import whole_number
+from autoshard.units import format_bytes, whole_number
 
 __all__ = ["check", "origin_findings"]
+
+# The share of the weights that a map may leave whole without a word.
+_MUCH = 0.1
 
 
 def check(
@@ -70,6 +73,8 @@ def check(
     found = resolve(rules, table, grid)
     findings = (*_reading_findings(unreadable), *found.findings, *origin_findings(made, table))
     knows_axes = all(finding.kind != "unknown-axis" for finding in findings)
+    if grid is not None and made is None and knows_axes:
+        findings = (*findings, *_whole_findings(found, table, grid))
     if grid is None or not found.outputs or not knows_axes:
         return findings
     batch = round_up(workload.batch, grid.sizes[grid.data_axis])
@@ -89,6 +94,21 @@ def check(
 def _reading_findings(unreadable: Sequence[str]) -> Iterator[Finding]:
     for message in unreadable:
         yield Finding(kind="unreadable", rule=None, message=message)
+
+
+def _whole_findings(found: Resolution, table: ModelTable, mesh: Mesh) -> Iterator[Finding]:
+    """Weights that a map written by hand leaves whole on each device, if they are many."""
+    whole = [family for family in found.whole(table, mesh) if family.name in found.assignment]
+    n_bytes = sum(family.n_bytes for family in whole)
+    n_all = sum(family.n_bytes for family in table.families())
+    if n_bytes < _MUCH * n_all or mesh.n_devices == 1:
+        return
+    message = (
+        f"{format_bytes(n_bytes)} of {format_bytes(n_all)} of weights lie whole on every device, "
+        f"the largest '{whole[0].name}' ({format_bytes(whole[0].n_bytes)}): give it a rule that "
+        "splits one of its dimensions"
+    )
+    yield Finding(kind="lies-whole", rule=None, message=message)
 
 
 def origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:

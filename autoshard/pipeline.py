@@ -247,7 +247,8 @@ def make_plan(
     setup = replace(planning.setup, memory_limit=limit)
     assert winner.scored is not None
     peak_bytes = winner.scored.cost.memory.peak_bytes
-    return replace(outcome, advice=remedies(model, traced, setup, peak_bytes, watch))
+    planned = [other.mesh for other in setups]
+    return replace(outcome, advice=remedies(model, traced, setup, peak_bytes, watch, planned))
 
 
 def _unused_length(asked: int | None, workload: Workload) -> int | None:

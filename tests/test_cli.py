@@ -58,6 +58,7 @@ def plan_small(*options: str) -> Result:
         (("plan", SMALL, "--mesh", "1x8", "--workload", "sleep"), 2, "unknown workload"),
         (("plan", SMALL, "--mesh", "1x8", "--memory-limit", "much"), 2, "not an amount of memory"),
         (("plan", SMALL, "--mesh", "1x8", "--memory-limit", "15"), 2, "a unit, as in 15GiB"),
+        (("plan", SMALL, "--mesh", "1x8", "--memory-limit", "9533"), 2, "a unit, as in 15GiB"),
         (
             ("plan", SMALL, "--mesh", "2x4", "--target", "cpu:4", "--slices", "2"),
             2,
@@ -149,6 +150,7 @@ def test_slices_and_whole_weights_are_named() -> None:
     assert result.exit_code == 0, result.output
     assert "tpu:v5e:1x3:2" in result.stdout
     assert "whole on every device" in result.stdout
+    assert "\nlinks batch over the network, " in result.stdout
     for bad in (("--slices", "4"), ("--target", "tpu:v5e:1x3:2", "--slices", "2")):
         assert run("plan", SMALL, "--mesh", "2x3", *bad, *FLOAT).exit_code == 2
 

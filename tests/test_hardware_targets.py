@@ -135,6 +135,14 @@ def test_a_mesh_of_another_size_is_refused() -> None:
     )
 
 
+def test_a_mesh_of_half_a_chip_is_refused_with_its_neighbours() -> None:
+    with pytest.raises(MeshError) as caught:
+        check_devices(parse_mesh("1x3"), parse_target("tpu:v3", 3))
+    assert str(caught.value) == (
+        "mesh 1x3 has 3 devices, and each chip of tpu:v3 is 2: take a mesh of 2 or 4"
+    )
+
+
 @pytest.mark.parametrize(
     ("n_devices", "expected"),
     [

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import keras
 import pytest
@@ -14,7 +15,7 @@ from autoshard.cost.values import Memory
 from autoshard.errors import ModelError, UnknownNameError, UsageError
 from autoshard.layout.published import ANNOUNCEMENT_MAP
 from autoshard.layout.reading import kerashub_rules
-from autoshard.layout.resolve import resolve
+from autoshard.layout.resolve import Finding, resolve
 from autoshard.layout.rules import LayoutRules, Rule, match
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Spec, divides
@@ -43,6 +44,11 @@ PRESETS = (
 @cache
 def model(preset: str, lora_rank: int | None = None) -> AbstractModel:
     return build(preset, dtype="bfloat16", lora_rank=lora_rank)
+
+
+def faults(*arguments: Any, **options: Any) -> list[Finding]:
+    """What is wrong with a map of a few rules, that it has so few apart."""
+    return [one for one in check(*arguments, **options) if one.kind != "lies-whole"]
 
 
 def spec_of(family: Family) -> Spec:
@@ -144,7 +150,7 @@ def test_a_plan_for_low_rank_factors_is_checked_with_them(gemma_plan: Plan, tmp_
     assert "other-model" in kinds
     # As a map for the model without factors the rule takes nothing.
     (tmp_path / "map.py").write_text(lora.to_python())
-    (finding,) = check("gemma_7b_en", str(tmp_path / "map.py"), mesh="1x8")
+    (finding,) = faults("gemma_7b_en", str(tmp_path / "map.py"), mesh="1x8")
     assert "takes no variable" in finding.message
 
 
@@ -155,12 +161,12 @@ def test_rules_for_layer_outputs_are_checked_against_their_shapes(tmp_path: Path
         ((None,) * 4, "output-shape", "JAX refuses"),
     ):
         path.write_text(f"layout_map[r'decoder_block_\\d+/output'] = {spec!r}")
-        findings = check(small_gemma_backbone, str(path), mesh="1x16")
+        findings = faults(small_gemma_backbone, str(path), mesh="1x16")
         assert [f.kind for f in findings] == [kind]
         assert words in findings[0].message
         assert "with batch 8 x 512 tokens" in findings[0].message
     path.write_text("layout_map[r'decoder_block_\\d+/output'] = (None, None, 'model')")
-    assert check(small_gemma_backbone, str(path), mesh="1x16") == ()
+    assert faults(small_gemma_backbone, str(path), mesh="1x16") == []
 
 
 def test_a_rule_that_generate_does_not_keep_is_told_unless_it_was_given_up(tmp_path: Path) -> None:
@@ -184,7 +190,7 @@ def test_a_rule_is_idle_where_nothing_that_it_takes_is_made(tmp_path: Path) -> N
     for layers in ("softmax", "(softmax|value)"):
         pattern = rf"decoder_block_\d+/attention/{layers}(_\d+)?/output"
         path.write_text(f"layout_map[r'{pattern}'] = ('batch',)")
-        kinds.append([f.kind for f in check(small_gemma_backbone, str(path), mesh="1x8")])
+        kinds.append([f.kind for f in faults(small_gemma_backbone, str(path), mesh="1x8")])
     assert kinds == [["never-asked"], []]
 
 
@@ -200,7 +206,7 @@ def test_axes_are_those_of_a_mesh() -> None:
 
 def test_a_length_that_the_step_cannot_have_is_refused_where_it_is_asked_for() -> None:
     source = 'layout_map["position_embedding/embeddings"] = ("model", None)'
-    assert check("gpt2_base_en", source, mesh="1x8") == ()
+    assert faults("gpt2_base_en", source, mesh="1x8") == []
     with pytest.raises(ModelError) as error:
         check("gpt2_base_en", source, mesh="1x8", seq_len=5000)
     assert str(error.value) == (
@@ -247,6 +253,19 @@ layout_map["decoder_block_["] = ("model", None)
 layout_map["token_embedding/embeddings"] = None
 layout_map["token_embedding/embedings"] = ("model", None)
 """
-    findings = check(small_gemma_backbone, source, mesh="1x8")
+    findings = faults(small_gemma_backbone, source, mesh="1x8")
     assert [finding.kind for finding in findings] == ["unreadable", "unreadable", "takes-nothing"]
     assert "line 2: rule 'decoder_block_[' is not a regular expression" in findings[0].message
+
+
+def test_a_map_that_leaves_most_weights_whole_is_told_which() -> None:
+    table = {"token_embedding/embeddings": ("model", None)}
+    (finding,) = check("gemma_2b_en", table, mesh="1x8")
+    assert (finding.kind, finding.severity) == ("lies-whole", "warning")
+    assert finding.message == (
+        "3.69 GiB of 4.67 GiB of weights lie whole on every device, the largest "
+        "'decoder_block_*/ffw_gating/kernel' (1.12 GiB): give it a rule that splits one of its "
+        "dimensions"
+    )
+    assert check("gemma_2b_en", table) == ()
+    assert check("gemma_2b_en", table, mesh="1x1") == ()

@@ -5,8 +5,16 @@ import pytest
 from test_end_to_end import small_gemma_backbone
 
 from autoshard.errors import NothingFitsError
+from autoshard.mesh import parse_mesh
 from autoshard.pipeline import make_plan, plan
-from autoshard.planner.remedies import Advice, _more_devices, _smaller_batches, remedies
+from autoshard.planner.remedies import (
+    Advice,
+    _more_devices,
+    _other_shapes,
+    _smaller_batches,
+    as_options,
+    remedies,
+)
 from autoshard.planner.setup import make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import trace_model
@@ -56,6 +64,7 @@ def test_none_is_searched_for_where_weights_alone_are_too_much(
     assert remedies(small_gemma_backbone, traced, setup, 0, watch) == Advice(
         in_vain=(
             {"generate": False},
+            {"mesh": "2x1"},
             {"workload": "lora", "lora_rank": 4, "batch": 1},
             {"batch": 1},
             {"mesh": "1x32", "target": "gpu:h100-sxm:4x8", "batch": 8},
@@ -71,8 +80,9 @@ def test_what_cannot_be_enough_is_not_tried() -> None:
     (batch,) = [one for one in outcome.advice.remedies if list(one.change) == ["batch"]]
     changed = make_plan(small_gemma_backbone, **{**request, **batch.change})
     assert changed.plan.fits
-    # Sixteen halvings of the batch, as many of low-rank training, four doublings of the devices.
-    assert sum(stage.startswith("try ") for stage in tried) <= 3 * 4
+    # Sixteen halvings of the batch, as many of low-rank training, four doublings of the devices,
+    # and another shape.
+    assert sum(stage.startswith("try ") for stage in tried) <= 3 * 4 + 1
 
 
 def test_where_no_change_helps_that_is_said() -> None:
@@ -80,12 +90,13 @@ def test_where_no_change_helps_that_is_said() -> None:
     with pytest.raises(NothingFitsError) as error:
         plan(small_gemma_backbone, **request)
     assert (
-        "; nor does it fit, predicted, with generate=False, or workload='lora', lora_rank=4, "
-        "batch=1, or batch=1, or mesh='1x32', target='gpu:h100-sxm:4x8', batch=8;"
+        "; nor does it fit, predicted, with generate=False, or mesh='2x1', or workload='lora', "
+        "lora_rank=4, batch=1, or batch=1, or mesh='1x32', target='gpu:h100-sxm:4x8', batch=8;"
     ) in str(error.value)
     assert (
-        "\n  nor does it fit, predicted, with --no-generate, or --workload lora --lora-rank 4 "
-        "--batch 1, or --batch 1, or --mesh 1x32 --target gpu:h100-sxm:4x8 --batch 8\n"
+        "\n  nor does it fit, predicted, with --no-generate, or --mesh 2x1, or --workload lora "
+        "--lora-rank 4 --batch 1, or --batch 1, or --mesh 1x32 --target gpu:h100-sxm:4x8 "
+        "--batch 8\n"
     ) in plan_text(make_plan(small_gemma_backbone, **request))
 
 
@@ -115,6 +126,27 @@ def test_a_model_without_low_rank_factors_is_offered_the_rest() -> None:
     outcome = make_plan(dense, "1x2", dtype="float32", memory_limit="3MB")
     assert not outcome.plan.fits
     assert [next(iter(one.change)) for one in outcome.advice.remedies] == ["mesh"]
+
+
+def test_an_odd_part_of_the_last_axis_is_tried_along_the_first() -> None:
+    offered = [change["mesh"] for change, _ in _more_devices(make_setup("1x12"))]
+    assert offered[:4] == ["1x24", "3x8", "1x48", "3x16"]
+
+
+def test_other_shapes_are_those_that_the_batch_divides_over() -> None:
+    setup = make_setup("1x12", axes=["data", "model"])
+    offered = {change["mesh"]: changed for change, changed in _other_shapes(setup, ())}
+    assert list(offered) == ["2x6", "4x3"]
+    assert offered["2x6"].mesh.axis_names == ("data", "model")
+    (change, changed), *_ = _other_shapes(setup, [parse_mesh("2x6")])
+    assert change == {"mesh": "4x3"}
+
+
+def test_two_axes_in_place_of_three_come_with_their_names() -> None:
+    setup = make_setup("2x2x2", axes=["batch", "seq", "model"])
+    (change, changed), *_ = _other_shapes(setup, ())
+    assert as_options(change) == "--mesh 2x4 --axes batch,model"
+    assert make_setup(**change) == changed
 
 
 def test_no_more_devices_are_offered_than_a_mesh_may_have() -> None:

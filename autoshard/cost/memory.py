@@ -79,7 +79,7 @@ _Held = tuple[int, int, int | Fraction]
 _IDLE_SHARE = 0.06
 
 # Of what a TPU gathers of the forward half behind the matmuls of the backward one so much is there
-# since the turn: the median of 13 whole programs for v5e (8 to 52%; its scheduler runs one collective
+# since the turn: the median of 13 whole programs for v5e (8 to 52%; it runs one collective
 # at a time, and begins those that wait for nothing where there is none).
 _EARLY_SHARE = 0.2
 

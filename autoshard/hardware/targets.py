@@ -139,6 +139,14 @@ def check_devices(mesh: Mesh, target: Target) -> None:
     Raises:
         MeshError: they have different numbers of devices.
     """
+    per_chip = target.chip.devices_per_chip
+    if mesh.n_devices % per_chip:
+        below = mesh.n_devices - mesh.n_devices % per_chip
+        counts = " or ".join(str(count) for count in (below, below + per_chip) if count)
+        raise MeshError(
+            f"mesh {mesh} has {mesh.n_devices} devices, and each chip of {target.chip.name} is "
+            f"{per_chip}: take a mesh of {counts}"
+        )
     if mesh.n_devices != target.n_devices:
         raise MeshError(
             f"mesh {mesh} has {mesh.n_devices} devices and target {target} has "

@@ -36,6 +36,7 @@ FindingKind = Literal[
     "never-asked",
     "unreadable",
     "other-model",
+    "lies-whole",
 ]
 _WARNINGS = (
     "other-model",
@@ -45,6 +46,7 @@ _WARNINGS = (
     "uneven-output",
     "breaks-generate",
     "never-asked",
+    "lies-whole",
 )
 
 

@@ -1,6 +1,7 @@
 """What would make a step fit that does not: changes of the request, each planned in turn."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from autoshard.errors import MeshError, ModelError, UsageError
 from autoshard.hardware.targets import target_of
 from autoshard.mesh import Mesh, round_up
 from autoshard.model.workload import DEFAULT_LORA_RANK
+from autoshard.planner.mesh_shapes import mesh_shapes
 from autoshard.planner.planning import run_planner
 from autoshard.planner.pricing import make_scorer
 from autoshard.planner.setup import Setup
@@ -21,7 +23,7 @@ _MOST_DOUBLINGS = 4
 # Of one kind; each traces the step and searches, a few seconds for a small model.
 _MOST_TRIALS = 4
 
-Change = Mapping[str, str | int]
+Change = Mapping[str, str | int | tuple[str, ...]]
 """Arguments of `autoshard.plan` to give in place of the request's."""
 
 _Changes = Iterator[tuple[Change, Setup]]
@@ -71,10 +73,13 @@ def as_options(change: Change) -> str:
     >>> as_options({"workload": "lora", "lora_rank": 4, "generate": False})
     '--workload lora --lora-rank 4 --no-generate'
     """
-    named = {name.replace("_", "-"): value for name, value in change.items()}
-    return " ".join(
-        f"--no-{name}" if value is False else f"--{name} {value}" for name, value in named.items()
-    )
+    return " ".join(_option(name.replace("_", "-"), value) for name, value in change.items())
+
+
+def _option(name: str, value: str | int | tuple[str, ...]) -> str:
+    if value is False:
+        return f"--no-{name}"
+    return f"--{name} {','.join(value) if isinstance(value, tuple) else value}"
 
 
 def as_arguments(change: Change) -> str:
@@ -87,7 +92,12 @@ def as_arguments(change: Change) -> str:
 
 
 def remedies(
-    model: Any, traced: TracedModel, setup: Setup, peak_bytes: int, watch: Stopwatch
+    model: Any,
+    traced: TracedModel,
+    setup: Setup,
+    peak_bytes: int,
+    watch: Stopwatch,
+    planned: Sequence[Mesh] = (),
 ) -> Advice:
     """The least change of each kind under which a layout keeps the memory limit.
 
@@ -97,6 +107,7 @@ def remedies(
         setup: the request for which no layout fits.
         peak_bytes: predicted of the layout that is nearest to fitting.
         watch: announces each change.
+        planned: other meshes of as many devices for which no layout fits either.
     """
 
     def trace(changed: Setup) -> TracedModel:
@@ -104,11 +115,14 @@ def remedies(
             return traced
         return trace_model(model, changed.workload, setup.target.chip)
 
+    # What an odd axis leaves whole tells nothing of the shards of another.
+    even_bytes = peak_bytes if _even_part(setup.mesh) == setup.mesh.shape[-1] else 0
     found = [
         _first_that_fits(_without_generate(setup, traced), setup, 0, trace, watch),
+        _first_that_fits(_other_shapes(setup, planned), setup, 0, trace, watch),
         _first_that_fits(_adapted(setup), setup, 0, trace, watch),
         _first_that_fits(_smaller_batches(setup), setup, peak_bytes, trace, watch),
-        _first_that_fits(_more_devices(setup), setup, peak_bytes, trace, watch),
+        _first_that_fits(_more_devices(setup), setup, even_bytes, trace, watch),
     ]
     return Advice(
         remedies=tuple(one for one in found if isinstance(one, Remedy)),
@@ -177,6 +191,24 @@ def _without_generate(setup: Setup, traced: TracedModel) -> _Changes:
         yield {"generate": False}, replace(setup, generate=False)
 
 
+def _other_shapes(setup: Setup, planned: Sequence[Mesh]) -> _Changes:
+    """The same devices in two axes of other lengths, those with about as long a data axis first."""
+    n_data = setup.mesh.sizes[setup.mesh.data_axis]
+    known = {mesh.shape for mesh in (setup.mesh, *planned)}
+    shapes = [
+        mesh
+        for mesh in mesh_shapes(setup.mesh.n_devices)
+        if mesh.shape not in known and setup.workload.batch % mesh.shape[0] == 0
+    ]
+    for mesh in sorted(shapes, key=lambda mesh: abs(math.log(mesh.shape[0] / n_data))):
+        change: dict[str, str | tuple[str, ...]] = {"mesh": str(mesh)}
+        if len(setup.mesh.shape) == len(mesh.shape):
+            mesh = replace(mesh, axis_names=setup.mesh.axis_names)
+        else:
+            change["axes"] = mesh.axis_names
+        yield change, replace(setup, mesh=mesh)
+
+
 def _adapted(setup: Setup) -> _Changes:
     """Low-rank factors in place of the whole model, with a smaller batch if need be."""
     if setup.workload.kind == "train":
@@ -199,11 +231,21 @@ def _smaller_batches(setup: Setup) -> _Changes:
 
 
 def _more_devices(setup: Setup) -> _Changes:
-    """Twice the devices of the same chip along the last axis, and twice that."""
-    mesh, n_slices = setup.mesh, setup.target.n_slices
-    for _ in range(_MOST_DOUBLINGS):
+    """Twice the devices of the same chip along the last axis, and twice that.
+
+    An odd part of that axis, which few dimensions divide by, is tried along the first one too.
+    """
+    n_slices, shape = setup.target.n_slices, setup.mesh.shape
+    even = _even_part(setup.mesh)
+    shapes = [shape, (shape[0] * shape[-1] // even, *shape[1:-1], even)][: len(shape)]
+    doubled = (
+        (*shape[:-1], shape[-1] * 2**n)
+        for n in range(1, _MOST_DOUBLINGS + 1)
+        for shape in dict.fromkeys(shapes)
+    )
+    for shape in doubled:
         try:
-            mesh = Mesh(shape=(*mesh.shape[:-1], 2 * mesh.shape[-1]), axis_names=mesh.axis_names)
+            mesh = replace(setup.mesh, shape=shape)
             one = target_of(setup.target.chip, mesh.n_devices // n_slices)
         except MeshError:  # more devices than there are
             return
@@ -215,3 +257,8 @@ def _more_devices(setup: Setup) -> _Changes:
             change["slices"] = 1
         workload = replace(setup.workload, batch=batch)
         yield change, replace(setup, mesh=mesh, target=target, workload=workload)
+
+
+def _even_part(mesh: Mesh) -> int:
+    """The largest power of two that divides the last axis."""
+    return mesh.shape[-1] & -mesh.shape[-1]

@@ -1,6 +1,7 @@
 """What is planned for: the devices, the chips, the step and its memory."""
 
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +20,9 @@ from autoshard.xla.attached import attached_target
 
 __all__ = ["Setup", "check_options", "limit_bytes", "make_setup", "named_target"]
 
-# A limit below is one whose unit was forgotten.
+# A limit below is one whose unit was forgotten: of one with a unit, and of one without.
 _LEAST_BYTES = 1000
+_LEAST_UNNAMED = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,10 +156,12 @@ def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
     """
     if memory_limit is None:
         return target.chip.hbm_bytes
+    least = _LEAST_UNNAMED
     if isinstance(memory_limit, str):
+        least = _LEAST_BYTES if re.search("[a-z]", memory_limit, re.IGNORECASE) else least
         memory_limit = parse_bytes(memory_limit)
     n_bytes = whole_number("memory_limit", memory_limit)
-    if n_bytes < _LEAST_BYTES:
+    if n_bytes < least:
         raise UsageError(
             f"a memory limit of {n_bytes} bytes holds no model; give a unit, as in 15GiB"
         )

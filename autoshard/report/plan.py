@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from tabulate import tabulate
 
 from autoshard.cost.values import Traffic
+from autoshard.hardware.links import group_link
+from autoshard.hardware.targets import Target
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules, format_rules, rules_text
-from autoshard.mesh import format_spec
+from autoshard.mesh import Mesh, format_spec
 from autoshard.pipeline import PlanOutcome
 from autoshard.planner.mesh_shapes import tradeoffs
 from autoshard.planner.pricing import Candidate
@@ -30,6 +32,19 @@ _TRIFLE = 0.01
 
 # If no axis divides more than this share, the mesh has hardly the right shape.
 _MUCH = 0.1
+
+# What carries a mesh axis, by `AxisLink.kind`.
+_LINKS = {
+    "torus-ring": "rings of the torus",
+    "torus-line": "lines of the torus",
+    "on-chip": "the chip itself",
+    "nvlink": "NVLink",
+    "network": "the network",
+    "host": "the host's memory",
+}
+
+# The dimensions of a cache as KerasHub's models make it.
+_CACHE = ("batch", "block", "key or value", "token", "head", "width")
 
 # What a ranking says of a layout, as `_ranking_row` gives it.
 _COLUMNS = ("step", "compute", "collectives", "wire", "memory", "compiled", "note")
@@ -72,6 +87,7 @@ def _head(outcome: PlanOutcome) -> str:
         f"{table.name}: {spell_count(table.n_parameters, 'parameters', stored)}, "
         f"{outcome.planning.task}",
         f"mesh {setup.mesh.named} on {setup.target}, {format_bytes(setup.memory_limit)} a device",
+        *_links(setup.mesh, setup.target),
         f"workload {setup.workload}",
     ]
     lines += notes(outcome)
@@ -80,6 +96,17 @@ def _head(outcome: PlanOutcome) -> str:
     if outcome.failure:
         lines.append(f"UNVERIFIED: {outcome.failure}")
     return "\n".join(lines)
+
+
+def _links(mesh: Mesh, target: Target) -> Iterator[str]:
+    """What carries each axis, where the axes differ in that."""
+    links = [group_link((axis,), mesh, target) for axis in mesh.parallel_axes]
+    told = [
+        f"{link.axis} over {_LINKS[link.kind]}, {link.bytes_per_second / 1e9:.3g} GB/s"
+        for link in links
+    ]
+    if len(links) > 1 or target.n_slices > 1:
+        yield f"links {'; '.join(told)} a device"
 
 
 def notes(outcome: PlanOutcome) -> list[str]:
@@ -127,6 +154,8 @@ def _cost(outcome: PlanOutcome) -> str:
     specs = planning.cache_specs(scored)
     caches = dict.fromkeys(map(format_spec, specs))
     laid = [f"KV cache, laid out by XLA: {', '.join(caches)}"] if caches else []
+    if any(len(spec) == len(_CACHE) for spec in specs):
+        laid[0] += f" of {', '.join(_CACHE)}"
     if any(entry and ":" in entry for spec in specs for entry in spec):
         laid.append(
             "  axis:(m)n is the part of size n of an axis, behind parts of size m (as in Shardy)"
