@@ -136,7 +136,8 @@ def ranks(several: Sequence[Kept]) -> str:
         for some in places.values()
         if len(some) >= _RANKED
     ]
-    return f"{statistics.mean(found):.3f}" if found else ""
+    ranked = [rank for rank in found if not math.isnan(rank)]  # the others are all as fast
+    return f"{statistics.mean(ranked):.3f}" if ranked else ""
 
 
 def _twentieths(seconds: float) -> int:
