@@ -1,5 +1,8 @@
 """Where nothing fits: the changes that would, each true."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import keras
 import pytest
 from test_end_to_end import small_gemma_backbone
@@ -15,7 +18,7 @@ from autoshard.planner.remedies import (
     as_options,
     remedies,
 )
-from autoshard.planner.setup import make_setup
+from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import trace_model
 from autoshard.report.plan import plan_text
@@ -140,6 +143,21 @@ def test_other_shapes_are_those_that_the_batch_divides_over() -> None:
     assert offered["2x6"].mesh.axis_names == ("data", "model")
     (change, changed), *_ = _other_shapes(setup, [parse_mesh("2x6")])
     assert change == {"mesh": "4x3"}
+
+
+def test_a_shape_is_tried_though_another_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(traced: Any, setup: Setup, *, top: int) -> Any:
+        fits = setup.mesh.shape == (8, 1)
+        memory = SimpleNamespace(peak_bytes=10 if fits else 10**12)
+        cost = SimpleNamespace(memory=memory, step_seconds=1.0)
+        return SimpleNamespace(best=SimpleNamespace(cost=cost, excess_bytes=0 if fits else 1))
+
+    monkeypatch.setattr("autoshard.planner.remedies.run_planner", planned)
+    monkeypatch.setattr("autoshard.planner.remedies._held_bytes", lambda *_: 0)
+    setup = make_setup("1x8")
+    traced = trace_model(small_gemma_backbone, setup.workload, setup.target.chip)
+    advice = remedies(small_gemma_backbone, traced, setup, 10**12, Stopwatch())
+    assert {"mesh": "8x1"} in [remedy.change for remedy in advice.remedies]
 
 
 def test_two_axes_in_place_of_three_come_with_their_names() -> None:

@@ -116,13 +116,16 @@ def remedies(
         return trace_model(model, changed.workload, setup.target.chip)
 
     # What an odd axis leaves whole tells nothing of the shards of another.
-    even_bytes = peak_bytes if _even_part(setup.mesh) == setup.mesh.shape[-1] else 0
+    has_odd_part = _even_part(setup.mesh) < setup.mesh.shape[-1]
     found = [
-        _first_that_fits(_without_generate(setup, traced), setup, 0, trace, watch),
-        _first_that_fits(_other_shapes(setup, planned), setup, 0, trace, watch),
-        _first_that_fits(_adapted(setup), setup, 0, trace, watch),
-        _first_that_fits(_smaller_batches(setup), setup, peak_bytes, trace, watch),
-        _first_that_fits(_more_devices(setup), setup, even_bytes, trace, watch),
+        _first_that_fits(changes, setup, known, trace, watch)
+        for changes, known in (
+            (_without_generate(setup, traced), None),
+            (_other_shapes(setup, planned), None),
+            (_adapted(setup), 0),
+            (_smaller_batches(setup), peak_bytes),
+            (_more_devices(setup), None if has_odd_part else peak_bytes),
+        )
     ]
     return Advice(
         remedies=tuple(one for one in found if isinstance(one, Remedy)),
@@ -133,7 +136,7 @@ def remedies(
 def _first_that_fits(
     changes: _Changes,
     tried: Setup,
-    peak_bytes: int,
+    peak_bytes: int | None,
     trace: Callable[[Setup], TracedModel],
     watch: Stopwatch,
 ) -> Remedy | Change | None:
@@ -145,7 +148,8 @@ def _first_that_fits(
     Args:
         changes: from small to large.
         tried: a request for which nothing fits.
-        peak_bytes: predicted for that; 0 where it tells nothing of the changes.
+        peak_bytes: predicted for that; 0 where it tells nothing of the first change, None where
+            none tells anything of the next.
         trace: makes the step of a request.
         watch: announces each change.
     """
@@ -155,7 +159,7 @@ def _first_that_fits(
             break
         share = min(1.0, changed.workload.batch / tried.workload.batch)
         share *= tried.mesh.n_devices / changed.mesh.n_devices
-        if peak_bytes * share > changed.memory_limit:
+        if (peak_bytes or 0) * share > changed.memory_limit:
             furthest = change
             continue
         watch.progress(f"try {as_options(change)}")
@@ -167,10 +171,12 @@ def _first_that_fits(
         if _held_bytes(traced, changed) > changed.memory_limit:
             continue
         best = run_planner(traced, changed, top=1).best
-        tried, peak_bytes = changed, best.cost.memory.peak_bytes
+        needed = best.cost.memory.peak_bytes
         if not best.excess_bytes:
             seconds = best.cost.step_seconds
-            return Remedy(change=change, step_seconds=seconds, peak_bytes=peak_bytes)
+            return Remedy(change=change, step_seconds=seconds, peak_bytes=needed)
+        if peak_bytes is not None:
+            tried, peak_bytes = changed, needed
     return furthest
 
 
@@ -237,11 +243,11 @@ def _more_devices(setup: Setup) -> _Changes:
     """
     n_slices, shape = setup.target.n_slices, setup.mesh.shape
     even = _even_part(setup.mesh)
-    shapes = [shape, (shape[0] * shape[-1] // even, *shape[1:-1], even)][: len(shape)]
+    shapes = [shape]
+    if even < shape[-1] and len(shape) > 1:
+        shapes.append((shape[0] * shape[-1] // even, *shape[1:-1], even))
     doubled = (
-        (*shape[:-1], shape[-1] * 2**n)
-        for n in range(1, _MOST_DOUBLINGS + 1)
-        for shape in dict.fromkeys(shapes)
+        (*shape[:-1], shape[-1] * 2**n) for n in range(1, _MOST_DOUBLINGS + 1) for shape in shapes
     )
     for shape in doubled:
         try:
