@@ -14,6 +14,7 @@ from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
 from autoshard.model.build import build
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.outputs import OutputShapes
+from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import check_length
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
@@ -79,15 +80,7 @@ def check(
         return findings
     batch = round_up(workload.batch, grid.sizes[grid.data_axis])
     workload = replace(abstract.adapted(workload), batch=batch)
-    # A plan that gave `generate` up is not told so.
-    generates = abstract.generates and (made is None or made.generate)
-    target = parse_target(made.target) if made else default_target(grid.n_devices)
-    traced = fold(abstract, periods=PLANNED_PERIODS), workload, target.chip
-    by_step = make_program(*traced).output_shapes()
-    by_generate = (shapes_in_generate(*traced) if generates else None) or OutputShapes()
-    refused = _refused(found.outputs, table, grid, workload, by_step, by_generate)
-    idle = idle_rules(rules, found.outputs, table, by_step | by_generate)
-    every = (*_output_findings(rules, refused, idle), *findings)
+    every = (*_output_findings(rules, found.outputs, abstract, grid, workload, made), *findings)
     return tuple(sorted(every, key=lambda finding: finding.severity == "warning"))
 
 
@@ -100,13 +93,12 @@ def _whole_findings(found: Resolution, table: ModelTable, mesh: Mesh) -> Iterato
     """Weights that a map written by hand leaves whole on each device, if they are many."""
     whole = [family for family in found.whole(table, mesh) if family.name in found.assignment]
     n_bytes = sum(family.n_bytes for family in whole)
-    n_all = sum(family.n_bytes for family in table.families())
-    if n_bytes < _MUCH * n_all or mesh.n_devices == 1:
+    if n_bytes < _MUCH * table.n_bytes or mesh.n_devices == 1:
         return
     message = (
-        f"{format_bytes(n_bytes)} of {format_bytes(n_all)} of weights lie whole on every device, "
-        f"the largest '{whole[0].name}' ({format_bytes(whole[0].n_bytes)}): give it a rule that "
-        "splits one of its dimensions"
+        f"{format_bytes(n_bytes)} of {format_bytes(table.n_bytes)} of weights lie whole on every "
+        f"device, the largest '{whole[0].name}' ({format_bytes(whole[0].n_bytes)}): give it a "
+        "rule that splits one of its dimensions"
     )
     yield Finding(kind="lies-whole", rule=None, message=message)
 
@@ -122,13 +114,25 @@ def origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
 
 def _output_findings(
     rules: LayoutRules,
-    refused: Mapping[str, tuple[FindingKind, str]],
-    idle: Mapping[str, str],
+    outputs: Mapping[str, Spec],
+    abstract: AbstractModel,
+    mesh: Mesh,
+    workload: Workload,
+    made: Plan | None,
 ) -> Iterator[Finding]:
+    """What is wrong with a map's rules for layer outputs, in the step or in `generate`."""
+    # A plan that gave `generate` up is not told so.
+    generates = abstract.generates and (made is None or made.generate)
+    target = parse_target(made.target) if made else default_target(mesh.n_devices)
+    traced = fold(abstract, periods=PLANNED_PERIODS), workload, target.chip
+    by_step = make_program(*traced).output_shapes()
+    by_generate = (shapes_in_generate(*traced) if generates else None) or OutputShapes()
+    table = abstract.table()
+    refused = _refused(outputs, table, mesh, workload, by_step, by_generate)
     for path, (kind, reason) in refused.items():
         (rule,) = {rule.pattern for rule in matching_rules(rules, path)}
         yield Finding(kind=kind, rule=rule, message=f"rule '{rule}', {reason}")
-    for rule, message in idle.items():
+    for rule, message in idle_rules(rules, outputs, table, by_step | by_generate).items():
         yield Finding(kind="never-asked", rule=rule, message=message)
 
 

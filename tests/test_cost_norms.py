@@ -46,7 +46,8 @@ def test_a_matmul_adds_up_what_it_makes(dims: tuple[int, int], is_added_up: bool
     def without(stream: Any, x: Any, weight: Any) -> Any:
         return jnp.tanh(stream + x @ weight)
 
-    shapes = (4096, 4096), (4096, 512), (512, 4096)
+    # So many rows that the vector memory holds none of the results.
+    shapes = (16 * 4096, 4096), (16 * 4096, 512), (512, 4096)
     costs = [
         cost_of(program_of(function, *shapes, dtype="bfloat16"), 1, *dims)
         for function in (block, without)
@@ -54,5 +55,4 @@ def test_a_matmul_adds_up_what_it_makes(dims: tuple[int, int], is_added_up: bool
     kinds = {traffic.kind for traffic in costs[1].traffic}
     assert kinds == (set() if is_added_up else {"reduce-scatter"})
     more = costs[0].compute_seconds - costs[1].compute_seconds
-    # Within what the fetching of the weight adds to either.
-    assert more == pytest.approx((1 if is_added_up else 2) * ONCE, rel=0.02)
+    assert more == pytest.approx(16 * (1 if is_added_up else 2) * ONCE, rel=0.01)

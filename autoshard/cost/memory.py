@@ -19,8 +19,8 @@
   last that reads it. For a matmul of a TPU it is if the matmul's sums go round in a ring, which
   reads it once a round: where the matmul before can write it beside its own result, and where the
   ring takes it slice by slice.
-- What the backward half gathers anew of the forward half's, a TPU begins to gather before the turn
-  as often as not, and keeps.
+- Some of what the backward half gathers anew of the forward half's a TPU gathers before the turn,
+  and keeps.
 - A TPU's heap leaves room idle between the arrays of a training step. How much is luck; what is
   usual is added.
 - Small arrays that the step makes, gradients among them, live on the chip, as many as find place
@@ -79,8 +79,8 @@ _Held = tuple[int, int, int | Fraction]
 _IDLE_SHARE = 0.06
 
 # Of what a TPU gathers of the forward half behind the matmuls of the backward one so much is there
-# since the turn: the median of 13 whole programs for v5e (8 to 52%; it runs one collective
-# at a time, and begins those that wait for nothing where there is none).
+# since the turn: the median of 13 whole programs for v5e (8 to 52%). It runs one collective at a
+# time; those that wait for nothing run where there is no other.
 _EARLY_SHARE = 0.2
 
 # The largest cache that is rebuilt in a TPU's vector memory, of that.
@@ -104,13 +104,19 @@ class PeakMemory:
         self._axis_sizes = machine.axis_sizes
         self._vmem = machine.chip.vmem_bytes
         self._counts = np.array([float(op.count) for op in program.ops])
-        self._read_forward = {
-            array.identity for op in program.ops if not op.backward for array in op.operands
-        }
         self._writes_chains = machine.chip.kind == "gpu"
         trains = any(op.backward for op in program.ops)
         self._idle_share = _IDLE_SHARE if trains and machine.compiles_for_tpu else 0.0
         self._lifetimes = lifetimes(program)
+        # What the backward half may gather early.
+        self._read_forward = set[int]()
+        if machine.compiles_for_tpu and self._lifetimes.last_forward is not None:
+            self._read_forward = {
+                array.identity
+                for op in program.ops
+                for array in op.operands
+                if not (op.backward or array.is_held)
+            }
         self._last_dims = {
             argument.group: argument.dims[-1]
             for argument in program.arguments
@@ -198,15 +204,16 @@ class PeakMemory:
             cost: its choice and transfers.
         """
         op, sizes = self._program.ops[index], self._axis_sizes
-        gathered = sum(
-            transfer.n_bytes
+        gathers = [
+            (transfer, op.operands[transfer.operand])
             for transfer in cost.transfers
             if transfer.operand is not None and transfer.kind == "all-gather"
-        )
+        ]
+        gathered = sum(transfer.n_bytes for transfer, _ in gathers)
         early = sum(
             transfer.n_bytes
-            for transfer in cost.transfers
-            if transfer.kind == "all-gather" and self._may_be_early(op, transfer)
+            for transfer, array in gathers
+            if op.backward and self._may_be_early(transfer, array)
         )
         left = working = gradient = put_off = 0
         for array, layout in zip(op.results, around[len(op.operands) :], strict=True):
@@ -244,17 +251,10 @@ class PeakMemory:
             early=early,
         )
 
-    def _may_be_early(self, op: Op, transfer: Transfer) -> bool:
-        """Whether a gather of the backward half is of an activation that the forward one reads."""
-        if transfer.operand is None or transfer.pieces > 1 or not transfer.overlapped:
-            return False
-        array = op.operands[transfer.operand]
-        return (
-            self._machine.compiles_for_tpu
-            and op.backward
-            and not array.is_held
-            and array.identity in self._read_forward
-        )
+    def _may_be_early(self, transfer: Transfer, array: Array) -> bool:
+        """Whether a gather of the backward half waits for nothing but the forward one."""
+        is_whole = transfer.pieces == 1
+        return transfer.overlapped and is_whole and array.identity in self._read_forward
 
     def _is_summed_apart(self, index: int, cost: OpCost) -> bool:
         """Whether an all-reduce leaves what it sums beside the sums.

@@ -82,10 +82,7 @@ def build_program(
         replace(info, count=cache_count(flat, identity, count_of)) if info.role == "cache" else info
         for identity, info in zip(flat.inputs, inputs, strict=True)
     ]
-    owners = _owners(flat, inputs)
-    if for_tpu:
-        turned = turned_weights(flat)
-        owners |= {result: owners[weight] for result, weight in turned.items() if weight in owners}
+    owners = _owners(flat, inputs, turned_weights(flat) if for_tpu else {})
     grouping, left = group_arrays(flat, owners)
     numbering = Numbering(grouping, held=held_arrays(flat), repetitions=read_repetitions(flat))
     argument_of = {numbering.number(i): n for n, i in enumerate(flat.inputs)}
@@ -113,13 +110,20 @@ def build_program(
     )
 
 
-def _owners(flat: FlatJaxpr, inputs: Sequence[StepInput]) -> dict[int, str]:
-    """Identity of an argument -> whose spec it follows: its family's, or one of its own."""
-    return {
+def _owners(
+    flat: FlatJaxpr, inputs: Sequence[StepInput], turned: Mapping[int, int]
+) -> dict[int, str]:
+    """Identity of an argument -> whose spec it follows: its family's, or one of its own.
+
+    What a weight is turned to follows the weight's.
+    """
+    owners = {
         identity: f"argument {index}" if info.family is None else info.family
         for index, (identity, info) in enumerate(zip(flat.inputs, inputs, strict=True))
         if info.role != "state" or info.family
     }
+    of_turned = {result: owners[weight] for result, weight in turned.items() if weight in owners}
+    return owners | of_turned
 
 
 def _counts(

@@ -1,7 +1,6 @@
 """What is planned for: the devices, the chips, the step and its memory."""
 
 import inspect
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -158,7 +157,7 @@ def limit_bytes(memory_limit: str | int | None, target: Target) -> int:
         return target.chip.hbm_bytes
     least = _LEAST_UNNAMED
     if isinstance(memory_limit, str):
-        least = _LEAST_BYTES if re.search("[a-z]", memory_limit, re.IGNORECASE) else least
+        least = _LEAST_BYTES if memory_limit.strip()[-1:].isalpha() else least
         memory_limit = parse_bytes(memory_limit)
     n_bytes = whole_number("memory_limit", memory_limit)
     if n_bytes < least:

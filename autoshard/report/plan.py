@@ -99,14 +99,15 @@ def _head(outcome: PlanOutcome) -> str:
 
 
 def _links(mesh: Mesh, target: Target) -> Iterator[str]:
-    """What carries each axis, where the axes differ in that."""
-    links = [group_link((axis,), mesh, target) for axis in mesh.parallel_axes]
-    told = [
+    """What carries each axis, where there are several, or a network."""
+    if len(mesh.parallel_axes) < 2 and target.n_slices == 1:
+        return
+    links = (group_link((axis,), mesh, target) for axis in mesh.parallel_axes)
+    told = (
         f"{link.axis} over {_LINKS[link.kind]}, {link.bytes_per_second / 1e9:.3g} GB/s"
         for link in links
-    ]
-    if len(links) > 1 or target.n_slices > 1:
-        yield f"links {'; '.join(told)} a device"
+    )
+    yield f"links {'; '.join(told)} a device"
 
 
 def notes(outcome: PlanOutcome) -> list[str]:
@@ -214,8 +215,7 @@ def _whole(outcome: PlanOutcome) -> Iterator[str]:
     if mesh.n_devices == 1 or total < _TRIFLE * table.n_bytes:
         return
     named, undivided = [], 0
-    by_size = sorted(families, key=lambda family: -family.n_bytes)
-    large = [one for one in by_size if one.n_bytes >= _TRIFLE * table.n_bytes] or by_size[:1]
+    large = [one for one in families if one.n_bytes >= _TRIFLE * table.n_bytes] or families[:1]
     for family in large:
         legal = len(list(legal_specs(family.shape, mesh))) > 1
         why = "by choice" if legal else f"no axis divides {family.shape}"
