@@ -209,5 +209,5 @@ def test_a_tile_is_turned_round_faster_in_the_vector_memory(n_rows: int, cycles:
     clock = machine.chip.clock_hz
     assert clock is not None
     # 96 columns fill one tile of 128 lanes, eight rows of it
-    seconds = ArgumentPricer(program, machine).seconds(program.arguments[0], (1,))
+    seconds = ArgumentPricer(program, machine).seconds(program.arguments[0], (1,), is_fused=False)
     assert seconds == pytest.approx(n_rows / 8 * cycles / clock)

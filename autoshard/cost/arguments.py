@@ -1,7 +1,4 @@
-"""What a step pays for its arguments beside its ops: the optimizer's passes, tables turned round.
-
-A trained weight is read and written by its update and its gradient read; a slot is read and
-written.
+"""What a step pays for its arguments beside its ops: the optimizer's updates, tables turned round.
 
 A TPU keeps a table whose last dimension does not fill whole tiles the other way round (see
 `autoshard.cost.turning`). A lookup takes rows, so it first copies the whole table the right way
@@ -15,6 +12,7 @@ from collections import Counter
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
 from autoshard.cost.turning import turning_seconds
+from autoshard.cost.updates import Updates
 from autoshard.graph.program import Argument, Layout, Program
 from autoshard.hardware.efficiency import TILE_LANES
 from autoshard.mesh import round_up
@@ -23,9 +21,14 @@ __all__ = ["ArgumentPricer"]
 
 
 class ArgumentPricer:
-    """Prices the layouts of a program's arguments on one machine."""
+    """Prices the layouts of a program's arguments on one machine.
+
+    Attributes:
+        updates: those of its weights and slots.
+    """
 
     def __init__(self, program: Program, machine: Machine) -> None:
+        self.updates = Updates(program, machine)
         self._machine = machine
         read = {op.operands[0].group for op in program.ops if op.kind == "gather"}
         tables = {
@@ -42,26 +45,19 @@ class ArgumentPricer:
 
     def is_free(self, argument: Argument) -> bool:
         """Whether it costs nothing under any layout."""
-        return not (self._passes(argument) or self._is_table(argument))
+        return not (self.updates.changes(argument) or self._is_table(argument))
 
-    def seconds(self, argument: Argument, layout: Layout) -> float:
+    def seconds(self, argument: Argument, layout: Layout, *, is_fused: bool) -> float:
         """What an argument, and all like it in the whole model, cost the step.
 
         Args:
             argument: one of the program's.
             layout: that of its group.
+            is_fused: whether the matmul that makes its gradient makes its update too.
         """
-        machine = self._machine
-        passed = local_bytes(argument.n_bytes, layout, machine.axis_sizes) * self._passes(argument)
-        once = passed / machine.chip.hbm_bytes_per_second + self._copy_seconds(argument, layout)
-        return once * float(argument.count)
-
-    @staticmethod
-    def _passes(argument: Argument) -> int:
-        """How often the optimizer's update passes over an argument's bytes in memory."""
-        if not argument.donated:
-            return 0
-        return {"weight": 3 * argument.trainable, "slot": 2}.get(argument.role, 0)
+        n_bytes = local_bytes(argument.n_bytes, layout, self._machine.axis_sizes)
+        once = self.updates.seconds(argument, n_bytes, is_fused=is_fused)
+        return (once + self._copy_seconds(argument, layout)) * float(argument.count)
 
     def _is_table(self, argument: Argument) -> bool:
         return (
@@ -82,7 +78,7 @@ class ArgumentPricer:
         padded = round_up(columns, TILE_LANES)
         if padded == columns:
             return 0.0
-        is_trained = self._passes(argument) > 0
+        is_trained = self.updates.changes(argument)
         n_bytes = local_bytes(argument.n_bytes, layout, sizes) * padded / columns
         n_elements = n_bytes * math.prod(argument.shape) / argument.n_bytes
         n_copies = self._tables[argument.family, argument.shape] if is_trained else 1

@@ -74,11 +74,11 @@ class StepPricer:
         self._shares: list[dict[tuple[Layout, ...], Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
-            (index, argument.group)
+            (index, argument)
             for index, argument in enumerate(program.arguments)
             if not self.arguments.is_free(argument)
         ]
-        self._argument_prices: dict[tuple[int, Layout], float] = {}
+        self._argument_prices: dict[tuple[int, Layout, bool], float] = {}
         # The layouts priced last, and what each op adds under them.
         self._last: Sequence[Layout | None] = (None,) * len(program.groups)
         self._compute = np.zeros(len(program.ops))
@@ -112,7 +112,7 @@ class StepPricer:
                 n_bytes[written.sums, _WORKING] += written.n_bytes
         traffic: _Traffics = {}
         compute = self._ops_seconds(shares)
-        compute += sum(self._argument_seconds(index, layouts[group]) for index, group in self._paid)
+        compute += self._arguments_seconds(layouts, moving)
         compute += self._move(traffic, moving)
         compute += sum(written.seconds for written in scores)
         compute += self._norms.seconds(moving, apart.moved)
@@ -340,13 +340,18 @@ class StepPricer:
         shared = self.machine.compiles_for_tpu and (not op.backward or identity in self._kept)
         return (identity, transfer.axis, transfer.target, None if shared else transfer.within)
 
-    def _argument_seconds(self, index: int, layout: Layout) -> float:
-        """What argument `index` costs beside the ops, remembered."""
-        seconds = self._argument_prices.get((index, layout))
-        if seconds is None:
-            seconds = self.arguments.seconds(self.program.arguments[index], layout)
-            self._argument_prices[index, layout] = seconds
-        return seconds
+    def _arguments_seconds(self, layouts: Sequence[Layout], moving: Mapping[int, Share]) -> float:
+        """What the arguments cost beside the ops; those of each are remembered."""
+        total, prices = 0.0, self._argument_prices
+        for index, argument in self._paid:
+            layout = layouts[argument.group]
+            is_fused = self.arguments.updates.is_fused(argument, layouts, moving)
+            seconds = prices.get((index, layout, is_fused))
+            if seconds is None:
+                seconds = self.arguments.seconds(argument, layout, is_fused=is_fused)
+                prices[index, layout, is_fused] = seconds
+            total += seconds
+        return total
 
 
 def _split(once: tuple[object, ...], moved: Traffic, beside: Traffic, share: float) -> _Traffics:

@@ -306,18 +306,22 @@ def collective(
 ) -> Transfer:
     """A collective, one object for all that are equal: a search makes each a dozen times.
 
+    What is gathered arrives in the main memory or, on a TPU, the vector memory if it fits.
+
     Args:
         kind, axis, n_bytes, operand, target: see `Transfer`.
         machine: the chips and links.
         waited_for: whether nothing runs beside it, whatever the chip can do.
     """
+    arrives_on_chip = machine.compiles_for_tpu and n_bytes <= machine.on_chip_bytes
+    is_written = kind == "all-gather" and not arrives_on_chip
     return Transfer(
         kind=kind,
         axis=axis,
         n_bytes=n_bytes,
         seconds=collective_seconds(kind, n_bytes, machine.links[axis]),
         overlapped=not waited_for and kind in machine.chip.overlapped_collectives,
-        memory_seconds=n_bytes / machine.chip.hbm_bytes_per_second if kind == "all-gather" else 0.0,
+        memory_seconds=n_bytes / machine.chip.hbm_bytes_per_second if is_written else 0.0,
         operand=operand,
         target=target,
     )

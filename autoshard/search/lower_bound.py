@@ -185,7 +185,9 @@ class _Builder:
                 layout = fixed[argument.group]
                 n_bytes = local_bytes(argument.n_bytes, layout, self.sizes)
                 held += int(n_bytes * argument.count)
-                seconds += self.pricer.arguments.seconds(argument, layout)
+                pricer = self.pricer.arguments
+                is_fused = pricer.updates.may_be_fused(argument)
+                seconds += pricer.seconds(argument, layout, is_fused=is_fused)
         return held, seconds
 
     def add_groups(self) -> None:
