@@ -85,7 +85,12 @@ class Planning:
 
 
 def run_planner(
-    traced: TracedModel, setup: Setup, *, top: int = 5, watch: Stopwatch | None = None
+    traced: TracedModel,
+    setup: Setup,
+    *,
+    top: int = 5,
+    beyond: bool = True,
+    watch: Stopwatch | None = None,
 ) -> Planning:
     """Plan a model on one mesh.
 
@@ -93,6 +98,7 @@ def run_planner(
         traced: the model, its step that of the setup.
         setup: mesh, target, workload, memory.
         top: how many layouts to keep.
+        beyond: whether to look for what breaks `generate` too, where that is to be kept.
         watch: measures the stages.
 
     Raises:
@@ -114,7 +120,7 @@ def run_planner(
             top=2 * top,
             starts=starts,
             outputs=_bounded(shapes, folded, setup),
-            unbound_outputs=shapes if setup.generate and folded.generates else None,
+            unbound_outputs=shapes if beyond and setup.generate and folded.generates else None,
             tied=tied_families(table),
         )
     with watch.stage("write the rules"):
@@ -124,7 +130,7 @@ def run_planner(
                 f"no layout found for {table.name} can be told by rules: variables of different "
                 "families share a path; give their layers different names"
             )
-        beyond = _named("without generate", table, result.unbound)
+        unbound = _named("without generate", table, result.unbound)
         by_hand = _by_hand(table, result, setup.mesh)
         plain = _named("no rule for outputs", table, result.plain)
         no_rule = Candidate(name="no rule", rules=(), scored=result.scorer.score({}))
@@ -142,7 +148,7 @@ def run_planner(
         by_hand=known.get(by_hand.rules, by_hand) if by_hand else None,
         plain=known.get(plain.rules, plain) if plain else None,
         no_rule=known.get((), no_rule),
-        without_generate=beyond,
+        without_generate=unbound,
         program=traced.program,
         blocks=folded.folding.blocks,
         leaves_out=traced.leaves_out,

@@ -5,7 +5,7 @@ the least cost of this problem is a lower bound on the cost of every propagated 
 specs it gives the families are where the search starts.
 
 Nodes: a family chooses a spec, a group of arrays a layout, an op the factor it splits over each
-mesh axis. Edges: an op and each group it reads or makes, priced by `transfers_between`. An array
+mesh axis. Edges: an op and each group it reads or makes, priced by `MoveTables`. An array
 that several ops read is gathered once in the program, so each reader is charged an equal share; the
 same holds for sums of partial sums. Repeated blocks are tied: their intermediates are laid out
 alike. With the solver's two sums
@@ -20,28 +20,21 @@ is only where the search starts.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from autoshard.cost.collective_matmul import may_decompose, windowed_dims
 from autoshard.cost.partitioner import Choice
 from autoshard.cost.roofline import compute_seconds
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import candidate_choices
-from autoshard.cost.transfers import (
-    Transfer,
-    folded_sums,
-    lies_in_op,
-    local_bytes,
-    moved_bytes,
-    transfers_between,
-)
+from autoshard.cost.transfers import local_bytes
 from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import WHOLE, Array, Layout, Op, in_any_block
 from autoshard.graph.splits import splits_evenly
 from autoshard.graph.tying import tie_blocks
 from autoshard.mesh import Mesh, Spec
 from autoshard.search.candidates import Choices, first_specs, fixed_layouts
+from autoshard.search.move_tables import MoveTables
 from autoshard.search.problem import Edge, Node, Problem
 from autoshard.search.solver import solve
 
@@ -138,7 +131,7 @@ class _Builder:
         self.nodes: list[Node] = []
         self.edges: list[Edge] = []
         self.family_nodes: list[int] = []
-        self._moves: dict[tuple[object, ...], dict[Layout, tuple[float, float]]] = {}
+        self.moves = MoveTables(pricer)
         self.stands_for, ops = tie_blocks(self.program)
         self.node_of: list[int] = [-1] * len(self.program.groups)
         self.layouts_of: list[tuple[Layout, ...]] = [()] * len(self.program.groups)
@@ -222,72 +215,17 @@ class _Builder:
         share: float,
     ) -> None:
         """What moving one array costs, by the op's choice and the group's layout."""
-        layouts = self.layouts_of[group]
-        serial, parallel = [], []
-        for choice in choices:
-            row = self.move_seconds(op, array, operand, choice, layouts)
-            serial.append(tuple(seconds * share for seconds, _ in row))
-            parallel.append(tuple(seconds * share for _, seconds in row))
-        if any(map(any, parallel)):
+        table = share * self.moves.table(op, array, operand, choices, self.layouts_of[group])
+        if table.any():
+            serial, parallel = (tuple(map(tuple, costs)) for costs in table.tolist())
             self.edges.append(
                 Edge(
                     source=node,
                     target=self.node_of[group],
-                    costs=tuple(serial),
-                    parallel_costs=tuple(parallel),
+                    costs=serial,
+                    parallel_costs=parallel,
                 )
             )
-
-    def move_seconds(
-        self,
-        op: Op,
-        array: Array,
-        operand: int | None,
-        choice: Choice,
-        layouts: Sequence[Layout],
-    ) -> list[tuple[float, float]]:
-        """The two sums of moving an array between a choice and each layout; remembered.
-
-        What compute might hide is taken to be hidden.
-        """
-        made, partial = lies_in_op(op, array, operand, choice)
-        hidden_dims = windowed_dims(op, array, operand, self.pricer.machine)
-        if operand is not None and self.pricer.beside.may_hide(op, array):
-            hidden_dims = set(range(len(array.factors)))
-        looked_up = (array.factors, op.operands[-1].factors) if op.kind == "gather" else None
-        # All that the moves depend on beside the layout.
-        like = (
-            made,
-            tuple(factor != WHOLE for factor in partial),
-            looked_up,
-            op.backward,
-            array.n_bytes if operand is None else moved_bytes(op, array, self.machine),
-            array.is_held,
-            operand is None,
-            frozenset(hidden_dims),
-        )
-        known = self._moves.setdefault(like, {})
-        for layout in layouts:
-            if layout not in known:
-                moves = transfers_between(op, array, operand, made, partial, layout, self.machine)
-                if operand is None:
-                    moves = folded_sums(moves, self.machine)
-                known[layout] = self.sums_of(moves, layout, hidden_dims)
-        return [known[layout] for layout in layouts]
-
-    def sums_of(
-        self, moves: Sequence[Transfer], layout: Layout, hidden_dims: Collection[int]
-    ) -> tuple[float, float]:
-        """What transfers add to the two sums, if compute may hide gathers of some dimensions."""
-        blocking = written = everything = 0.0
-        for move in moves:
-            everything += move.seconds
-            written += move.memory_seconds
-            dim = layout[self.machine.axis_of(move.axis)]
-            hidden = move.overlapped or (dim in hidden_dims and move.kind == "all-gather")
-            if not (hidden or may_decompose(move, self.machine)):
-                blocking += move.seconds
-        return blocking + written, everything
 
     def add_node(self, costs: tuple[float, ...], usages: tuple[float, ...] = ()) -> int:
         """A node whose costs are compute: they do not count in the parallel sum."""
