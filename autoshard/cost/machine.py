@@ -111,6 +111,10 @@ class Machine:
         """Whether the TPU compiler has the last word, on compute as on collectives."""
         return self.chip.kind == "tpu" and not self.as_partitioned
 
+    def keeps_on_chip(self, n_bytes: float) -> bool:
+        """Whether an array of so many bytes may live in the vector memory of a TPU."""
+        return self.compiles_for_tpu and n_bytes <= self.on_chip_bytes
+
     @property
     def folds_sums(self) -> bool:
         """Whether the chip's compiler makes one all-reduce of several, one after the other."""

@@ -284,7 +284,7 @@ def _bytes_waited_for(op: Op, array: Array, choice: Choice, machine: Machine) ->
         return n_bytes
     if array.is_held:
         return n_bytes - _bytes_fetched(n_bytes, machine)
-    stays = op.is_brief and machine.compiles_for_tpu and n_bytes <= machine.on_chip_bytes
+    stays = op.is_brief and machine.keeps_on_chip(n_bytes)
     return 0 if stays else n_bytes
 
 

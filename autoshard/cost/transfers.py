@@ -49,8 +49,8 @@ class Transfer:
         n_bytes: as `autoshard.hardware.collectives` counts them for the kind.
         seconds: time of one.
         overlapped: whether the chip's compiler hides it behind compute.
-        memory_seconds: what compute pays for it: a gathered array is written to memory, the sums of
-            a ring are read and written.
+        memory_seconds: what compute pays for it: a gathered array is written to memory, if it
+            does not fit a TPU's vector memory; the sums of a ring are read and written.
         pieces: how many of them a windowed matmul multiplies one after the other as they arrive,
             if no other op needs the same.
         adds_pieces: whether it adds up what it makes of them.
@@ -306,15 +306,12 @@ def collective(
 ) -> Transfer:
     """A collective, one object for all that are equal: a search makes each a dozen times.
 
-    What is gathered arrives in the main memory or, on a TPU, the vector memory if it fits.
-
     Args:
         kind, axis, n_bytes, operand, target: see `Transfer`.
         machine: the chips and links.
         waited_for: whether nothing runs beside it, whatever the chip can do.
     """
-    arrives_on_chip = machine.compiles_for_tpu and n_bytes <= machine.on_chip_bytes
-    is_written = kind == "all-gather" and not arrives_on_chip
+    is_written = kind == "all-gather" and not machine.keeps_on_chip(n_bytes)
     return Transfer(
         kind=kind,
         axis=axis,
