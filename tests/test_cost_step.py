@@ -100,20 +100,24 @@ def several(program: Program, count: int) -> Program:
     return replace(program, ops=tuple(replace(op, count=count) for op in program.ops))
 
 
-@pytest.mark.parametrize(("width", "n_hidden"), [(1024, 11), (8, 0)])
-def test_half_of_the_gathers_run_beside_a_matmul_whose_sums_are_reduced(
-    width: int, n_hidden: int
+@pytest.mark.parametrize(
+    ("width", "is_passed_on", "n_hidden"), [(1024, False, 20), (1024, True, 10), (8, False, 0)]
+)
+def test_gathers_run_beside_a_matmul_whose_sums_are_reduced(
+    width: int, is_passed_on: bool, n_hidden: int
 ) -> None:
     def both(x, w, a, b):
         hidden = jnp.tanh(x @ w)
-        return hidden @ a, hidden @ b
+        made = hidden @ b
+        halves = (made[:, 512:], made[:, :512])
+        return hidden @ a, jnp.concatenate(halves, axis=1) if is_passed_on else made
 
     program = program_of(both, (4096, 1024), (1024, 2048), (2048, width), (2048, 1024))
     cost = cost_of(several(program, 20), WHOLE, 1, 0, 1)
     (reduced,) = [t for t in cost.traffic if t.kind == "all-reduce"]
     assert reduced.n_bytes == 4096 * width * 4
     gathers = [(t.overlapped, t.count) for t in cost.traffic if t.kind == "all-gather"]
-    # A matmul as small as a router hides none.
+    # Half where what waits is passed on along its columns; a router hides none.
     expected = [(True, n_hidden), (False, 20 - n_hidden)]
     assert gathers == [one for one in expected if one[1]]
     whole = sum(t.seconds * t.count for t in cost.traffic)

@@ -113,7 +113,7 @@ class StepPricer:
         traffic: _Traffics = {}
         compute = self._ops_seconds(shares)
         compute += self._arguments_seconds(layouts, moving)
-        compute += self._move(traffic, moving)
+        compute += self._move(traffic, moving, layouts)
         compute += sum(written.seconds for written in scores)
         compute += self._norms.seconds(moving, apart.moved)
         self._wait_for_last_weight(traffic)
@@ -138,7 +138,9 @@ class StepPricer:
         shorter, longer = sorted((ops, fetching))
         return float(longer + _UNHIDDEN * shorter**2 / longer) if longer else 0.0
 
-    def _move(self, traffic: _Traffics, moving: Mapping[int, Share]) -> float:
+    def _move(
+        self, traffic: _Traffics, moving: Mapping[int, Share], layouts: Sequence[Layout]
+    ) -> float:
         """Add the collectives of some ops; returns what they cost compute, in seconds."""
         seconds = 0.0
         windowed: dict[tuple[object, ...], Transfer] = {}
@@ -151,7 +153,9 @@ class StepPricer:
                     if beside is None:
                         traffic[once] = moved
                     else:
-                        share = self.beside.hidden_share(index, transfer, moving, self._compute)
+                        share = self.beside.hidden_share(
+                            index, transfer, layouts, moving, self._compute
+                        )
                         traffic |= _split(once, moved, beside, share)
                     seconds += transfer.memory_seconds * moved.count
                 elif moved.count < known.count and _is_alike(moved, known):
