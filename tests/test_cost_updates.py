@@ -1,54 +1,141 @@
 """What updates of weights cost: passes over bytes, in the matmul of the gradient or apart."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from test_cost_memory import updated
 from test_cost_step import MACHINE
 
 from autoshard.cost.step import StepPricer
 from autoshard.cost.updates import Updates
-from autoshard.graph.program import WHOLE
+from autoshard.graph.build import StepInput, build_program
+from autoshard.graph.jaxpr import read_jaxpr
+from autoshard.graph.program import WHOLE, Program
 from autoshard.graph.propagation import propagate
 
 MATRIX = 2 * 4096 * 16_384
+NOMINAL = MATRIX / MACHINE.chip.hbm_bytes_per_second
 
 
-def updating_seconds(pricer: StepPricer, *dims: int) -> float:
-    """Of two matrices, where the arguments split these dimensions over eight chips."""
-    arguments = pricer.program.arguments
-    fixed = {argument.group: (dim,) for argument, dim in zip(arguments, dims, strict=True)}
-    layouts = propagate(pricer.program, fixed, (8,))
+def priced(program: Program, *dims: int) -> tuple[StepPricer, list[float]]:
+    """What each argument costs beside the ops, where these dimensions are split over eight chips."""
+    fixed = {argument.group: (dim,) for argument, dim in zip(program.arguments, dims, strict=True)}
+    layouts = propagate(program, fixed, (8,))
+    pricer = StepPricer(program, MACHINE)
     pricer.price(layouts)
-    return pricer._arguments_seconds(layouts, pricer._moving)
+    found = []
+    for argument in program.arguments:
+        is_fused = pricer.arguments.updates.is_fused(argument, layouts, pricer._moving)
+        layout = layouts[argument.group]
+        found.append(pricer.arguments.seconds(argument, layout, is_fused=is_fused))
+    assert pricer._arguments_seconds(layouts, pricer._moving) == pytest.approx(sum(found))
+    return pricer, found
+
+
+# Passes over the bytes of a matrix, whole or an eighth, times the time of each.
+FUSED, FUSED_WHOLE, APART, APART_WHOLE = 2 * 0.25 / 8, 2 * 1.0, 3 * 1.3 / 8, 3 * 1.6
 
 
 @pytest.mark.parametrize(
-    ("dims", "n_bytes", "passes", "share"),
+    ("dims", "of_a", "of_b"),
     [
-        ((1, 0, WHOLE), MATRIX // 8, 2, 0.25),  # hidden units are split: each device's gradient
-        ((WHOLE, WHOLE, WHOLE), MATRIX, 2, 1.0),  # which fills the vector memory
-        ((WHOLE, WHOLE, 0), MATRIX, 3, 1.6),  # rows are split: gradients are summed, and read
+        ((1, 0, WHOLE), FUSED, FUSED),  # hidden units are split, and a device's gradient with them
+        ((WHOLE, WHOLE, WHOLE), FUSED_WHOLE, FUSED_WHOLE),  # they fill the vector memory
+        ((WHOLE, WHOLE, 0), APART_WHOLE, APART_WHOLE),  # rows are split: gradients are summed
+        ((WHOLE, 0, WHOLE), APART_WHOLE, FUSED),  # the gradient of `a` is split, `a` is not
+        ((WHOLE, 1, 0), APART_WHOLE, APART),  # that of `b` is made piece by piece
     ],
 )
 def test_an_update_is_made_with_a_gradient_that_stays(
-    dims: tuple[int, ...], n_bytes: int, passes: int, share: float
+    dims: tuple[int, ...], of_a: float, of_b: float
 ) -> None:
     for count in (1, 3):
-        seconds = updating_seconds(StepPricer(updated(count), MACHINE), *dims)
-        ideal = 2 * count * passes * n_bytes / MACHINE.chip.hbm_bytes_per_second
-        assert seconds == pytest.approx(share * ideal)
+        _, (a, b, x) = priced(updated(count), *dims)
+        assert (a, b, x) == pytest.approx((count * of_a * NOMINAL, count * of_b * NOMINAL, 0.0))
 
 
 def test_other_compilers_are_taken_to_update_apart_at_the_nominal_bandwidth() -> None:
-    machine = replace(MACHINE, as_partitioned=True)
-    seconds = updating_seconds(StepPricer(updated(1), machine), 1, 0, WHOLE)
-    assert seconds == pytest.approx(2 * 3 * MATRIX / 8 / machine.chip.hbm_bytes_per_second)
-
-
-def test_a_weight_of_two_matmuls_is_updated_apart() -> None:
     program = updated(1)
-    (shared, *_), made = program.arguments, [op for op in program.ops if op.backward]
-    twice = replace(program, ops=(*program.ops, *made))
-    for one, may in ((program, True), (twice, False)):
-        assert Updates(one, MACHINE).may_be_fused(shared) is may
+    updates = Updates(program, replace(MACHINE, as_partitioned=True))
+    assert not any(map(updates.may_be_fused, program.arguments))
+    seconds = updates.seconds(program.arguments[0], MATRIX, is_fused=False)
+    assert seconds == pytest.approx(3 * NOMINAL)
+
+
+Step = Callable[..., Any]
+WEIGHT = (512, 512)
+
+
+def stepped(step: Step, roles: Sequence[str], trained: Sequence[bool] = ()) -> Program:
+    """A step of square arrays of these roles, which returns those that it changes."""
+    structs = [jax.ShapeDtypeStruct(WEIGHT, jnp.bfloat16) for _ in roles]
+    inputs = [
+        StepInput(role=role, family=role, trainable=not trained or trained[at])
+        for at, role in enumerate(roles)
+    ]
+    closed = jax.make_jaxpr(step)(*structs)
+    replaced = range(len(closed.jaxpr.outvars))
+    return build_program(read_jaxpr(closed), inputs, list(replaced), for_tpu=True)
+
+
+def gradient(model: Step, *arrays: Any) -> Any:
+    return jax.grad(lambda *of: jnp.sum(jnp.tanh(model(*of))))(*arrays)
+
+
+def with_momentum(w: Any, slot: Any, x: Any) -> Any:
+    slot = 0.9 * slot + gradient(lambda w, x: x @ w, w, x)
+    return w - slot, slot
+
+
+def by_its_size(w: Any, x: Any) -> Any:
+    made = gradient(lambda w, x: x @ w, w, x)
+    return w - made / jnp.sqrt(jnp.mean(made**2))
+
+
+def used_twice(w: Any, x: Any) -> Any:
+    return w - gradient(lambda w, x: x @ w + x.T @ w, w, x)
+
+
+def used_in_part(w: Any, x: Any) -> Any:
+    return w - gradient(lambda w, x: x @ w + x[:, :8] @ w[:8], w, x)
+
+
+def looked_up(w: Any, x: Any) -> Any:
+    rows = x[0].astype(jnp.int32)
+    return w - gradient(lambda w: jnp.take(w, rows, axis=0), w)
+
+
+@pytest.mark.parametrize("step", [by_its_size, used_twice, used_in_part, looked_up])
+def test_some_gradients_are_there_before_the_update(step: Step) -> None:
+    program = stepped(step, ("weight", "data"))
+    assert not Updates(program, MACHINE).may_be_fused(program.arguments[0])
+
+
+def test_a_slot_is_passed_over_twice_and_what_is_not_trained_never() -> None:
+    program = stepped(with_momentum, ("weight", "slot", "data"))
+    updates = Updates(program, MACHINE)
+    nominal = 1e6 / MACHINE.chip.hbm_bytes_per_second
+    weight, slot, data = (
+        [updates.seconds(one, 10**6, is_fused=is_fused) / nominal for is_fused in (True, False)]
+        for one in program.arguments
+    )
+    assert weight == pytest.approx([2 * 0.25, 3 * 1.3])
+    assert slot == pytest.approx([2 * 0.25, 2 * 1.3])
+    assert data == [0, 0]
+    assert updates.may_be_fused(program.arguments[1])
+    frozen = stepped(with_momentum, ("weight", "slot", "data"), (False, True, True)).arguments[0]
+    assert not updates.changes(frozen)
+
+
+def test_the_bound_takes_no_update_for_dearer_than_it_may_be() -> None:
+    for program in (updated(1), stepped(with_momentum, ("weight", "slot", "data"))):
+        pricer = StepPricer(program, MACHINE).arguments
+        for argument in program.arguments:
+            for layout in ((WHOLE,), (0,), (1,)):
+                both = [pricer.seconds(argument, layout, is_fused=one) for one in (True, False)]
+                least = pricer.least_seconds(argument, layout)
+                assert least == (min(both) if pricer.updates.may_be_fused(argument) else both[1])

@@ -206,6 +206,7 @@ def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
         # A single prompt, one token at a time: neither of the first two dimensions can be split.
         assert name not in outputs or spec[:2] == ("batch", None)
     assert beyond.scored.rank < best.rank
+    assert run_planner(traced, setup, top=1, without_generate=False).without_generate is None
 
 
 def test_no_outputs_chosen_by_hand_beat_those_that_the_search_chooses() -> None:

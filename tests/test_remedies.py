@@ -146,7 +146,7 @@ def test_other_shapes_are_those_that_the_batch_divides_over() -> None:
 
 
 def test_a_shape_is_tried_though_another_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def planned(traced: Any, setup: Setup, *, top: int, beyond: bool) -> Any:
+    def planned(traced: Any, setup: Setup, *, top: int, without_generate: bool) -> Any:
         fits = setup.mesh.shape == (8, 1)
         memory = SimpleNamespace(peak_bytes=10 if fits else 10**12)
         cost = SimpleNamespace(memory=memory, step_seconds=1.0)

@@ -24,7 +24,7 @@ class ArgumentPricer:
     """Prices the layouts of a program's arguments on one machine.
 
     Attributes:
-        updates: those of its weights and slots.
+        updates: those of the weights and slots.
     """
 
     def __init__(self, program: Program, machine: Machine) -> None:
@@ -58,6 +58,10 @@ class ArgumentPricer:
         n_bytes = local_bytes(argument.n_bytes, layout, self._machine.axis_sizes)
         once = self.updates.seconds(argument, n_bytes, is_fused=is_fused)
         return (once + self._copy_seconds(argument, layout)) * float(argument.count)
+
+    def least_seconds(self, argument: Argument, layout: Layout) -> float:
+        """No less than what `seconds` says of an argument, whatever makes its update."""
+        return self.seconds(argument, layout, is_fused=self.updates.may_be_fused(argument))
 
     def _is_table(self, argument: Argument) -> bool:
         return (

@@ -12,10 +12,6 @@ from autoshard.graph.program import Array, Layout, Op, Program
 
 __all__ = ["MatmulsBeside"]
 
-# How many gathers are hidden beside a matmul whose own sums are reduced over devices, where what
-# waits for them makes arrays that are passed on along the dimension they are split along.
-_PASSED_ON = 0.5
-
 # Behind what is shorter than this share of a gather that is not.
 _SHORTEST = 1 / 40
 
@@ -34,22 +30,23 @@ class MatmulsBeside:
         several = len(self._readers.get(array.identity, ())) > 1
         return several and not op.backward and self._machine.hides_gathers
 
-    def hidden_share(
+    def hides(
         self,
         index: int,
         transfer: Transfer,
         layouts: Sequence[Layout],
         moving: Mapping[int, Share],
         compute: npt.NDArray[np.float64],
-    ) -> float:
-        """How many of such gathers are hidden: of those beside another matmul that does not wait.
+    ) -> bool:
+        """Whether such a gather runs beside another matmul, which does not wait for it.
 
-        It multiplies the shards as they lie. Where nothing of that other moves, the TPU compiler
-        hid 250 of 270 such gathers in its programs; where its sums are reduced over devices those
-        of 255 programs of 263, of 31 whole ones all. But it hid those of 15 of 31 where what waits
-        is shifted along the dimension it is split along, as the halves of rotary embeddings are;
-        one of eight where the sums are scattered along that; next to none behind what is as short
-        as the routers of experts; and of 2,400 others one in five.
+        That multiplies the shards as they lie. Where nothing of it moves, the TPU compiler hid 250
+        of 270 such gathers in its programs; where its sums are reduced over devices, or its weight
+        is gathered, those of 255 programs of 263, of 31 whole ones all. But where what waits is
+        then shifted along a split dimension, as the halves of rotary embeddings are, it hid those
+        of the first block alone (in 10 of 31 programs of a few blocks; in 11 none, in 10 all). It
+        hid one of eight where the sums are scattered along what is shifted; next to none behind
+        what is as short as the routers of experts; and of 2,400 others one in five.
 
         Args:
             index: of the op that waits for the gather.
@@ -68,10 +65,9 @@ class MatmulsBeside:
             if compute[reader] >= least
             and self._multiplies_shards(reader, moved, moving.get(reader))
         ]
-        if not beside:
-            return 0.0
-        is_reduced = all(reader in moving for reader in beside)
-        return _PASSED_ON if is_reduced and self._passes_on(moved, layouts, moving) else 1.0
+        if not all(reader in moving for reader in beside):
+            return True
+        return bool(beside) and not self._passes_on(moved, layouts, moving)
 
     def _passes_on(
         self, moved: tuple[int, int], layouts: Sequence[Layout], moving: Mapping[int, Share]

@@ -12,7 +12,15 @@ import numpy.typing as npt
 
 from autoshard.graph.program import Op, Program
 
-__all__ = ["Bytes", "Lifetimes", "alive", "kept_weights", "lifetimes", "read_at_turn"]
+__all__ = [
+    "Bytes",
+    "Lifetimes",
+    "alive",
+    "gradient_groups",
+    "kept_weights",
+    "lifetimes",
+    "read_at_turn",
+]
 
 Bytes = npt.NDArray[np.float64]
 Times = npt.NDArray[np.intp]
@@ -60,8 +68,7 @@ def lifetimes(program: Program) -> Lifetimes:
     """
     ops = program.ops
     updates = _updates(program)
-    # What is brought into the layout of a weight or a slot, and of which.
-    gradients = {ops[i].operands[0].group: ops[i].results[0].group for i in updates}
+    gradients = {gradient: changed for changed, gradient in gradient_groups(program).items()}
     last_read = np.array(program.last_readers, dtype=np.intp)
     makes_gradient = [
         index
@@ -109,6 +116,15 @@ def _crosses(ops: Sequence[Op], last_read: Iterable[int]) -> npt.NDArray[np.bool
     """Whether what comes with each op of the forward half is needed up to one of the backward."""
     pairs = zip(ops, last_read, strict=True)
     return np.array([ops[last].backward and not op.backward for op, last in pairs], dtype=bool)
+
+
+def gradient_groups(program: Program) -> dict[int, int]:
+    """Group of each weight or slot that the step changes -> that of the gradient that changes it.
+
+    That lies as it is made, and is brought into the layout of the weight or slot.
+    """
+    updates = (program.ops[index] for index in _updates(program))
+    return {op.results[0].group: op.operands[0].group for op in updates}
 
 
 def _updates(program: Program) -> list[int]:

@@ -150,13 +150,10 @@ class StepPricer:
                 # all-reduced once: once in all what every block reads or adds to.
                 known = traffic.get(once)
                 if known is None:
-                    if beside is None:
-                        traffic[once] = moved
-                    else:
-                        share = self.beside.hidden_share(
-                            index, transfer, layouts, moving, self._compute
-                        )
-                        traffic |= _split(once, moved, beside, share)
+                    is_hidden = beside is not None and self.beside.hides(
+                        index, transfer, layouts, moving, self._compute
+                    )
+                    traffic[once] = beside if beside is not None and is_hidden else moved
                     seconds += transfer.memory_seconds * moved.count
                 elif moved.count < known.count and _is_alike(moved, known):
                     traffic[once] = replace(known, count=moved.count)
@@ -345,7 +342,7 @@ class StepPricer:
         return (identity, transfer.axis, transfer.target, None if shared else transfer.within)
 
     def _arguments_seconds(self, layouts: Sequence[Layout], moving: Mapping[int, Share]) -> float:
-        """What the arguments cost beside the ops; those of each are remembered."""
+        """What the arguments cost beside the ops; the price of each is remembered."""
         total, prices = 0.0, self._argument_prices
         for index, argument in self._paid:
             layout = layouts[argument.group]
@@ -356,19 +353,6 @@ class StepPricer:
                 prices[index, layout, is_fused] = seconds
             total += seconds
         return total
-
-
-def _split(once: tuple[object, ...], moved: Traffic, beside: Traffic, share: float) -> _Traffics:
-    """The runs of a gather: those that another matmul hides, and those that are waited for."""
-    n_hidden = round(share * moved.count)
-    if n_hidden == moved.count:
-        return {once: beside}
-    if not n_hidden:
-        return {once: moved}
-    return {
-        once: replace(beside, count=n_hidden),
-        (*once, "waits"): replace(moved, count=moved.count - n_hidden),
-    }
 
 
 def _is_alike(one: Traffic, other: Traffic) -> bool:

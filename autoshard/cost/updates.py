@@ -1,29 +1,50 @@
 """What the optimizer's updates cost: passes over weights, gradients and slots in memory.
 
 A trained weight is read and written by its update, and its gradient read; a slot is read and
-written. A TPU makes the update in the matmul that makes the gradient, as it writes, where one
-matmul alone makes that and nothing moves it; then the gradient is never in memory, and the matmul
-hides most of the update of what fits the vector memory.
+written. A TPU makes the update in the matmul that makes the gradient, as it writes, where
+
+- that matmul alone makes the gradient, and not piece by piece;
+- nothing moves it: it lies as the weight does;
+- the update is made of it element by element, as those of SGD, Adam and Lion are, and those of
+  Adafactor and Muon are not.
+
+Then it reads and writes no gradient, and hides most of the update of what fits the vector memory.
+(`autoshard.cost.memory` counts a gradient all the same.)
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from autoshard.cost.collective_matmul import PIECES_IN_PLACE
+from autoshard.cost.lifetimes import gradient_groups
 from autoshard.cost.machine import Machine
 from autoshard.cost.shares import Share
-from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import Argument, Layout, Program
 
 __all__ = ["Updates"]
 
-# The time of a TPU's update over that of its bytes at the nominal bandwidth, by whether the shard
-# fits the vector memory. By the cycles of 16 updates in programs for v5e 1.0 to 1.6 and 1.6.
-_APART = {True: 1.3, False: 1.6}
 
-# What is added to a matmul that makes the update too, over the same: by 20 matmuls in four
-# programs for v5e 0.1 to 0.5 where the shard fits, and all of it for a table of 131 MB.
-_FUSED = {True: 0.25, False: 1.0}
+class _Times(NamedTuple):
+    """The time of an update over that of its bytes at the nominal bandwidth.
+
+    Attributes:
+        small: of a shard that fits the vector memory.
+        large: of one that does not.
+    """
+
+    small: float
+    large: float
+
+
+# In programs for v5e: of 14 updates of small shards 1.0 to 1.6, of two of 131 MB each 1.6.
+_APART = _Times(small=1.3, large=1.6)
+
+# What is added to a matmul that makes the update too: of 20 small shards in four programs for v5e
+# 0.1 to 0.5, of a table of 131 MB all of it.
+_FUSED = _Times(small=0.25, large=1.0)
+
+# What may be done to a gradient on its way into an update.
+_BY_ELEMENT = frozenset({"broadcast", "elementwise"})
 
 
 class _Maker(NamedTuple):
@@ -62,10 +83,14 @@ class Updates:
         maker = self._makers.get(argument.group)
         if maker is None or layouts[maker.gradient] != layouts[argument.group]:
             return False
-        return maker.matmul not in moving or not moving[maker.matmul].moves_result
+        share = moving.get(maker.matmul)
+        return share is None or not (
+            share.moves_result
+            or any(transfer.pieces > PIECES_IN_PLACE for _, transfer, *_ in share.transfers)
+        )
 
     def seconds(self, argument: Argument, n_bytes: int, *, is_fused: bool) -> float:
-        """What the update of one argument takes a device.
+        """Seconds that the update of one argument's shard takes once.
 
         Args:
             argument: one of the program's.
@@ -76,7 +101,8 @@ class Updates:
         seconds = passed / machine.chip.hbm_bytes_per_second
         if not machine.compiles_for_tpu:
             return seconds
-        return seconds * (_FUSED if is_fused else _APART)[n_bytes <= machine.on_chip_bytes]
+        times = _FUSED if is_fused else _APART
+        return seconds * (times.small if machine.keeps_on_chip(n_bytes) else times.large)
 
     @staticmethod
     def changes(argument: Argument) -> bool:
@@ -95,20 +121,19 @@ def _passes(argument: Argument, *, is_fused: bool) -> int:
 
 def _makers(program: Program) -> dict[int, _Maker]:
     """Group of a weight or a slot -> what makes the gradient that changes it."""
-    changed = {argument.group for argument in program.arguments if argument.donated}
-    gradients = {group: group for group in changed}
-    for op in program.ops:
-        if op.kind == "elementwise" and op.results and op.results[0].group in changed:
-            gradients[op.results[0].group] = op.operands[0].group
-    made = [
-        (op.results[0].group, index, op.kind)
-        for index, op in enumerate(program.ops)
-        if op.backward and op.results and op.kind not in FUSED
-    ]
-    n_makers = Counter(group for group, *_ in made)
-    matmuls = {group: index for group, index, kind in made if kind == "contraction"}
+    gradients = gradient_groups(program)
+    made: dict[int, list[int]] = {}
+    read_whole = set[int]()
+    for index, op in enumerate(program.ops):
+        if op.kind in _BY_ELEMENT:
+            continue
+        read_whole.update(array.group for array in op.operands)
+        if op.backward and op.results:
+            made.setdefault(op.results[0].group, []).append(index)
     return {
-        group: _Maker(matmuls[gradient], gradient)
-        for group, gradient in gradients.items()
-        if gradient in matmuls and n_makers[gradient] == 1
+        changed: _Maker(made[gradient][0], gradient)
+        for changed, gradient in gradients.items()
+        if len(made.get(gradient, ())) == 1
+        and program.ops[made[gradient][0]].kind == "contraction"
+        and gradient not in read_whole
     }

@@ -89,7 +89,7 @@ def run_planner(
     setup: Setup,
     *,
     top: int = 5,
-    beyond: bool = True,
+    without_generate: bool = True,
     watch: Stopwatch | None = None,
 ) -> Planning:
     """Plan a model on one mesh.
@@ -98,7 +98,8 @@ def run_planner(
         traced: the model, its step that of the setup.
         setup: mesh, target, workload, memory.
         top: how many layouts to keep.
-        beyond: whether to look for what breaks `generate` too, where that is to be kept.
+        without_generate: whether to look for what breaks `generate` too, where that is to be kept.
+            What is met on the way there counts for the rest of the search.
         watch: measures the stages.
 
     Raises:
@@ -120,7 +121,9 @@ def run_planner(
             top=2 * top,
             starts=starts,
             outputs=_bounded(shapes, folded, setup),
-            unbound_outputs=shapes if beyond and setup.generate and folded.generates else None,
+            unbound_outputs=(
+                shapes if without_generate and setup.generate and folded.generates else None
+            ),
             tied=tied_families(table),
         )
     with watch.stage("write the rules"):

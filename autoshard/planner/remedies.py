@@ -170,7 +170,7 @@ def _first_that_fits(
         furthest, n_trials = change, n_trials + 1
         if _held_bytes(traced, changed) > changed.memory_limit:
             continue
-        best = run_planner(traced, changed, top=1, beyond=False).best
+        best = run_planner(traced, changed, top=1, without_generate=False).best
         needed = best.cost.memory.peak_bytes
         if not best.excess_bytes:
             seconds = best.cost.step_seconds

@@ -178,9 +178,7 @@ class _Builder:
                 layout = fixed[argument.group]
                 n_bytes = local_bytes(argument.n_bytes, layout, self.sizes)
                 held += int(n_bytes * argument.count)
-                pricer = self.pricer.arguments
-                is_fused = pricer.updates.may_be_fused(argument)
-                seconds += pricer.seconds(argument, layout, is_fused=is_fused)
+                seconds += self.pricer.arguments.least_seconds(argument, layout)
         return held, seconds
 
     def add_groups(self) -> None:

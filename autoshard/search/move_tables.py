@@ -24,13 +24,18 @@ from autoshard.cost.transfers import (
 )
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 
-__all__ = ["MoveTables", "Table"]
+__all__ = ["MoveSeconds", "MoveTables"]
 
-Table = npt.NDArray[np.float64]
-Kinds = npt.NDArray[np.int64]
+MoveSeconds = npt.NDArray[np.float64]
+"""[2, choices, layouts], in seconds."""
 
-# What may happen to an array on an axis. It is gathered first, second or third: then how much is
-# moved depends on what is still split.
+_LOOKUPS = ("gather", "scatter")
+
+_Kinds = npt.NDArray[np.int64]
+
+# What may happen to an array on an axis. How much is moved where it is gathered depends on what is
+# still split: the last kind counts on by how many axes are gathered before, and once more as far
+# where compute may hide it.
 _STAYS_WHOLE, _STAYS_SPLIT, _SLICED, _EXCHANGED, _SUMMED, _SCATTERED, _GATHERED = range(7)
 
 
@@ -70,8 +75,8 @@ class MoveTables:
         operand: int | None,
         choices: Sequence[Choice],
         layouts: Sequence[Layout],
-    ) -> Table:
-        """The two sums of `autoshard.search.lower_bound`, in seconds, [2, choices, layouts].
+    ) -> MoveSeconds:
+        """The two sums of `autoshard.search.lower_bound`.
 
         What compute might hide is taken to be hidden.
 
@@ -79,13 +84,13 @@ class MoveTables:
             op: the op.
             array: one of its operands or results.
             operand: position among the operands, or None for a result.
-            choices: the factor that the op splits over each axis, or `WHOLE`.
-            layouts: those of the array.
+            choices: the factor that the op splits over each axis, or `WHOLE`; at least one.
+            layouts: those of the array, at least one.
         """
         way = self._way(op, array, operand)
         known = self._known.setdefault(self._like(way), {})
         lying = [lies_in_op(op, array, operand, choice) for choice in choices]
-        if op.kind in ("gather", "scatter") or self._machine.parts.is_cut:
+        if op.kind in _LOOKUPS or self._machine.parts.is_cut:
             rows = [
                 list(self._pair_by_pair(way, made, partial, layouts, known))
                 for made, partial in lying
@@ -111,7 +116,7 @@ class MoveTables:
         """All that the moves depend on beside what happens on each axis."""
         op, array, is_result = way.op, way.array, way.operand is None
         return (
-            (array.factors, op.operands[-1].factors) if op.kind in ("gather", "scatter") else None,
+            (op.kind, array.factors, op.operands[-1].factors) if op.kind in _LOOKUPS else None,
             op.backward,
             op.is_batch,
             array.n_bytes if is_result else moved_bytes(op, array, self._machine),
@@ -161,7 +166,7 @@ class MoveTables:
         return blocking + written, everything
 
 
-def _kinds(lying: Sequence[tuple[Layout, Choice]], layouts: Sequence[Layout], way: _Way) -> Kinds:
+def _kinds(lying: Sequence[tuple[Layout, Choice]], layouts: Sequence[Layout], way: _Way) -> _Kinds:
     """What happens to an array on all axes, as a number, [choices, layouts].
 
     Args:
@@ -189,16 +194,16 @@ def _kinds(lying: Sequence[tuple[Layout, Choice]], layouts: Sequence[Layout], wa
         _GATHERED,
     )
     gathered = kinds == _GATHERED
-    later = np.zeros_like(kinds)
+    n_before = np.zeros_like(kinds)
     n_axes = kinds.shape[-1]
     for axis in range(n_axes):
         for other in range(n_axes):
             # The last dimension first, as `transfers_between` has it.
             before = have[..., other] > have[..., axis]
             before |= (have[..., other] == have[..., axis]) & (other < axis)
-            later[..., axis] += gathered[..., other] & before & (other != axis)
+            n_before[..., axis] += gathered[..., other] & before
     hidden = np.isin(outside, list(way.hidden_dims)) & gathered
-    digits = kinds + gathered * later + (_GATHERED + n_axes) * hidden
+    digits = kinds + gathered * n_before + (_GATHERED + n_axes) * hidden
     weights = (2 * (_GATHERED + n_axes)) ** np.arange(n_axes)
-    kinds_of_all: Kinds = (digits * weights).sum(axis=-1)
+    kinds_of_all: _Kinds = (digits * weights).sum(axis=-1)
     return kinds_of_all
