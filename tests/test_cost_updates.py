@@ -22,7 +22,7 @@ NOMINAL = MATRIX / MACHINE.chip.hbm_bytes_per_second
 
 
 def priced(program: Program, *dims: int) -> tuple[StepPricer, list[float]]:
-    """What each argument costs beside the ops, where these dimensions are split over eight chips."""
+    """What each argument costs beside the ops; these dimensions are split over eight chips."""
     fixed = {argument.group: (dim,) for argument, dim in zip(program.arguments, dims, strict=True)}
     layouts = propagate(program, fixed, (8,))
     pricer = StepPricer(program, MACHINE)
