@@ -304,13 +304,14 @@ def test_scaling_plans_every_depth_on_one_mesh_and_the_preset_on_every_mesh() ->
     assert rows[4][3:] == ("1.00 s", "0.25 s", "0.50 s", "0.75 s", "100 ms", "yes")
 
 
-# The medians allowed of the errors of memory and of the step.
+# The medians allowed of the errors of memory and of the step, and the rank correlation asked for:
+# plans that decode are within a few percent of each other.
 @pytest.mark.parametrize(
-    ("workload", "memory", "seconds"),
-    [("prefill", 0.02, 0.08), ("decode", 0.05, 0.2), ("train", 0.066, 0.05)],
+    ("workload", "memory", "seconds", "ranks"),
+    [("prefill", 0.02, 0.05, 0.9), ("decode", 0.05, 0.1, 0.8), ("train", 0.066, 0.04, 0.85)],
 )
 def test_the_predicted_peak_and_step_are_those_of_the_tpu_compiler(
-    workload: str, memory: float, seconds: float
+    workload: str, memory: float, seconds: float, ranks: float
 ) -> None:
     """The programs are those that are kept, so no compiler is needed."""
     programs = list(kept.programs([workload], ["llama3_8b_en"]))
@@ -318,4 +319,4 @@ def test_the_predicted_peak_and_step_are_those_of_the_tpu_compiler(
     assert len(errors) >= 10
     assert statistics.median(errors) < memory
     assert statistics.median(abs(one.step_error) for one in programs) < seconds
-    assert float(kept.ranks(programs)) > 0.85
+    assert float(kept.ranks(programs)) > ranks
