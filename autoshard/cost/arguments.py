@@ -60,7 +60,7 @@ class ArgumentPricer:
         return (once + self._copy_seconds(argument, layout)) * float(argument.count)
 
     def least_seconds(self, argument: Argument, layout: Layout) -> float:
-        """No less than what `seconds` says of an argument, whatever makes its update."""
+        """No more than what `seconds` says of an argument, whatever makes its update."""
         return self.seconds(argument, layout, is_fused=self.updates.may_be_fused(argument))
 
     def _is_table(self, argument: Argument) -> bool:

@@ -65,7 +65,7 @@ class MatmulsBeside:
             if compute[reader] >= least
             and self._multiplies_shards(reader, moved, moving.get(reader))
         ]
-        if not all(reader in moving for reader in beside):
+        if any(reader not in moving for reader in beside):
             return True
         return bool(beside) and not self._passes_on(moved, layouts, moving)
 

@@ -183,7 +183,7 @@ def _unhidden(op: Op, choice: Choice, written: float, machine: Machine) -> float
     result = op.results[0]
     n_bytes = moved_bytes(op, result, machine)
     shard = local_bytes(n_bytes, layout_of(result, choice), sizes)
-    stays = shard <= machine.on_chip_bytes
+    stays = machine.keeps_on_chip(shard)
     return min(1.0, _SHALLOW / contracted) * shard / (_STORED * bandwidth) if stays else 0.0
 
 

@@ -76,7 +76,7 @@ def attending_seconds(
     array, local = op.arrays[scores.position], local_sizes(op, choice, machine.axis_sizes)
     n_bytes = array.n_bytes // array.itemsize * scores.itemsize
     shard = local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
-    stays = shard <= machine.on_chip_bytes
+    stays = machine.keeps_on_chip(shard)
     if op.kind == "reduction":
         is_flat = sum(factor is not None and local[factor] > 1 for factor in array.factors) < 4
         share = _SUMMING[scores.itemsize == FLOAT32, is_flat]
@@ -156,7 +156,7 @@ class AttentionScores:
             (array,) = op.operands
             n_bytes = local_bytes(array.n_bytes, layouts[array.group], machine.axis_sizes)
             seconds = 0.0
-            if n_bytes > machine.on_chip_bytes:
+            if not machine.keeps_on_chip(n_bytes):
                 by_rows = is_long or is_turned
                 seconds = op.count * self._seconds(op, n_bytes, by_rows, reads_again)
             yield Written(sums=sums, n_bytes=n_bytes, seconds=seconds)

@@ -21,6 +21,7 @@ class Share:
         compute_seconds: of all its runs.
         fetch_seconds: of its weights, in all its runs.
         transfers: of one run, each with what makes it the same as another's and how it counts.
+        in_loop: whether its result is made piece by piece in a loop.
         moved: the operands that it moves, and over which axis.
         n_bytes: what it adds to memory, see `PeakMemory.op_bytes`.
     """
@@ -28,6 +29,7 @@ class Share:
     compute_seconds: float
     fetch_seconds: float
     transfers: tuple[Moved, ...]
+    in_loop: bool
     moved: frozenset[tuple[int, int]]
     n_bytes: OpBytes
 

@@ -150,10 +150,11 @@ class StepPricer:
                 # all-reduced once: once in all what every block reads or adds to.
                 known = traffic.get(once)
                 if known is None:
-                    is_hidden = beside is not None and self.beside.hides(
+                    if beside is not None and self.beside.hides(
                         index, transfer, layouts, moving, self._compute
-                    )
-                    traffic[once] = beside if beside is not None and is_hidden else moved
+                    ):
+                        moved = beside
+                    traffic[once] = moved
                     seconds += transfer.memory_seconds * moved.count
                 elif moved.count < known.count and _is_alike(moved, known):
                     traffic[once] = replace(known, count=moved.count)
@@ -248,6 +249,7 @@ class StepPricer:
             ),
             fetch_seconds=op.count * cost.fetch_seconds,
             transfers=tuple(self._moved(index, around, transfer) for transfer in cost.transfers),
+            in_loop=cost.in_loop,
             moved=frozenset(
                 (op.operands[t.operand].identity, t.axis)
                 for t in cost.transfers

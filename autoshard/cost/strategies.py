@@ -63,10 +63,14 @@ class OpCost:
     share: float = 1.0
 
     @property
+    def in_loop(self) -> bool:
+        """Whether its result is made piece by piece in a loop."""
+        return any(one.pieces > PIECES_IN_PLACE for one in self.transfers)
+
+    @property
     def is_copied(self) -> bool:
         """Whether its result is made in pieces in one place and then written to another."""
-        in_loop = any(one.pieces > PIECES_IN_PLACE for one in self.transfers)
-        return in_loop and any(factor != WHOLE for factor in self.choice)
+        return self.in_loop and any(factor != WHOLE for factor in self.choice)
 
     @property
     def is_windowed(self) -> bool:

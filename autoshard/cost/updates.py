@@ -15,7 +15,6 @@ Then it reads and writes no gradient, and hides most of the update of what fits 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from autoshard.cost.collective_matmul import PIECES_IN_PLACE
 from autoshard.cost.lifetimes import gradient_groups
 from autoshard.cost.machine import Machine
 from autoshard.cost.shares import Share
@@ -84,10 +83,7 @@ class Updates:
         if maker is None or layouts[maker.gradient] != layouts[argument.group]:
             return False
         share = moving.get(maker.matmul)
-        return share is None or not (
-            share.moves_result
-            or any(transfer.pieces > PIECES_IN_PLACE for _, transfer, *_ in share.transfers)
-        )
+        return share is None or not (share.in_loop or share.moves_result)
 
     def seconds(self, argument: Argument, n_bytes: int, *, is_fused: bool) -> float:
         """Seconds that the update of one argument's shard takes once.

@@ -110,22 +110,7 @@ def run_planner(
     watch = watch or Stopwatch()
     table, folded = traced.table, traced.folded
     with watch.stage("search"):
-        scorer = make_scorer(traced.program, setup)
-        rivals = tuple(published_maps(traced.whole, scorer))
-        starts = [dict(rival.scored.assignment) for rival in rivals if rival.scored]
-        shapes = traced.program.output_shapes()
-        result = search(
-            scorer.pricer,
-            setup.mesh,
-            setup.memory_limit,
-            top=2 * top,
-            starts=starts,
-            outputs=_bounded(shapes, folded, setup),
-            unbound_outputs=(
-                shapes if without_generate and setup.generate and folded.generates else None
-            ),
-            tied=tied_families(table),
-        )
+        rivals, result = _searched(traced, setup, 2 * top, without_generate)
     with watch.stage("write the rules"):
         candidates = tuple(_expressible(table, result.ranked, top))
         if not candidates:
@@ -177,10 +162,29 @@ def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:
         yield tuple(None if dim is None else axis_of.get(dim) for dim in cache.dims)
 
 
+def _searched(
+    traced: TracedModel, setup: Setup, top: int, without_generate: bool
+) -> tuple[tuple[Candidate, ...], SearchResult]:
+    """The maps that others published, and what a search finds that starts from these too."""
+    scorer = make_scorer(traced.program, setup)
+    rivals = tuple(published_maps(traced.whole, scorer))
+    keeps_generate = setup.generate and traced.folded.generates
+    shapes = traced.program.output_shapes()
+    result = search(
+        scorer.pricer,
+        setup.mesh,
+        setup.memory_limit,
+        top=top,
+        starts=[dict(rival.scored.assignment) for rival in rivals if rival.scored],
+        outputs=_bounded(shapes, traced.folded, setup) if keeps_generate else shapes,
+        unbound_outputs=shapes if without_generate and keeps_generate else None,
+        tied=tied_families(traced.table),
+    )
+    return rivals, result
+
+
 def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> OutputShapes:
-    """With the shapes that the same outputs have in `generate`, where that has to run."""
-    if not (setup.generate and folded.generates):
-        return shapes
+    """With the shapes that the same outputs have in `generate`."""
     generated = shapes_in_generate(folded, setup.workload, setup.target.chip)
     if generated is None:
         return OutputShapes()
