@@ -29,8 +29,9 @@ def priced(program: Program, *dims: int) -> list[float]:
     pricer.price(layouts)
     found = []
     for argument in program.arguments:
-        is_fused = pricer.arguments.updates.is_fused(argument, layouts, pricer._moving)
         layout = layouts[argument.group]
+        given = (argument, [layout], layouts, pricer._moving)
+        is_fused = pricer.arguments.updates.is_fused(*given)
         found.append(pricer.arguments.seconds(argument, layout, is_fused=is_fused))
     assert pricer._arguments_seconds(layouts, pricer._moving) == pytest.approx(sum(found))
     return found

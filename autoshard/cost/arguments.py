@@ -8,6 +8,7 @@ the TPU compiler: `[152064, 448]` costs 1.3 ms a copy on a v5e, `[152064, 512]` 
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.transfers import local_bytes
@@ -46,6 +47,10 @@ class ArgumentPricer:
     def is_free(self, argument: Argument) -> bool:
         """Whether it costs nothing under any layout."""
         return not (self.updates.changes(argument) or self._is_table(argument))
+
+    def paid(self, arguments: Iterable[Argument]) -> list[tuple[Argument, ...]]:
+        """Those that cost something under some layout, a weight and its slots together."""
+        return self.updates.made_together(one for one in arguments if not self.is_free(one))
 
     def seconds(self, argument: Argument, layout: Layout, *, is_fused: bool) -> float:
         """What an argument, and all like it in the whole model, cost the step.

@@ -74,11 +74,10 @@ class StepPricer:
         self._shares: list[dict[tuple[Layout, ...], Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
-            (index, argument)
-            for index, argument in enumerate(program.arguments)
-            if not self.arguments.is_free(argument)
+            (paid, picker([argument.group for argument in paid]))
+            for paid in self.arguments.paid(program.arguments)
         ]
-        self._argument_prices: dict[tuple[int, Layout, bool], float] = {}
+        self._argument_prices: dict[tuple[int, tuple[Layout, ...], bool], float] = {}
         # The layouts priced last, and what each op adds under them.
         self._last: Sequence[Layout | None] = (None,) * len(program.groups)
         self._compute = np.zeros(len(program.ops))
@@ -345,14 +344,17 @@ class StepPricer:
 
     def _arguments_seconds(self, layouts: Sequence[Layout], moving: Mapping[int, Share]) -> float:
         """What the arguments cost beside the ops; the price of each is remembered."""
-        total, prices = 0.0, self._argument_prices
-        for index, argument in self._paid:
-            layout = layouts[argument.group]
-            is_fused = self.arguments.updates.is_fused(argument, layouts, moving)
-            seconds = prices.get((index, layout, is_fused))
+        total, prices, arguments = 0.0, self._argument_prices, self.arguments
+        for place, (paid, laid_of) in enumerate(self._paid):
+            laid = laid_of(layouts)
+            is_fused = arguments.updates.is_fused(paid[0], laid, layouts, moving)
+            seconds = prices.get((place, laid, is_fused))
             if seconds is None:
-                seconds = self.arguments.seconds(argument, layout, is_fused=is_fused)
-                prices[index, layout, is_fused] = seconds
+                seconds = sum(
+                    arguments.seconds(argument, layout, is_fused=is_fused)
+                    for argument, layout in zip(paid, laid, strict=True)
+                )
+                prices[place, laid, is_fused] = seconds
             total += seconds
         return total
 

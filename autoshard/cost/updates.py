@@ -12,7 +12,7 @@ Then it reads and writes no gradient, and hides most of the update of what fits 
 (`autoshard.cost.memory` counts a gradient all the same.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from autoshard.cost.lifetimes import gradient_groups
@@ -69,18 +69,30 @@ class Updates:
         """Whether one matmul alone makes the gradient that changes an argument."""
         return argument.group in self._makers
 
+    def made_together(self, arguments: Iterable[Argument]) -> list[tuple[Argument, ...]]:
+        """Some arguments, a weight and its slots together where one matmul may change them all."""
+        together: dict[object, list[Argument]] = {}
+        for place, argument in enumerate(arguments):
+            together.setdefault(self._makers.get(argument.group, place), []).append(argument)
+        return list(map(tuple, together.values()))
+
     def is_fused(
-        self, argument: Argument, layouts: Sequence[Layout], moving: Mapping[int, Share]
+        self,
+        argument: Argument,
+        laid: Collection[Layout],
+        layouts: Sequence[Layout],
+        moving: Mapping[int, Share],
     ) -> bool:
         """Whether that matmul makes the update too.
 
         Args:
             argument: one of the program's.
+            laid: the layouts of those that are changed together with it, and its own.
             layouts: one a group.
             moving: the ops that move something, with what they add.
         """
         maker = self._makers.get(argument.group)
-        if maker is None or layouts[maker.gradient] != layouts[argument.group]:
+        if maker is None or any(layout != layouts[maker.gradient] for layout in laid):
             return False
         share = moving.get(maker.matmul)
         return share is None or not (share.in_loop or share.moves_result)

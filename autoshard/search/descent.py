@@ -7,7 +7,7 @@ is none:
    family; once weights move before the outputs of layers and once after them;
 2. from the best of these, by moves of two sibling groups at once too, and of the outputs of a layer
    with its weights;
-3. from the best with two sibling groups shaken, several times.
+3. from the best with two sibling groups of weights and two of outputs shaken, several times.
 
 Large programs end pairs and shakes early, and descend only from starts that are better than what
 was found: all together take some twenty seconds at most. The outputs of layers move alone, or two
@@ -62,7 +62,7 @@ _MEMORY_POWER = 0.01
 _MOST_LOOKS = 2_500_000
 
 # So often the best is shaken and descended from again.
-_SHAKES = 8
+_SHAKES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,12 +214,15 @@ def _without_idle_outputs(scorer: Scorer, families: Sequence[Choices], best: Sco
 
 
 def _shake(families: Sequence[Choices], source: random.Random) -> dict[str, Spec]:
-    """Two sibling groups of weights with specs drawn for them, the same throughout a group."""
-    groups = sibling_groups(choices for choices in families if not choices.is_output)
-    drawn = source.sample(sorted(groups), min(2, len(groups)))
+    """Two sibling groups of weights and two of outputs with specs drawn, one for each group.
+
+    Outputs keep a layout where no change of weights alone gains, and weights where none of outputs.
+    """
     shaken: dict[str, Spec] = {}
-    for name in drawn:
-        shaken |= lay(groups[name], source.choice(groups[name][0].specs), {})
+    for is_output in (False, True):
+        groups = sibling_groups(one for one in families if one.is_output == is_output)
+        for name in source.sample(sorted(groups), min(2, len(groups))):
+            shaken |= lay(groups[name], source.choice(groups[name][0].specs), {})
     return shaken
 
 
