@@ -8,8 +8,8 @@
 - TPUs multiply single rows without the matrix unit (`autoshard.cost.single_rows`). Few heads on a
   device fill their registers in part.
 - Lookups and moves take their bytes. So do reductions, but TPUs add up no faster than they multiply
-  single rows, and find the maxima of what a matmul makes while it writes. They join arrays half as
-  fast.
+  single rows, and find the maxima of what a matmul makes while it writes. To join arrays takes
+  several passes (`autoshard.cost.joining`).
 - What repeats for a matmul a TPU reads once. To write it out takes it so much a tile; it does where
   a device has several parts to be repeated.
 - Sums of a stream take a part of the norm that reads them.
@@ -20,6 +20,7 @@
 import math
 from collections.abc import Sequence
 
+from autoshard.cost.joining import joining_seconds
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, local_sizes
 from autoshard.cost.scores import attending_seconds, filled_share
@@ -58,12 +59,6 @@ _HIDING_DEPTH = 1024
 # many. In 20 programs for v5e it took 0.7 ps a byte with 384 or 512.
 _STORED = 1.7
 _SHALLOW = 512
-
-# What it takes to join arrays, over the time to add up their elements. Halves that change places,
-# as of rotary embeddings, are joined, turned and added: in 50 programs for v5e that took 17 to 35
-# ps an element, and 7 to cut them. Where nothing keeps the parts they are cut as they are read.
-_JOINED = 2
-_CUT_AND_JOINED = 3
 
 # How many kernels of a TPU such an op is where it is small. In programs for v5e that decode a norm
 # made three of its reduction (the sum, what is made of it, the scale in float32), and a rotary
@@ -161,10 +156,7 @@ def _working(op: Op, choice: Choice, written: float, machine: Machine) -> float:
     if op.kind == "reduction":
         return _adding(op, choice, machine)
     if op.primitive in ("concatenate", "stack") and not op.moves_cache:
-        n_passes = _CUT_AND_JOINED if op.is_brief else _JOINED
-        return n_passes * sum(
-            shard_seconds(result, layout_of(result, choice), machine) for result in op.results
-        )
+        return joining_seconds(op, choice, machine)
     if not op.flops:
         return 0.0
     unhidden = _unhidden(op, choice, written, machine) if op.kind == "contraction" else 0.0

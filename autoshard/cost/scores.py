@@ -23,6 +23,7 @@ from typing import NamedTuple
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, local_sizes
 from autoshard.cost.transfers import FLOAT32, local_bytes
+from autoshard.graph.makers import made_by
 from autoshard.graph.program import Layout, Op, Program, Scores
 from autoshard.graph.softmaxes import read_softmaxes
 from autoshard.graph.splits import layout_of
@@ -35,7 +36,7 @@ __all__ = ["AttentionScores", "Written", "attending_seconds", "filled_share"]
 _LONG_ROW = 2048
 
 # What sums of the exponentials take, over those of other rows, by whether they are in float32 and
-# whether a device has one head or one sequence alone: by 30 programs for v5e 1.3 to 1.4 ps an
+# whether a device has one key's head or one sequence alone: by 40 programs for v5e 1.3 to 1.4 ps an
 # element in float32 and 12.5 of one head, in bfloat16 7.2 to 8.5 and 9.5.
 _SUMMING = {(True, False): 0.14, (True, True): 1.33, (False, False): 0.8, (False, True): 1.0}
 
@@ -78,7 +79,9 @@ def attending_seconds(
     shard = local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
     stays = machine.keeps_on_chip(shard)
     if op.kind == "reduction":
-        is_flat = sum(factor is not None and local[factor] > 1 for factor in array.factors) < 4
+        # Heads that share a key are rows of its matmul, and come before the sequences here.
+        *batch, _, _ = array.factors[-4:]
+        is_flat = sum(factor is not None and local[factor] > 1 for factor in batch) < 2
         share = _SUMMING[scores.itemsize == FLOAT32, is_flat]
         return share * working if stays or is_flat else 0.0
     is_made = scores.position >= len(op.operands)
@@ -200,24 +203,10 @@ def _scores(ops: Sequence[Op]) -> Iterator[_Scores]:
         is_shared = len(keys) == len(others) == 1
         is_long = weighing is not None and _row(ops[sums]) >= _LONG_ROW
         if is_shared or is_long:
-            query = _made_by(ops, others[0].group, before=scores) if is_shared else None
+            query = made_by(ops, others[0].group, before=scores) if is_shared else None
             yield _Scores(query, scores, sums, is_shared, is_long)
 
 
 def _row(sums: Op) -> int:
     """How many elements a reduction adds up."""
     return math.prod(sums.factor_sizes[factor] for factor in sums.reduced)
-
-
-def _made_by(ops: Sequence[Op], group: int, *, before: int) -> int | None:
-    """The last matmul before an op that makes arrays of a group, or what is reshaped to them."""
-    groups = {group}
-    for index in reversed(range(before)):
-        op = ops[index]
-        if not groups.intersection(array.group for array in op.results):
-            continue
-        if op.kind == "contraction":
-            return index
-        if op.kind == "reshape":
-            groups |= {array.group for array in op.operands}
-    return None

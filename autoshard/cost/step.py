@@ -10,6 +10,7 @@ import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.beside import MatmulsBeside
+from autoshard.cost.joining import CopiedHalves
 from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
@@ -68,6 +69,7 @@ class StepPricer:
         self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = AttentionScores(program, machine)
+        self._halves = CopiedHalves(program.ops, machine)
         # The matmuls to whose results something is added before a rule may move them.
         biased = {out.made_by for out in program.layer_outputs if not out.as_made}
         self._biased = biased if machine.compiles_for_tpu else set()
@@ -97,11 +99,11 @@ class StepPricer:
         torn = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn.items()}
         shares = {index: self._share(index, seen) for index, seen in (torn | apart.around).items()}
         moving = {**self._moving, **shares}
-        scores = list(
-            self._scores.written(
-                layouts, apart.moved, lambda index: index in moving and moving[index].is_all_reduced
-            )
-        )
+
+        def is_summed(index: int) -> bool:
+            return index in moving and moving[index].is_all_reduced
+
+        scores = list(self._scores.written(layouts, apart.moved, is_summed))
         n_bytes = self._n_bytes
         if shares or scores:
             n_bytes = n_bytes.copy()
@@ -114,6 +116,7 @@ class StepPricer:
         compute += self._arguments_seconds(layouts, moving)
         compute += self._move(traffic, moving, layouts)
         compute += sum(written.seconds for written in scores)
+        compute += self._halves.seconds(layouts, is_summed)
         compute += self._norms.seconds(moving, apart.moved)
         self._wait_for_last_weight(traffic)
         compute += self._move_as_asked(traffic, apart.moved)

@@ -8,6 +8,7 @@ from autoshard.graph.caches import CacheMoves, cache_count, cache_moves, rebuilt
 from autoshard.graph.casts import held_arrays, turned_weights, with_narrow_results
 from autoshard.graph.equal import merge_equal
 from autoshard.graph.grouping import Grouping, Numbering, group_arrays
+from autoshard.graph.interleaving import with_interleaving
 from autoshard.graph.jaxpr import Equation, FlatJaxpr
 from autoshard.graph.layer_outputs import layer_outputs
 from autoshard.graph.link import PASSING, Label, Link
@@ -214,7 +215,8 @@ def _with_ends(ops: Sequence[Op], flat: FlatJaxpr, *, has_caches: bool) -> list[
     ]
     if has_caches or any(op.backward for op in ops):
         return told
-    return with_scores([replace(op, is_brief=not op.is_returned) for op in told])
+    brief = [replace(op, is_brief=not op.is_returned) for op in told]
+    return with_interleaving(with_scores(brief))
 
 
 def _slicing(op: Op, slices: Mapping[int, Slice], grouping: Grouping) -> Slicing | None:

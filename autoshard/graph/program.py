@@ -152,6 +152,8 @@ class Op:
             trains nor decodes.
         scores: of the ops of attention in a step that neither trains nor decodes, which array they
             make, add up or read; None for any other op.
+        interleaves: of what interleaves the halves of heads in such a step, how many heads share a
+            key's, 1 of those that do not (see `autoshard.graph.interleaving`); 0 for any other op.
     """
 
     primitive: str
@@ -178,6 +180,7 @@ class Op:
     is_returned: bool = False
     is_brief: bool = False
     scores: Scores | None = None
+    interleaves: int = 0
 
     @property
     def is_convolution(self) -> bool:
