@@ -20,7 +20,7 @@
 import math
 from collections.abc import Sequence
 
-from autoshard.cost.joining import joining_seconds
+from autoshard.cost.joining import cutting_seconds, joining_seconds
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Choice, local_sizes
 from autoshard.cost.scores import attending_seconds, filled_share
@@ -121,8 +121,9 @@ def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     if op.kind == "reshape" and machine.compiles_for_tpu:
         return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
-    is_cut = op.is_brief and op.primitive in ("slice", "split") and machine.compiles_for_tpu
-    is_fused = is_cut or op.is_fused and not op.shifted & set(choice)
+    if op.is_brief and op.primitive in ("slice", "split") and machine.compiles_for_tpu:
+        return cutting_seconds(op, choice, machine)
+    is_fused = op.is_fused and not op.shifted & set(choice)
     if is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
     # A lookup reads the rows it returns, not the table; so does a slice.
