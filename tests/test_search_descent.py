@@ -111,3 +111,26 @@ def test_shakes_lay_out_only_what_is_legal() -> None:
     scorer: Any = Flat()
     descend(scorer, [wide, odd], [{"wide": (None, None), "odd": (None, None)}], n_shakes=20)
     assert asked == set(odd.specs)
+
+
+def test_shakes_come_to_what_takes_two_weights_and_two_outputs_at_once() -> None:
+    weights = [
+        Choices(name=name, shape=(8, 8), specs=((None, None), SPLIT), siblings=name, n_bytes=64)
+        for name in ("one/kernel", "other/kernel")
+    ]
+    outputs = [
+        replace(output(name), siblings=name) for name in ("first/block/output", "last/norm/output")
+    ]
+
+    class AllOrNone(Table):
+        def score(self, assignment: Mapping[str, Spec]) -> Found:
+            laid = tuple(item for item in assignment.items() if item[1] != NO_RULE)
+            n_split = sum(any(spec) for _, spec in laid)
+            return Found(assignment=laid, rank=5.0 if n_split == 4 else 10.0 + n_split)
+
+    families = [*weights, *outputs]
+    start = {choices.name: choices.specs[0] for choices in families}
+    for n_shakes, rank in ((0, 10.0), (40, 5.0)):
+        scorer: Any = AllOrNone({})
+        found: Any = descend(scorer, families, [start], n_shakes=n_shakes)
+        assert found.rank == rank

@@ -73,7 +73,7 @@ def cutting_seconds(op: Op, choice: Choice, machine: Machine) -> float:
 
 def _shares_width(op: Op, choice: Choice) -> bool:
     """Whether devices share the last dimension of what an op cuts or joins."""
-    return op.operands[0].factors[-1] in choice
+    return (None, *op.operands[0].factors)[-1] in choice
 
 
 def _results_seconds(op: Op, choice: Choice, machine: Machine) -> float:
