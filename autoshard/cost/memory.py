@@ -43,7 +43,7 @@ from autoshard.cost.transfers import Transfer, is_all_reduced, local_bytes
 from autoshard.cost.turning import cuts_tiles
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
-from autoshard.graph.program import WHOLE, Array, Chain, Layout, Op, Program
+from autoshard.graph.program import WHOLE, Argument, Array, Chain, Layout, Op, Program
 from autoshard.graph.splits import layout_of
 
 __all__ = ["OpBytes", "PeakMemory"]
@@ -129,13 +129,12 @@ class PeakMemory:
             if op.kind not in FUSED and array.group in self._lifetimes.gradients
         ]
         self.copies = ResultCopies(program, machine)
-        self._held: dict[str, list[_Held]] = {}
-        self._rebuilt: list[_Held] = []
-        for argument in program.arguments:
-            entry = (argument.group, argument.n_bytes, argument.count)
-            self._held.setdefault(argument.role, []).append(entry)
-            if argument.is_rebuilt:
-                self._rebuilt.append(entry)
+        self._held = _held_by_role(program.arguments)
+        self._rebuilt = [
+            (argument.group, argument.n_bytes, argument.count)
+            for argument in program.arguments
+            if argument.is_rebuilt
+        ]
         self._held["output"] = [(out.group, out.n_bytes, 1) for out in program.outputs]
 
     def peak(self, layouts: Sequence[Layout], ops: Bytes) -> Memory:
@@ -354,3 +353,17 @@ class PeakMemory:
 
     def _shard(self, n_bytes: int, group: int, layouts: Sequence[Layout]) -> int:
         return local_bytes(n_bytes, layouts[group], self._axis_sizes)
+
+
+def _held_by_role(arguments: Sequence[Argument]) -> dict[str, list[_Held]]:
+    """The arguments of each role; those of a family, which lie alike, as one."""
+    alike: dict[tuple[object, ...], list[Argument]] = {}
+    for argument in arguments:
+        name = argument.group if argument.family is None else argument.family
+        look = (argument.role, name, argument.dims, argument.n_bytes)
+        alike.setdefault(look, []).append(argument)
+    held: dict[str, list[_Held]] = {}
+    for first, *rest in alike.values():
+        count = sum((one.count for one in rest), first.count)
+        held.setdefault(first.role, []).append((first.group, first.n_bytes, count))
+    return held
