@@ -208,3 +208,38 @@ def test_scores_that_do_not_fit_take_what_writing_and_reading_them_takes() -> No
     assert made == pytest.approx(seconds / 0.73)
     assert summed == 0
     assert weighed == pytest.approx(seconds / MACHINE.chip.hbm_read_efficiency)
+
+
+# Of scores in float32, by the TPU compiler for v5e: Gemma 2 2B on 1x8, 2x4, 8x1 and
+# 4x2, and Gemma 7B.
+@pytest.mark.parametrize(
+    ("sequences", "keys", "sharing", "compiled"),
+    [(8, 1, 1, 26.2), (4, 1, 2, 26.2), (1, 4, 2, 26.2), (2, 2, 2, 3.3), (4, 4, 1, 6.0)],
+)
+@pytest.mark.parametrize("order", ["gbkts", "bkgts"])
+def test_sums_are_slow_where_a_device_has_one_sequence_or_one_keys_head(
+    sequences: int, keys: int, sharing: int, compiled: float, order: str
+) -> None:
+    def shares(x: Any, query: Any, key: Any) -> Any:
+        heads, keyed = (jnp.einsum("btd,dkhw->btkhw", x, weight) for weight in (query, key))
+        made = jnp.einsum(
+            f"btkgw,bskw->{order}",
+            heads,
+            keyed[:, :, :, 0],
+            preferred_element_type=jnp.float32,
+        )
+        weights = jax.nn.softmax(made).astype(x.dtype)
+        return jnp.tanh(jnp.einsum(f"{order},bskw->btkgw", weights, keyed[:, :, :, 0])) + 1
+
+    shapes = ((256, keys, sharing, 256), (256, keys, 1, 256))
+    program = program_of(shares, (sequences, 512, 256), *shapes, dtype="bfloat16")
+    (sums,) = (op for op in program.ops if op.primitive == "reduce_sum")
+    seconds = price_op(sums, ((WHOLE,),) * len(sums.arrays), MACHINE).compute_seconds
+    assert 1e6 * seconds == pytest.approx(compiled, rel=0.2)
+
+
+def test_one_query_of_one_head_has_a_price() -> None:
+    program = program_of(
+        lambda q, k, v: jax.nn.softmax(q @ k) @ v, (1, 64), (64, 512), (512, 64), dtype="bfloat16"
+    )
+    assert StepPricer(program, MACHINE).price([(WHOLE,)] * len(program.groups)).compute_seconds > 0

@@ -59,6 +59,16 @@ def test_an_update_is_made_with_a_gradient_that_stays(
         assert priced(updated(count), *dims) == pytest.approx(expected)
 
 
+def test_no_matmul_updates_a_slot_that_lies_otherwise_than_the_gradient() -> None:
+    program = stepped(with_momentum, ("weight", "slot", "data"))
+    layouts = propagate(program, {argument.group: (1,) for argument in program.arguments[:2]}, (8,))
+    updates = Updates(program, MACHINE)
+    ((weight, slot),) = (each for each in updates.made_together(program.arguments) if each[1:])
+    assert (weight.role, slot.role) == ("weight", "slot")
+    for of_slot, is_fused in ((1, True), (0, False), (WHOLE, False)):
+        assert updates.is_fused(weight, [(1,), (of_slot,)], layouts, {}) == is_fused
+
+
 def test_other_compilers_are_taken_to_update_apart_at_the_nominal_bandwidth() -> None:
     program = updated(1)
     updates = Updates(program, replace(MACHINE, as_partitioned=True))

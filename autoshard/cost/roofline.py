@@ -121,9 +121,10 @@ def _busy_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     if op.kind == "reshape" and machine.compiles_for_tpu:
         return sum(_repeating_seconds(op, result, choice, machine) for result in op.results)
     is_product = op.kind == "contraction" and not op.reduced and op.window == 1
+    is_shifted = not op.shifted.isdisjoint(choice)
     if op.is_brief and op.primitive in ("slice", "split") and machine.compiles_for_tpu:
-        return cutting_seconds(op, choice, machine)
-    is_fused = op.is_fused and not op.shifted & set(choice)
+        return cutting_seconds(op, choice, machine) if is_shifted else 0.0
+    is_fused = op.is_fused and not is_shifted
     if is_fused or is_product or op.kind in ("broadcast", "elementwise", "reshape"):
         return 0.0
     # A lookup reads the rows it returns, not the table; so does a slice.

@@ -79,8 +79,7 @@ def attending_seconds(
     shard = local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
     stays = machine.keeps_on_chip(shard)
     if op.kind == "reduction":
-        # Heads that share a key are rows of its matmul, and come before the sequences here.
-        *batch, _, _ = array.factors[-4:]
+        batch = (array.factors[dim] for dim in scores.batch)
         is_flat = sum(factor is not None and local[factor] > 1 for factor in batch) < 2
         share = _SUMMING[scores.itemsize == FLOAT32, is_flat]
         return share * working if stays or is_flat else 0.0

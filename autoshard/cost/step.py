@@ -10,7 +10,7 @@ import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.beside import MatmulsBeside
-from autoshard.cost.joining import CopiedHalves
+from autoshard.cost.joining import JoinedCopies
 from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
@@ -69,7 +69,7 @@ class StepPricer:
         self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
         self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = AttentionScores(program, machine)
-        self._halves = CopiedHalves(program.ops, machine)
+        self._joined = JoinedCopies(program.ops, machine)
         # The matmuls to whose results something is added before a rule may move them.
         biased = {out.made_by for out in program.layer_outputs if not out.as_made}
         self._biased = biased if machine.compiles_for_tpu else set()
@@ -116,7 +116,7 @@ class StepPricer:
         compute += self._arguments_seconds(layouts, moving)
         compute += self._move(traffic, moving, layouts)
         compute += sum(written.seconds for written in scores)
-        compute += self._halves.seconds(layouts, is_summed)
+        compute += self._joined.seconds(layouts, is_summed)
         compute += self._norms.seconds(moving, apart.moved)
         self._wait_for_last_weight(traffic)
         compute += self._move_as_asked(traffic, apart.moved)

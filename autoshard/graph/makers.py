@@ -6,11 +6,13 @@ from autoshard.graph.program import Op
 
 __all__ = ["made_by"]
 
+_CUT_OR_JOINED = ("concatenate", "slice", "split", "stack")
+
 
 def made_by(ops: Sequence[Op], group: int, *, before: int) -> int | None:
     """Index of the last matmul before an op that makes arrays of a group; None where none does.
 
-    What is reshaped or sliced counts as made by what made it.
+    What is reshaped, cut or joined counts as made by what made it.
 
     Args:
         ops: in execution order.
@@ -24,6 +26,6 @@ def made_by(ops: Sequence[Op], group: int, *, before: int) -> int | None:
             continue
         if op.kind == "contraction":
             return index
-        if op.kind in ("reshape", "slice"):
+        if op.kind == "reshape" or op.primitive in _CUT_OR_JOINED:
             groups.update(array.group for array in op.operands)
     return None

@@ -23,6 +23,7 @@ __all__ = [
     "Array",
     "Chain",
     "Group",
+    "Interleaving",
     "LayerOutput",
     "Layout",
     "Op",
@@ -110,10 +111,26 @@ class Scores:
     Attributes:
         position: of the scores or their exponentials, among operands and results.
         itemsize: bytes of an element, as the matmul makes it.
+        batch: dimensions of their group that are the matmul's batch: not the tokens, nor heads that
+            share a key's.
     """
 
     position: int
     itemsize: int
+    batch: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interleaving:
+    """What a stack interleaves (see `autoshard.graph.interleaving`): the halves of heads.
+
+    Attributes:
+        tokens: dimension of its result's group.
+        sharing: how many heads of a query share a key's; 1 of keys, and where each has its own.
+    """
+
+    tokens: int
+    sharing: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +169,7 @@ class Op:
             trains nor decodes.
         scores: of the ops of attention in a step that neither trains nor decodes, which array they
             make, add up or read; None for any other op.
-        interleaves: of what interleaves the halves of heads in such a step, how many heads share a
-            key's, 1 of those that do not (see `autoshard.graph.interleaving`); 0 for any other op.
+        interleaving: of what interleaves the halves of heads in such a step; None for any other op.
     """
 
     primitive: str
@@ -180,7 +196,7 @@ class Op:
     is_returned: bool = False
     is_brief: bool = False
     scores: Scores | None = None
-    interleaves: int = 0
+    interleaving: Interleaving | None = None
 
     @property
     def is_convolution(self) -> bool:

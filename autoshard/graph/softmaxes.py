@@ -52,9 +52,13 @@ def with_scores(ops: Sequence[Op]) -> list[Op]:
         if weighing is None:
             continue
         (made,) = ops[scores].results
+        read = [set(array.factors) - {None} for array in ops[scores].operands]
+        shared = set.intersection(*read)
+        batch = tuple(dim for dim, factor in enumerate(made.factors) if factor in shared)
         for at in (scores, sums, weighing):
             position = [array.group for array in ops[at].arrays].index(made.group)
-            told[at] = replace(ops[at], scores=Scores(position=position, itemsize=made.itemsize))
+            known = Scores(position=position, itemsize=made.itemsize, batch=batch)
+            told[at] = replace(ops[at], scores=known)
     return told
 
 

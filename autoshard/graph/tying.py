@@ -21,7 +21,7 @@ TiedOp = tuple[Op, tuple[int, ...], int]
 def price_look(op: Op) -> tuple[object, ...]:
     """Everything that decides an op's price but the layouts of its arrays."""
     repeated = tuple(array.repetition for array in op.results)
-    read = (op.is_returned, op.is_brief, op.slicing, op.scores, op.interleaves, repeated)
+    read = (op.is_returned, op.is_brief, op.slicing, op.scores, op.interleaving, repeated)
     return _look(op), op.addends, op.summed_batch, read
 
 

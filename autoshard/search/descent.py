@@ -216,7 +216,7 @@ def _without_idle_outputs(scorer: Scorer, families: Sequence[Choices], best: Sco
 def _shake(families: Sequence[Choices], source: random.Random) -> dict[str, Spec]:
     """Two sibling groups of weights and two of outputs with specs drawn, one for each group.
 
-    Outputs keep a layout where no change of weights alone gains, and weights where none of outputs.
+    Each may be what bars the others' way.
     """
     shaken: dict[str, Spec] = {}
     for is_output in (False, True):
