@@ -1,5 +1,6 @@
 """The planner on real models, and its search against exhaustive search."""
 
+import gc
 import itertools
 from collections import Counter
 from dataclasses import replace
@@ -23,6 +24,7 @@ from autoshard.model.build import build
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.model.keras_import import import_keras, import_keras_hub
+from autoshard.planner.garbage import uncollected
 from autoshard.planner.planning import Planning, run_planner
 from autoshard.planner.pricing import make_scorer, score_rules
 from autoshard.planner.setup import Setup, make_setup
@@ -472,3 +474,15 @@ def test_a_bound_that_numbered_layers_break_is_not_claimed() -> None:
     result = plan(network, make_setup("2x4")).result
     best = result.ranked[0].cost.step_seconds
     assert result.bound_seconds is None or result.bound_seconds < best
+
+
+def test_a_search_leaves_the_garbage_collector_as_it_was() -> None:
+    for was_enabled in (True, False):
+        (gc.enable if was_enabled else gc.disable)()
+        try:
+            with pytest.raises(ZeroDivisionError), uncollected():
+                assert not gc.isenabled()
+                raise ZeroDivisionError
+            assert gc.isenabled() == was_enabled
+        finally:
+            gc.enable()

@@ -12,6 +12,7 @@ from autoshard.model.folding import BlockStack
 from autoshard.model.outputs import OutputShapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
+from autoshard.planner.garbage import uncollected
 from autoshard.planner.pricing import Candidate, make_scorer, published_maps
 from autoshard.planner.setup import Setup
 from autoshard.planner.stopwatch import Stopwatch
@@ -109,7 +110,7 @@ def run_planner(
     _check(setup)
     watch = watch or Stopwatch()
     table, folded = traced.table, traced.folded
-    with watch.stage("search"):
+    with watch.stage("search"), uncollected():
         rivals, result = _searched(traced, setup, 2 * top, without_generate)
     with watch.stage("write the rules"):
         candidates = tuple(_expressible(table, result.ranked, top))
