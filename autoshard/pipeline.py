@@ -162,18 +162,24 @@ def plan(
     if outcome.failure:
         raise XlaError(outcome.failure)
     if not outcome.plan.fits:
-        changes = [as_arguments(remedy.change) for remedy in outcome.advice.remedies]
-        advice = [f"{change} would fit, predicted" for change in changes]
-        refusal = outcome.advice.refusal(as_arguments)
         raise NothingFitsError(
-            f"no layout of {outcome.plan.model.name} keeps "
-            f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
-            + "".join(f"; {line}" for line in (*advice, refusal) if line)
+            _refusal(outcome)
             + ("; devices in place of mesh tries every shape of it" if devices is None else "")
         )
     for doubt in outcome.doubts:
         warnings.warn(doubt, stacklevel=2)
     return outcome.plan
+
+
+def _refusal(outcome: PlanOutcome) -> str:
+    """That nothing fits, what the nearest layout needs, and what would fit, as arguments."""
+    changes = [as_arguments(remedy.change) for remedy in outcome.advice.remedies]
+    advice = [f"{change} would fit, predicted" for change in changes]
+    return (
+        f"no layout of {outcome.plan.model.name} keeps "
+        f"{format_bytes(outcome.planning.setup.memory_limit)} a device; {_nearest(outcome)}"
+        + "".join(f"; {line}" for line in (*advice, outcome.advice.refusal(as_arguments)) if line)
+    )
 
 
 def _nearest(outcome: PlanOutcome) -> str:
