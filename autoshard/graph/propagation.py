@@ -9,7 +9,7 @@ asks for a layer's output, that one array is laid out so, and its group may lie 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -67,6 +67,10 @@ class Apart:
     torn: dict[int, Layout] = field(default_factory=dict)
     around: dict[int, tuple[Layout, ...]] = field(default_factory=dict)
     moved: dict[int, tuple[Layout, Layout]] = field(default_factory=dict)
+
+    def told(self) -> tuple[tuple[tuple[int, Any], ...], ...]:
+        """The same as a value that can be a key."""
+        return tuple(tuple(sorted(one.items())) for one in (self.torn, self.around, self.moved))
 
 
 class Propagator:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from autoshard.cost.step import StepPricer
 from autoshard.cost.values import StepCost
 from autoshard.graph.program import Layout
-from autoshard.graph.propagation import Propagator
+from autoshard.graph.propagation import Apart, Propagator
 from autoshard.mesh import Mesh, Spec
 from autoshard.search.candidates import (
     NO_RULE,
@@ -120,6 +120,7 @@ class Scorer:
     mesh: Mesh
     memory_limit: int | None
     seen: dict[Key, Scored] = field(default_factory=dict)
+    _costs: dict[object, StepCost] = field(init=False, default_factory=dict)
     _propagator: Propagator = field(init=False)
     _outputs: frozenset[str] = field(init=False)
 
@@ -137,12 +138,20 @@ class Scorer:
         given = (self.pricer.program, assignment, self.mesh, self.pricer.machine.parts)
         return self._propagator.propagate(fixed_layouts(*given), asked_layouts(*given))
 
+    def _price(self, layouts: tuple[Layout, ...], apart: Apart) -> StepCost:
+        """The step of a program, once: of many assignments XLA makes the same."""
+        program = layouts, apart.told()
+        cost = self._costs.get(program)
+        if cost is None:
+            cost = self._costs[program] = self.pricer.price(layouts, apart)
+        return cost
+
     def score(self, assignment: Mapping[str, Spec]) -> Scored:
         """Propagate an assignment through the program and price what comes out."""
         key = tuple(sorted(item for item in assignment.items() if item[1] != NO_RULE))
         found = self.seen.get(key)
         if found is None:
-            cost = self.pricer.price(self.lay_out(assignment), self._propagator.apart)
+            cost = self._price(self.lay_out(assignment), self._propagator.apart)
             limit = math.inf if self.memory_limit is None else self.memory_limit
             excess = max(0.0, cost.memory.peak_bytes - limit)
             found = Scored(
