@@ -19,7 +19,7 @@ from autoshard.model.step import check_length
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import Workload
 from autoshard.planner.tracing import make_program, shapes_in_generate
-from autoshard.sharding_plan import Plan, plan_of
+from autoshard.sharding_plan import Plan, plan_or_map
 from autoshard.units import format_bytes, whole_number
 
 __all__ = ["check", "origin_findings"]
@@ -58,7 +58,8 @@ def check(
     """
     if mesh is None and axes is not None:
         raise UsageError("axes name those of a mesh: give the mesh too, such as 1x8")
-    made = plan_of(layout)
+    given = plan_or_map(layout)
+    made = given if isinstance(given, Plan) else None
     grid = as_mesh(mesh, axes) if mesh is not None else None
     grid = made.mesh if made and grid is None else grid
     workload = made.workload if made else Workload(dtype=None)
@@ -69,7 +70,9 @@ def check(
         check_length(abstract, abstract.adapted(workload).seq_len)
     table, unreadable = abstract.table(), list[str]()
     rules = (
-        made.rules if made else read_layout(layout, abstract.backbone, grid, unreadable=unreadable)
+        given.rules
+        if isinstance(given, Plan)
+        else read_layout(given, abstract.backbone, grid, unreadable=unreadable)
     )
     found = resolve(rules, table, grid)
     findings = (*_reading_findings(unreadable), *found.findings, *origin_findings(made, table))

@@ -230,11 +230,12 @@ def check(
     _set_backend()
     from autoshard.checking import check as find
     from autoshard.report.check import findings_json, findings_text
-    from autoshard.sharding_plan import plan_of
+    from autoshard.sharding_plan import Plan, plan_or_map
 
-    findings = find(model, layout, mesh=mesh, axes=_names(axes), seq_len=seq_len)
+    given = plan_or_map(layout)
+    findings = find(model, given, mesh=mesh, axes=_names(axes), seq_len=seq_len)
     click.echo((findings_json if form == "json" else findings_text)(findings))
-    if mesh is None and plan_of(layout) is None:
+    if mesh is None and not isinstance(given, Plan):
         click.echo("autoshard: axis names and divisibility are checked with --mesh", err=True)
     if findings:
         sys.exit(1)

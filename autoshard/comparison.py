@@ -10,7 +10,7 @@ from autoshard.cost.values import StepCost, Traffic
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.causes import DATA_SPLIT, Causes
 from autoshard.layout.outputs import idle_rules
-from autoshard.layout.reading import LayoutLike, check_there, is_source, read_layout
+from autoshard.layout.reading import LayoutLike, check_there, is_json, is_text, read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import MeshLike
@@ -24,7 +24,7 @@ from autoshard.planner.tracing import TracedModel, trace_model
 from autoshard.records.comparison import ComparedLayout, Comparison, CostlyCollective
 from autoshard.records.parts import Prediction, Versions
 from autoshard.search.descent import Scorer
-from autoshard.sharding_plan import GENERATE_GIVEN_UP, Plan, is_json, plan_of
+from autoshard.sharding_plan import GENERATE_GIVEN_UP, Plan, plan_or_map
 
 __all__ = ["compare"]
 
@@ -67,7 +67,7 @@ def compare(
     if not layouts:
         raise UsageError("name at least one layout to compare")
     for layout in layouts:
-        if not isinstance(layout, Plan) and layout != _PLANNED and not is_json(layout):
+        if not isinstance(layout, Plan) and layout != _PLANNED:
             check_there(layout)
     setup = make_setup(mesh, **options)
     traced = trace_model(model, setup.workload, setup.target.chip, Stopwatch(progress=on_progress))
@@ -100,11 +100,11 @@ def _names(layouts: Sequence[LayoutLike | Plan]) -> list[str]:
 
 
 def _name(layout: LayoutLike | Plan) -> str:
-    if isinstance(layout, Plan) or is_json(layout):
-        return "plan"
     if isinstance(layout, Mapping):
         return "map"
-    return "source" if is_source(layout) else os.fspath(layout)
+    if isinstance(layout, str | os.PathLike) and not is_text(layout):
+        return os.fspath(layout)
+    return "plan" if isinstance(layout, Plan) or is_json(layout) else "source"
 
 
 def _read(
@@ -118,14 +118,13 @@ def _read(
         watch = Stopwatch(progress=on_progress)
         return run_planner(traced, setup, top=1, watch=watch).candidates[0].rules, ()
     try:
-        plan = plan_of(layout)
-        if plan is not None:
-            notes = [finding.message for finding in origin_findings(plan, traced.table)]
-            if _purpose(plan) != _purpose(setup):
-                notes.append(f"made for {_purpose(plan)}")
-            return plan.rules, (*notes, *([] if plan.generate else [GENERATE_GIVEN_UP]))
-        assert not isinstance(layout, Plan)
-        return read_layout(layout, backbone=traced.whole.backbone, mesh=setup.mesh), ()
+        given = plan_or_map(layout)
+        if not isinstance(given, Plan):
+            return read_layout(given, backbone=traced.whole.backbone, mesh=setup.mesh), ()
+        notes = [finding.message for finding in origin_findings(given, traced.table)]
+        if _purpose(given) != _purpose(setup):
+            notes.append(f"made for {_purpose(given)}")
+        return given.rules, (*notes, *([] if given.generate else [GENERATE_GIVEN_UP]))
     except (LayoutError, PlanFileError) as error:
         # What an error says of a file begins with its name, which is told beside it.
         return str(error).removeprefix(_name(layout)).lstrip(", "), ()

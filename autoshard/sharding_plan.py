@@ -27,6 +27,7 @@ from autoshard.errors import (
 from autoshard.files import write_whole
 from autoshard.hardware.targets import check_devices, parse_target
 from autoshard.layout.distribution import keras_layout_map
+from autoshard.layout.reading import LayoutLike, LayoutText, open_layout
 from autoshard.layout.resolve import resolve, rule_findings
 from autoshard.layout.rules import LayoutRules, format_rules, match, rules_text
 from autoshard.mesh import Mesh, format_spec
@@ -43,7 +44,7 @@ from autoshard.records.parts import (
     Versions,
 )
 
-__all__ = ["GENERATE_GIVEN_UP", "Plan", "is_json", "is_stream", "load", "plan_of"]
+__all__ = ["GENERATE_GIVEN_UP", "Plan", "is_stream", "load", "plan_or_map"]
 
 _FORMAT = "autoshard-plan"
 _VERSION = 1
@@ -329,37 +330,25 @@ keras.distribution.set_distribution(distribution)
             )
 
 
-def plan_of(layout: Any) -> Plan | None:
-    """The plan that a layout is, names or writes out; None where it is a map.
+def plan_or_map(layout: LayoutLike | Plan) -> Plan | LayoutLike:
+    """A layout, its file read: the plan that it is, names or writes out, or else a map.
 
     Args:
-        layout: a plan, the path of a plan file, or its text; anything else is a map.
+        layout: a plan, the path of a plan file, its text, or a map as for `read_layout`.
+
+    Returns:
+        The plan, or what `read_layout` takes without opening a file again.
 
     Raises:
-        PlanFileError: it is JSON, or named `.json`, and no plan that can be read.
+        UsageError: it is no layout, or there is no such file.
+        PlanFileError: it cannot be read; or it is JSON, or named `.json`, and no plan.
     """
     if isinstance(layout, Plan):
         return layout
-    if not isinstance(layout, (str, os.PathLike)):
-        return None
-    name = os.fspath(layout)
-    if is_json(name):
-        return Plan.from_json(name)
-    return load(name) if name.endswith(".json") or is_json(_start_of(name)) else None
-
-
-def is_json(layout: object) -> bool:
-    """Whether a layout is a text that may be a plan written out."""
-    return isinstance(layout, str) and layout.lstrip().startswith("{")
-
-
-def _start_of(path: str) -> str:
-    """The first characters of a file, "" where there is none that can be read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(1024)
-    except (OSError, ValueError):
-        return ""
+    opened = open_layout(layout)
+    if isinstance(opened, LayoutText) and opened.is_json:
+        return Plan.from_json(opened.text, opened.name)
+    return opened
 
 
 def is_stream(path: Path) -> bool:
@@ -378,7 +367,7 @@ def load(path: str | os.PathLike[str]) -> Plan:
     """
     try:
         # A `Path` of an empty name would be that of this folder.
-        with open(os.fspath(path), encoding="utf-8") as file:
+        with open(os.fspath(path), encoding="utf-8-sig") as file:
             text = file.read()
     except FileNotFoundError:
         raise UsageError(f"there is no plan '{os.fspath(path)}'") from None

@@ -7,14 +7,14 @@ from typing import Any
 
 from autoshard.errors import UsageError
 from autoshard.hardware.targets import parse_target
-from autoshard.layout.reading import check_there, is_source, read_layout
+from autoshard.layout.reading import is_text, read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.model.build import build
 from autoshard.model.recipe import AbstractModel
 from autoshard.planner.setup import Setup, limit_bytes, make_setup, named_target
 from autoshard.records.parts import Prediction
-from autoshard.sharding_plan import Plan, plan_of
+from autoshard.sharding_plan import Plan, plan_or_map
 
 __all__ = ["Subject", "subject_of"]
 
@@ -60,11 +60,11 @@ def subject_of(
         LayoutError: Keras refuses the map.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    made = plan_or_map(layout)
+    plan = made if isinstance(made, Plan) else None
     if model is None:
-        plan = plan_of(layout)
         if plan is None:
-            check_there(layout)
-            is_given = isinstance(layout, Mapping) or is_source(layout)
+            is_given = isinstance(layout, Mapping) or is_text(layout)
             raise UsageError(
                 f"{'the map' if is_given else layout} is no plan: name its model and its mesh"
             )
@@ -78,7 +78,6 @@ def subject_of(
         model = os.fspath(model)
     if not isinstance(model, str):
         raise UsageError("the compiler's process builds the model itself: pass its name")
-    plan = plan_of(layout)
     if "mesh" not in given:
         raise UsageError(
             "a plan states its own model and mesh: leave the model out, or name a mesh too"
@@ -90,7 +89,7 @@ def subject_of(
     built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
     generate = plan.generate if plan else setup.generate
     setup = replace(setup, workload=built.adapted(workload), generate=generate)
-    rules = plan.rules if plan else read_layout(layout, built.backbone, setup.mesh)
+    rules = made.rules if isinstance(made, Plan) else read_layout(made, built.backbone, setup.mesh)
     resolve(rules, built.table(), setup.mesh).accepted()
     return Subject(
         name=model,

@@ -147,6 +147,19 @@ def test_two_maps_in_one_source_are_not_read_as_one(second: str) -> None:
             "the layout, line 2: cannot read layout_map['a']: whether it is set depends on a "
             "condition; give one map (check tells 1 more)",
         ),
+        *(
+            (
+                f'{head}:\n    layout_map["a"] = ("model",)',
+                "the layout, line 2: cannot read layout_map['a']: whether it is set depends on a "
+                "condition; give one map",
+            )
+            for head in ("for x in y", "while x")
+        ),
+        (
+            'try:\n    layout_map["a"] = ("model",)\nexcept E:\n    layout_map["b"] = ("model",)',
+            "the layout, line 4: cannot read layout_map['b']: whether it is set depends on a "
+            "condition; give one map",
+        ),
         ("x = 1", "the layout holds no map; expected lines like layout_map[...] = (...)"),
         ("layout_map[", "the layout, line 1 is not Python source: '[' was never closed"),
         (

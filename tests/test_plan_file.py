@@ -30,7 +30,7 @@ from autoshard.records.parts import (
     Versions,
 )
 from autoshard.report.explanation import reasons_text
-from autoshard.sharding_plan import Plan, is_stream, load, plan_of
+from autoshard.sharding_plan import Plan, is_stream, load, plan_or_map
 
 RULES = (
     Rule(pattern="token_embedding/embeddings", spec=("model", None)),
@@ -415,16 +415,20 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
 def test_a_layout_is_a_plan_by_what_it_holds_whatever_its_name(tmp_path: Path) -> None:
     path = tmp_path / "saved"
     PLAN.save(path)
-    assert plan_of(PLAN) is PLAN
-    assert plan_of(path) == plan_of(str(path)) == plan_of(PLAN.to_json()) == PLAN
+    assert plan_or_map(PLAN) is PLAN
+    for layout in (path, str(path), PLAN.to_json()):
+        assert plan_or_map(layout) == PLAN
+    path.write_text(PLAN.to_json(), encoding="utf-8-sig")  # as some editors save it
+    assert plan_or_map(path) == load(path) == PLAN
     source = tmp_path / "map.py"
     source.write_text(PLAN.to_python())
-    for layout in (source, PLAN.to_python(), "kerashub", "missing.py", tmp_path):
-        assert plan_of(layout) is None
-    with pytest.raises(PlanFileError):
-        plan_of("{")
+    for layout in (source, PLAN.to_python(), "kerashub", {}):
+        assert not isinstance(plan_or_map(layout), Plan)
+    for broken in ("{", tmp_path):
+        with pytest.raises(PlanFileError):
+            plan_or_map(broken)
     with pytest.raises(UsageError):
-        plan_of(tmp_path / "missing.json")
+        plan_or_map(tmp_path / "missing.json")
 
 
 def test_a_rule_that_stands_twice_makes_no_plan() -> None:
