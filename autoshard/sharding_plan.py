@@ -98,13 +98,19 @@ class Plan:
         return self.mesh.data_axis
 
     @property
+    def stillness(self) -> str:
+        """What of the weights the step does not move, in words; "" where it moves all."""
+        trained = (family for family in self.model.families if family.trainable)
+        rounds = any(family.dtype == "bfloat16" for family in trained)
+        return self.workload.stillness if rounds else ""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What to know of the plan before it is used, a line each."""
-        rounds = any(family.dtype == "bfloat16" for family in self.model.families)
         notes = (
             "" if self.fits else "does not fit the memory it was made for: the nearest layout",
             "" if self.generate else GENERATE_GIVEN_UP,
-            self.workload.stillness if rounds else "",
+            self.stillness,
             *self.warnings,
         )
         # A file may hold any text, and a line of it is to stay a comment.

@@ -45,6 +45,9 @@ def test_roundings_are_counted_along_the_stream_of_a_residual_model() -> None:
     # A block adds twice to the stream; n does not grow by all of its layers with each block.
     deep = tolerance_of(build("gemma_7b_en"))
     assert deep.n_roundings - found.n_roundings == 2 * (28 - 2)
+    # A stack of one block is one too.
+    shallow = tolerance_of(fold(build("gemma_7b_en"), periods=1))
+    assert deep.n_roundings - shallow.n_roundings == 2 * (28 - 1)
     assert found.step == 2.0**-23
     assert deep.step == 2.0**-7
     # delta of bfloat16 comes from the roundings: 28 blocks, 2 each, are at least 56 of them.

@@ -436,6 +436,14 @@ def test_a_rule_that_stands_twice_makes_no_plan() -> None:
         replace(PLAN, rules=(RULES[0], RULES[0]))
 
 
+def test_a_plan_says_that_adam_stands_still_only_of_weights_in_bfloat16_that_it_trains() -> None:
+    assert "moves no weight" in PLAN.stillness and PLAN.stillness in PLAN.notes
+    frozen = tuple(replace(family, trainable=False) for family in PLAN.model.families)
+    still = replace(PLAN, model=replace(PLAN.model, families=frozen))
+    assert not still.stillness and not still.notes
+    assert Plan.from_json(still.to_json()) == still
+
+
 def test_the_python_source_reads_as_written_by_hand() -> None:
     assert (
         PLAN.to_python()

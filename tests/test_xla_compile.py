@@ -9,7 +9,7 @@ from autoshard.codec import from_record, to_record
 from autoshard.errors import LayoutError, MeshError, OutOfMemoryError, UnknownNameError, XlaError
 from autoshard.hardware.targets import parse_target
 from autoshard.layout.rules import Rule
-from autoshard.mesh import parse_mesh
+from autoshard.mesh import Mesh, parse_mesh
 from autoshard.model.folding import BlockStack
 from autoshard.model.workload import Workload
 from autoshard.processes.child import Child, child_environment
@@ -434,3 +434,18 @@ def test_all_reduces_that_the_target_folds_are_one_and_nothing_else_is():
     folded, rest = _folded([sums[0], fewer], foreseen, mesh)
     assert (folded.axis, folded.count, folded.launches) == ("batch,model", 1, 1)
     assert (rest.axis, rest.count, rest.launches) == ("batch", 3, 3)
+
+
+def test_all_reduces_over_two_of_three_axes_are_folded_where_that_is_foreseen():
+    mesh = Mesh(shape=(2, 2, 2), axis_names=("a", "b", "c"))
+    (one,) = program(2, 4, 0).collectives[:1]
+    sums = [
+        replace(one, kind="all-reduce", axis=axis, phase="backward", n_bytes=64)
+        for axis in mesh.axis_names
+    ]
+    folded, left = _folded(sums, {("all-reduce", "a,c", 64, True): 1}, mesh)
+    assert (folded.axis, folded.group_size, left.axis) == ("a,c", 4, "b")
+    (folded,) = _folded(sums, {("all-reduce", "a,b,c", 64, True): 1}, mesh)
+    assert folded.group_size == 8
+    parts = {("all-reduce", "a,b:(1)2", 64, True): 1}
+    assert _folded(sums, parts, mesh) == sums

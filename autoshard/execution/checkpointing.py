@@ -9,7 +9,7 @@ arrays traced.
 from collections.abc import Callable
 from typing import Any
 
-from autoshard.model.blocks import find_stacks
+from autoshard.model.blocks import blocks_of
 from autoshard.model.keras_import import import_keras
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import training_mode
@@ -32,7 +32,7 @@ def checkpoint_blocks(model: AbstractModel, data: Any) -> int:
     """
     if _adds_losses(model.model, data):
         return 0
-    blocks = [block for stack in find_stacks(model) for block in stack.layers]
+    blocks = [block for stack in blocks_of(model) for block in stack]
     free = [block for block in blocks if len(block.variables) == len(block.weights)]
     for block in free:
         block.call = _recomputed(block.call)

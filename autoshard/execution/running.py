@@ -17,7 +17,7 @@ from autoshard.execution.requests import Part, PartOutcome, RunRequest
 from autoshard.execution.tolerance import tolerance_of
 from autoshard.host import available_bytes
 from autoshard.mesh import round_up
-from autoshard.model.blocks import find_stacks
+from autoshard.model.blocks import blocks_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
 from autoshard.model.recipe import AbstractModel
@@ -295,7 +295,7 @@ def _words(job: _Job) -> str:
 
 
 def _n_blocks(model: AbstractModel) -> int | None:
-    return sum(len(stack.layers) for stack in find_stacks(model)) or None
+    return sum(map(len, blocks_of(model))) or None
 
 
 def _execution(outcomes: tuple[PartOutcome, ...]) -> Execution:

@@ -42,7 +42,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoshard.model.blocks import find_stacks
+from autoshard.model.blocks import blocks_of
 from autoshard.model.recipe import AbstractModel, inner_layers, layers_by_path
 
 __all__ = ["Tolerance", "tolerance_of"]
@@ -117,12 +117,12 @@ def _terms(shape: Sequence[int]) -> int:
 
 
 def _roundings(model: AbstractModel) -> int:
-    stacks = find_stacks(model)
-    inside = {id(leaf) for stack in stacks for block in stack.layers for leaf in _leaves([block])}
+    stacks = blocks_of(model)
+    inside = {id(leaf) for blocks in stacks for leaf in _leaves(blocks)}
     outside = [
         leaf for leaf in _leaves(layers_by_path(model.model).values()) if id(leaf) not in inside
     ]
-    stacked = (2 * len(stack.layers) + len(_leaves(stack.layers[:1])) for stack in stacks)
+    stacked = (2 * len(blocks) + len(_leaves(blocks[:1])) for blocks in stacks)
     return len(outside) + sum(stacked)
 
 

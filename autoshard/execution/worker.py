@@ -159,7 +159,9 @@ def _fit(model: AbstractModel, request: RunRequest, distribution: Any) -> tuple[
     checkpoint_blocks(model, data)
     # A KerasHub task's own `compile` would add metrics.
     optimizer = keras.optimizers.get(workload.optimizer)
-    if workload.is_still:
+    dtypes = {str(weight.dtype) for weight in model.model.trainable_weights}
+    is_still = workload.is_still and "bfloat16" in dtypes
+    if is_still:
         optimizer.beta_2 = _BETA_2
     model.model.compile(optimizer=optimizer, loss=targets.loss, weighted_metrics=[])
     history = keras.Model.fit(
@@ -171,7 +173,7 @@ def _fit(model: AbstractModel, request: RunRequest, distribution: Any) -> tuple[
         shuffle=False,
         verbose=0,
     )
-    words = f"beta_2 = {_BETA_2} for the default is 1 in bfloat16, " if workload.is_still else ""
+    words = f"beta_2 = {_BETA_2} for the default is 1 in bfloat16, " if is_still else ""
     losses = np.asarray(history.history["loss"])
     return {"losses": losses, "slots": _slots(optimizer)}, words + targets.words
 

@@ -16,7 +16,7 @@ from autoshard.model.keras_import import import_keras
 from autoshard.model.paths import PathNames, block_pattern, number_of
 from autoshard.model.recipe import AbstractModel, inner_layers, layers_by_path
 
-__all__ = ["Stack", "blocks_like", "elsewhere", "find_stacks"]
+__all__ = ["Stack", "blocks_like", "blocks_of", "elsewhere", "find_stacks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +72,23 @@ def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
 
 def blocks_like(stack: Stack, model: AbstractModel) -> tuple[tuple[Any, ...], tuple[Hashable, ...]]:
     """The blocks that another model has in this stack's place, perhaps a single one, and kinds."""
-    pattern = re.compile(block_pattern(stack.template))
-    blocks = {
-        number_of(path): layer
-        for path, layer in layers_by_path(model.model).items()
-        if pattern.fullmatch(path)
-    }
-    in_order = tuple(blocks[number] for number in sorted(blocks))
-    return in_order, tuple(_kind(dict(_facts(block, "")), stack.indices) for block in in_order)
+    blocks = _numbered(stack.template, model)
+    return blocks, tuple(_kind(dict(_facts(block, "")), stack.indices) for block in blocks)
+
+
+def blocks_of(model: AbstractModel) -> tuple[tuple[Any, ...], ...]:
+    """The blocks of each stack, in order; of a stack that was folded there may be one."""
+    if not model.folding.blocks:
+        return tuple(stack.layers for stack in find_stacks(model))
+    return tuple(_numbered(stack.template, model) for stack in model.folding.blocks)
+
+
+def _numbered(template: str, model: AbstractModel) -> tuple[Any, ...]:
+    """The layers of a model whose path is that of a block, in order."""
+    pattern = re.compile(block_pattern(template))
+    layers = layers_by_path(model.model).items()
+    blocks = {number_of(path): layer for path, layer in layers if pattern.fullmatch(path)}
+    return tuple(blocks[number] for number in sorted(blocks))
 
 
 def _kind(facts: dict[str, Hashable], indices: frozenset[str]) -> Hashable:

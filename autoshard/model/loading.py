@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.model.keras_import import import_keras
+from autoshard.model.keras_import import PATCHING, import_keras
 
 __all__ = ["sharded_loading"]
 
@@ -32,8 +32,6 @@ def sharded_loading() -> Iterator[None]:
     import jax
     from keras.src.backend.jax.core import Variable
 
-    original = Variable._convert_to_tensor
-
     def convert(variable: Any, value: Any, dtype: Any = None) -> Any:
         layout = variable._layout
         if layout is None or not isinstance(value, np.ndarray) or value.shape != variable.shape:
@@ -45,8 +43,10 @@ def sharded_loading() -> Iterator[None]:
             lambda index: value[index].astype(stored),
         )
 
-    Variable._convert_to_tensor = convert
-    try:
-        yield
-    finally:
-        Variable._convert_to_tensor = original
+    with PATCHING:
+        original = Variable._convert_to_tensor
+        Variable._convert_to_tensor = convert
+        try:
+            yield
+        finally:
+            Variable._convert_to_tensor = original

@@ -120,7 +120,7 @@ class Workload:
 
     @property
     def stillness(self) -> str:
-        """What of the weights the step does not move, in words; "" where it moves all."""
+        """What of weights in bfloat16 the step does not move, in words; "" where it moves all."""
         beta = "where its beta_2 of 0.999 is 1"
         if self.is_still:
             return (

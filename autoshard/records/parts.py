@@ -23,12 +23,20 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFamily:
-    """Variables of the model that repeat over its layers."""
+    """Variables of the model that repeat over its layers.
+
+    Attributes:
+        name: of the family.
+        shape, dtype: of each variable.
+        count: how many there are.
+        trainable: whether a step may move them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     count: int
+    trainable: bool = field(default=True, metadata={"optional": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +68,7 @@ class PlannedModel:
                     shape=tuple(family.shape),
                     dtype=family.dtype,
                     count=len(family.paths),
+                    trainable=family.trainable,
                 )
                 for family in table.families()
             ),

@@ -112,10 +112,7 @@ def _links(mesh: Mesh, target: Target) -> Iterator[str]:
 
 def notes(outcome: PlanOutcome) -> list[str]:
     """What a user should know of the plan before it is used, a line each."""
-    variables = outcome.planning.table.variables
-    rounds = any(one.trainable and one.dtype == "bfloat16" for one in variables)
-    still = outcome.planning.setup.workload.stillness
-    said = [f"note: {still}"] if still and rounds else []
+    said = [f"note: {outcome.plan.stillness}"] if outcome.plan.stillness else []
     return said + [f"warning: {doubt}" for doubt in outcome.doubts]
 
 

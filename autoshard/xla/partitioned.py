@@ -7,8 +7,9 @@ data shard, of layers that stand side by side in a block; gradients of weights a
 data axis.
 """
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from autoshard.cost.values import StepCost, step_seconds
@@ -89,7 +90,7 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
         key = (item.kind, item.axis, item.n_bytes, item.backward)
         foreseen[key] += item.count
         beside_compute[key] += item.count * item.overlapped
-    collectives = list(_folded(target_collectives(step, mesh.data_axis, cost), foreseen, mesh))
+    collectives = _folded(tuple(target_collectives(step, mesh.data_axis, cost)), foreseen, mesh)
     found = _counts(collectives)
     hidden = blocking = 0.0
     for one in collectives:
@@ -110,13 +111,27 @@ def partitioned_seconds(step: CompiledStep, cost: StepCost, mesh: Mesh, target: 
 
 
 def _folded(
-    collectives: Iterable[Collective], foreseen: Mapping[_Key, int], mesh: Mesh
+    collectives: Sequence[Collective], foreseen: Mapping[_Key, int], mesh: Mesh
+) -> Sequence[Collective]:
+    """With the all-reduces, axis after axis, that the target is foreseen to do over several."""
+    groups = {tuple(axis.split(",")) for kind, axis, *_ in foreseen if kind == "all-reduce"}
+    for axes in sorted(groups, key=lambda axes: (-len(axes), axes)):
+        if len(axes) > 1 and set(axes) <= set(mesh.parallel_axes):
+            collectives = list(_folded_over(axes, collectives, foreseen, mesh))
+    return collectives
+
+
+def _folded_over(
+    axes: tuple[str, ...],
+    collectives: Sequence[Collective],
+    foreseen: Mapping[_Key, int],
+    mesh: Mesh,
 ) -> Iterator[Collective]:
-    """With the all-reduces, axis after axis, that the target is foreseen to do over all at once."""
-    axes, collectives = mesh.parallel_axes, list(collectives)
+    """With the all-reduces over each of some axes as one over all of these."""
     found, done = _counts(collectives), Counter[_Key]()
+    n_devices = math.prod(mesh.sizes[axis] for axis in axes)
     for one in collectives:
-        whole = replace(one, axis=",".join(axes), group_size=mesh.n_devices)
+        whole = replace(one, axis=",".join(axes), group_size=n_devices)
         n_folded = 0
         if one.kind == "all-reduce" and one.axis in axes and _key(whole) in foreseen:
             on_each = min(found[_key(replace(one, axis=axis))] for axis in axes)
