@@ -13,7 +13,7 @@ from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
 from autoshard.model.build import build
 from autoshard.model.fold import PLANNED_PERIODS, fold
-from autoshard.model.outputs import OutputShapes
+from autoshard.model.outputs import OutputShapes, joined_shapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.step import check_length
 from autoshard.model.variables import ModelTable
@@ -135,7 +135,9 @@ def _output_findings(
     for path, (kind, reason) in refused.items():
         (rule,) = {rule.pattern for rule in matching_rules(rules, path)}
         yield Finding(kind=kind, rule=rule, message=f"rule '{rule}', {reason}")
-    for rule, message in idle_rules(rules, outputs, table, by_step | by_generate).items():
+    for rule, message in idle_rules(
+        rules, outputs, table, joined_shapes(by_step, by_generate)
+    ).items():
         yield Finding(kind="never-asked", rule=rule, message=message)
 
 

@@ -1,4 +1,4 @@
-"""The public functions: each runs the stages it needs and returns a value."""
+"""`inspect` and `plan`: each runs the stages it needs and returns a value."""
 
 import os
 import warnings

@@ -89,8 +89,9 @@ class Plan:
     versions: Versions = field(default_factory=Versions)
 
     def __post_init__(self) -> None:
-        for finding in rule_findings(self.rules, self.mesh):
-            raise LayoutError(finding.message)
+        faults = [finding.message for finding in rule_findings(self.rules, self.mesh)]
+        if faults:
+            raise LayoutError.of(faults)
 
     @property
     def batch_dim_name(self) -> str:

@@ -145,8 +145,8 @@ def _judged(subject: Subject, step: CompiledStep, predicted: Prediction | None) 
         repeated = 1 - step.model_flops / all_flops
     return replace(
         _empty(subject, predicted),
-        blocks=sum(stack.traced for stack in step.blocks) or None,
-        n_blocks=sum(stack.n_blocks for stack in step.blocks) or None,
+        blocks=step.traced_blocks,
+        n_blocks=step.n_blocks,
         fits=None if unsaid else fits,
         wrong=complaint(step.sums_of_copies) if step.sums_of_copies else "",
         memory=MemoryUse(

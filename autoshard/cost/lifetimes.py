@@ -28,7 +28,7 @@ Times = npt.NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetimes:
-    """Of each op its result, what fused ops write for it, and the weight or new value it gathers.
+    """When arrays live: the result of each op, what fused ops write for it, and what it gathers.
 
     Attributes:
         own: when each op runs.

@@ -86,7 +86,7 @@ class Machine:
         return (*parts, *several)
 
     def axis_of(self, link: int) -> int:
-        """The first of them: what a collective over the link moves, all split one dimension of."""
+        """The first axis of a link; all of them split one dimension of what is moved over it."""
         return self.groups[link][0]
 
     @cached_property
@@ -103,7 +103,7 @@ class Machine:
 
     @property
     def on_chip_bytes(self) -> float:
-        """Of the largest array that may live in a core's vector memory, and of all that do."""
+        """What arrays may fill of a core's vector memory, one or all together."""
         return ON_CHIP_SHARE * self.chip.vmem_bytes
 
     @property

@@ -26,6 +26,7 @@ from autoshard.cost.partitioner import Choice, local_sizes
 from autoshard.cost.scores import attending_seconds, filled_share
 from autoshard.cost.single_rows import matrix_seconds, shard_seconds
 from autoshard.cost.transfers import FLOAT32, local_bytes, moved_bytes, n_parts
+from autoshard.cost.turning import tile_rows
 from autoshard.graph.program import Array, Layout, Op
 from autoshard.graph.splits import layout_of
 from autoshard.graph.vectors import vectors_of
@@ -298,7 +299,7 @@ def _thinness(op: Op, array: Array, choice: Choice, machine: Machine) -> float:
     if op.moves_cache and _UNTURNED_WIDTH < width < op.factor_sizes[factors[-1]]:
         thinness.append(_TURNED_CACHE)
     if not array.repetition and width >= TILE_LANES and 1 < rows < TILE_ROWS:
-        thinness.append((1 + TILE_ROWS / (1 << (rows - 1).bit_length())) / 2)
+        thinness.append((1 + TILE_ROWS / tile_rows(rows)) / 2)
     return max(thinness)
 
 

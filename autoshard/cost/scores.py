@@ -149,7 +149,7 @@ class AttentionScores:
         machine = self._machine
         for query, scores, sums, is_shared, is_long in self._scores:
             is_turned = (
-                query is not None and query in moved and self._is_turned(query, *moved[query])
+                query is not None and query in moved and self._is_turned(query, moved[query][0])
             )
             reads_again = is_turned or (query is not None and is_summed(query))
             if not (is_long or reads_again or (is_shared and is_summed(scores))):
@@ -177,12 +177,12 @@ class AttentionScores:
             return 0.0
         return memory_seconds(chip, n_bytes if reads_again else 0, n_bytes)
 
-    def _is_turned(self, query: int, made: Layout, moved: Layout) -> bool:
+    def _is_turned(self, query: int, made: Layout) -> bool:
         """Whether a device makes less of the width of heads than there are heads.
 
         Args:
             query: index of the matmul.
-            made, moved: layouts of its result, before and after a rule moves it.
+            made: layout of its result before a rule moves it.
         """
         op, n = self._ops[query], self._machine.axis_sizes
         local = [

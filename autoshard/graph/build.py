@@ -200,7 +200,7 @@ def _with_surroundings(
 
 
 def _with_ends(ops: Sequence[Op], flat: FlatJaxpr, *, has_caches: bool) -> list[Op]:
-    """The ops, told which make what the step returns, or that in other form, and what is brief."""
+    """The ops, told which make what the step returns, in whatever form, and which are brief."""
     outputs, spread = set(flat.outputs), set[int]()
     for equation in flat.equations:
         if equation.link.kind == "broadcast":

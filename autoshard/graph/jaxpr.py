@@ -132,11 +132,11 @@ class _Reader:
                 self.add(equation, known, stack)
                 continue
             scope: dict[Any, int | None] = {}
-            for variable, operand in zip(inner.jaxpr.invars, equation.invars, strict=True):
+            for variable, operand in zip(inner.invars, equation.invars, strict=True):
                 scope[variable] = _identity(operand, known)
-            for variable in inner.jaxpr.constvars:
+            for variable in inner.constvars:
                 scope[variable] = self.new(variable)
-            outs = self.walk(inner.jaxpr, scope, stack)
+            outs = self.walk(inner, scope, stack)
             known.update(zip(equation.outvars, outs, strict=True))
         return [_identity(variable, known) for variable in jaxpr.outvars]
 
@@ -198,16 +198,8 @@ def _called(equation: Any) -> Any:
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(name)
         if inner is not None:
-            closed = inner if hasattr(inner, "jaxpr") else None
-            return closed if closed is not None else _Closed(inner)
+            return getattr(inner, "jaxpr", inner)
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Closed:
-    """Gives an open jaxpr the one attribute that a closed one has."""
-
-    jaxpr: Any
 
 
 def _identity(variable: Any, known: dict[Any, int | None]) -> int | None:

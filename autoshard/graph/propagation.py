@@ -255,12 +255,11 @@ class Propagator:
     ) -> None:
         """Give each op its turn in order, and another where something around it changes afterwards.
 
-        An op whose own array a rule lays out sees it so, and does not spread to what is made of it.
-
         That one it has at once, before the next op's first, and the op that was touched last before
         the others (so MLIR's rewriter goes about it). An op that could do no more at the level
         before has its turn in order only if something around it changed meanwhile, and one that is
-        settled has none.
+        settled has none. An op whose own array a rule lays out sees it so, and does not spread to
+        what is made of it.
         """
         may, begins, spreads = self._may[level], self._begins[level], self._spreads[level]
         around_of, groups_of, touching = self._around, self._groups_of, self._touching

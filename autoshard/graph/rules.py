@@ -64,10 +64,6 @@ def _broadcast_in_dim(operands: Sequence[Shape], results: Sequence[Shape], param
     return Link(kind="broadcast", operands=(tuple(placed),), results=(labels,))
 
 
-def _squeeze_like(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
-    return reshape_rule(operands[:1], results, params)
-
-
 def _reduce(operands: Sequence[Shape], results: Sequence[Shape], params: Any) -> Link:
     """The dimensions in `axes` are summed (or multiplied, compared) away."""
     axes = set(params["axes"])
@@ -345,13 +341,13 @@ LINK_RULES: Mapping[str, LinkRule] = {
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
-    "expand_dims": _squeeze_like,
+    "expand_dims": reshape_rule,
     "fft": _fft,
     "gather": gather_rule,
     "optimization_barrier": _one_to_one,
     "reshape": reshape_rule,
     "rev": _reverse,
-    "squeeze": _squeeze_like,
+    "squeeze": reshape_rule,
     "tile": _tile,
     "stack": _stack,
     "top_k": _top_k,

@@ -260,9 +260,9 @@ def _all_but(numbered: _Component, others: Sequence[str], listed: _Component) ->
     return listed
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
+def _natural(path: str) -> list[tuple[str, int]]:
     """Sort key that puts block_2 before block_10."""
-    return [(int(text or 0), word) for word, text in re.findall(r"(\D+)(\d*)", path)]
+    return [(word, int(text or 0)) for word, text in re.findall(r"(\D*)(\d*)", path)]
 
 
 def _escaped(text: str) -> str:

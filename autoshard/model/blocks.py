@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from autoshard.model.keras_import import import_keras
-from autoshard.model.paths import PathNames, block_pattern, number_of
+from autoshard.model.paths import block_pattern, number_of, path_templates
 from autoshard.model.recipe import AbstractModel, inner_layers, layers_by_path
 
 __all__ = ["Stack", "blocks_like", "blocks_of", "elsewhere", "find_stacks"]
@@ -46,7 +46,7 @@ def find_stacks(model: AbstractModel) -> tuple[Stack, ...]:
     first block of T5 has the positions of all).
     """
     layers = layers_by_path(model.model)
-    templates = PathNames.of([f"{path}/output" for path in layers]).templates
+    templates = path_templates([f"{path}/output" for path in layers])
     members: dict[str, dict[int, Any]] = defaultdict(dict)
     for path, layer in layers.items():
         template = templates[f"{path}/output"].removesuffix("/output")

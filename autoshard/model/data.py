@@ -1,6 +1,6 @@
 """Seeded data to run a model on: its inputs, and what `fit` holds its outputs against."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +108,8 @@ def targets_of(model: AbstractModel, data: Any, seed: int) -> Targets:
     shapes = [_filled(tuple(output.shape), batch, data) for output in flat]
     draw = np.random.default_rng((seed, 1))
     targets = [draw.standard_normal(shape, "float32") for shape in shapes]
-    make: Callable[[Any], Any] = lambda _: keras.losses.MeanSquaredError()  # noqa: E731
     return Targets(
-        loss=keras.tree.map_structure(make, outputs),
+        loss=keras.tree.map_structure(lambda _: keras.losses.MeanSquaredError(), outputs),
         values=keras.tree.pack_sequence_as(outputs, targets),
         words="mean square of the distance to random targets",
     )

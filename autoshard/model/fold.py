@@ -65,9 +65,9 @@ def fold(model: AbstractModel, *, periods: int | None, leaves_out: bool = False)
         if leaves_out and stack.traced < stacks[template].traced
     }
     counts = {}
-    if kept and (copy := without_blocks(folded, kept)):
+    if kept and (thinned := without_blocks(folded, kept)):
         counts = {template: counts_of(each, stacks[template]) for template, each in kept.items()}
-        folded, stacks = copy, wanted
+        folded, stacks = thinned, wanted
     shared = _shared(whole, model, folded)
     folding = Folding(blocks=tuple(stacks.values()), shared=shared, counts=counts)
     return replace(folded, folding=folding)

@@ -6,7 +6,7 @@ which goes through differentiation as the constraint does: the gradient of the o
 the output is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,13 +14,26 @@ from typing import Any
 from autoshard.model.abstract import OutputRecorder, recording_scope
 from autoshard.model.keras_import import PATCHING
 
-__all__ = ["MARK", "OutputShapes", "marking_scope"]
+__all__ = ["MARK", "OutputShapes", "joined_shapes", "marking_scope"]
 
 MARK = "layer_output"
 
 Shape = tuple[int, ...]
 # Template of a layer output -> the shapes of the arrays there, which a rule for it would hit.
 OutputShapes = dict[str, set[Shape]]
+
+
+def joined_shapes(*several: Mapping[str, Collection[Shape]]) -> OutputShapes:
+    """The shapes of layer outputs in any of several steps.
+
+    >>> sorted(joined_shapes({"mlp": {(8, 4)}}, {"mlp": {(1, 4)}})["mlp"])
+    [(1, 4), (8, 4)]
+    """
+    joined = OutputShapes()
+    for shapes in several:
+        for output, found in shapes.items():
+            joined.setdefault(output, set()).update(found)
+    return joined
 
 
 class _Marker(OutputRecorder):

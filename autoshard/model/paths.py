@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 __all__ = [
-    "PathNames",
     "block_pattern",
     "layer_template",
     "layer_templates",
@@ -67,40 +66,29 @@ class _Siblings:
         return None if others or len(found) < len(numbers) else tuple(sorted(found))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PathNames:
-    """The templates of one model's paths.
+def path_templates(paths: Iterable[str]) -> dict[str, str]:
+    """Path -> template, read off the paths of all variables and layer outputs of one model.
 
-    Attributes:
-        templates: path -> template, for every path given to `of`.
-    """
-
-    templates: dict[str, str]
-
-    @classmethod
-    def of(cls, paths: Iterable[str]) -> "PathNames":
-        """Read the templates off the paths of all variables and layer outputs of one model.
-
-        >>> PathNames.of(["block_0/mlp/kernel", "block_1/mlp_1/kernel", "norm/scale"]).templates
-        {'block_0/mlp/kernel': 'block_*/mlp/kernel', 'block_1/mlp_1/kernel': 'block_*/mlp/kernel', \
+    >>> path_templates(["block_0/mlp/kernel", "block_1/mlp_1/kernel", "norm/scale"])
+    {'block_0/mlp/kernel': 'block_*/mlp/kernel', 'block_1/mlp_1/kernel': 'block_*/mlp/kernel', \
 'norm/scale': 'norm/scale'}
-        """
-        split = {path: path.split("/") for path in paths}
-        templates = dict.fromkeys(split, "")
-        # One level of the tree at a time: what a segment is depends on the templates above it.
-        for level in range(max(map(len, split.values()), default=0)):
-            reaching = {path: parts for path, parts in split.items() if len(parts) > level}
-            segments = {path: parts[level] for path, parts in reaching.items()}
-            segments |= _written_inside(reaching, templates, level)
-            names = _names(reaching, segments, templates, level)
-            for path, parts in reaching.items():
-                above, segment = templates[path], segments[path]
-                if level < len(parts) - 1:
-                    base = _split(segment)[0]
-                    suffix = names[above, base]
-                    segment = segment if suffix is None else base + suffix
-                templates[path] = f"{above}/{segment}" if level else segment
-        return cls(templates=templates)
+    """
+    split = {path: path.split("/") for path in paths}
+    templates = dict.fromkeys(split, "")
+    # One level of the tree at a time: what a segment is depends on the templates above it.
+    for level in range(max(map(len, split.values()), default=0)):
+        reaching = {path: parts for path, parts in split.items() if len(parts) > level}
+        segments = {path: parts[level] for path, parts in reaching.items()}
+        segments |= _written_inside(reaching, templates, level)
+        names = _names(reaching, segments, templates, level)
+        for path, parts in reaching.items():
+            above, segment = templates[path], segments[path]
+            if level < len(parts) - 1:
+                base = _split(segment)[0]
+                suffix = names[above, base]
+                segment = segment if suffix is None else base + suffix
+            templates[path] = f"{above}/{segment}" if level else segment
+    return templates
 
 
 def _written_inside(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoshard.errors import UnknownNameError
-from autoshard.model.paths import PathNames, ranked
+from autoshard.model.paths import path_templates, ranked
 
 __all__ = ["Family", "ModelTable", "Variable", "dtype_bytes", "make_table"]
 
@@ -199,7 +199,7 @@ def make_table(
         state_paths: the variables that are no weights.
     """
     rows, outputs = list(rows), tuple(output_paths)
-    templates = PathNames.of([*(row[0] for row in rows), *outputs]).templates
+    templates = path_templates([*(row[0] for row in rows), *outputs])
     sharing: dict[str, dict[tuple[Any, ...], None]] = defaultdict(dict)
     for path, *kind in rows:
         sharing[templates[path]][tuple(kind)] = None

@@ -102,7 +102,7 @@ def _compiled(verdict: Verdict, planning: Planning) -> Compiled | None:
     )
     return Compiled(
         target=step.target,
-        blocks=sum(stack.n_blocks for stack in step.blocks) or None,
+        blocks=step.n_blocks,
         fits=verdict.fits,
         peak_bytes_per_device=None if step.on_cpu else step.peak_bytes,
         collectives=_collectives(step, causes),

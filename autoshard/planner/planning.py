@@ -9,7 +9,7 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
 from autoshard.model.folding import BlockStack
-from autoshard.model.outputs import OutputShapes
+from autoshard.model.outputs import OutputShapes, joined_shapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
 from autoshard.planner.garbage import uncollected
@@ -189,8 +189,7 @@ def _bounded(shapes: OutputShapes, folded: AbstractModel, setup: Setup) -> Outpu
     generated = shapes_in_generate(folded, setup.workload, setup.target.chip)
     if generated is None:
         return OutputShapes()
-    both = {*shapes, *generated}
-    return {name: shapes.get(name, set()) | generated.get(name, set()) for name in both}
+    return joined_shapes(shapes, generated)
 
 
 def _by_hand(table: ModelTable, result: SearchResult, mesh: Mesh) -> Candidate | None:

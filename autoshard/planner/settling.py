@@ -67,8 +67,8 @@ class Verdict:
     def weighed_seconds(self) -> float:
         """The time of the step with its memory weighed as the search's ranking weighs it.
 
-        What the ranking adds for doubts about hidden collectives and rules the compiler has
-        answered.
+        Nothing is added for hidden collectives and rules for outputs: what the ranking allows for
+        there is in what the compiler says.
         """
         assert self.candidate.scored is not None
         return self.candidate.scored.weigh(self.step_seconds)

@@ -19,7 +19,7 @@ from autoshard.xla.attached import attached_target
 
 __all__ = ["Setup", "check_options", "limit_bytes", "make_setup", "named_target"]
 
-# A limit below is one whose unit was forgotten: of one with a unit, and of one without.
+# Below these a memory limit is taken for a slip: one with a unit, and a bare number of bytes.
 _LEAST_BYTES = 1000
 _LEAST_UNNAMED = 2**20
 

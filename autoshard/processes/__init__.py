@@ -1,1 +1,1 @@
-"""Child processes under limits of time and memory: whatever starts XLA runs in one."""
+"""Child processes under limits of time and memory: whatever compiles or runs a step runs in one."""

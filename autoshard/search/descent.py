@@ -10,8 +10,8 @@ is none:
 3. from the best with two sibling groups of weights and two of outputs shaken, several times.
 
 Large programs end pairs and shakes early, and descend only from starts that are better than what
-was found: all together take some twenty seconds at most. The outputs of layers move alone, or two
-that stand beside each other; one start lays out any two groups of them.
+was found. The outputs of layers move alone, or two that stand beside each other; one start lays out
+any two groups of them.
 """
 
 import itertools
@@ -257,8 +257,8 @@ def outputs_alone(scorer: Scorer, families: Sequence[Choices]) -> dict[str, Spec
     Of a large program not all pairs are tried: those of the largest outputs.
 
     Returns:
-        A further start; None where there are no two groups, or where whole weights do not fit:
-        what a descent makes of the mixture XLA propagates otherwise than we do.
+        A further start; None where there are no two groups, or where whole weights do not fit: a
+        descent would mix in split weights, and XLA propagates such mixtures otherwise than we do.
     """
     unlaid = first_specs(families)
     groups = sibling_groups(choices for choices in families if choices.is_output)

@@ -47,10 +47,10 @@ def sibling_groups(families: Iterable[Choices]) -> dict[str, list[Choices]]:
 def make_moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[Move]:
     """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
 
-    First whole sibling groups, then single families, then two of the largest sibling groups at
-    once. The outputs of one group are laid out together, each spec in turn; of groups that stand
-    beside each other, as keys and values, any two and no other too. So are those of a layer with
-    its weights, also in place of those of the layers beside it.
+    Axis by axis: whole sibling groups first, then single families, then two of the largest sibling
+    groups at once. The outputs of one group are laid out together, each spec in turn; of groups
+    that stand beside each other, as keys and values, any two and no other too. So are those of a
+    layer with its weights, also in place of those of the layers beside it.
 
     Args:
         families: what there is to choose.

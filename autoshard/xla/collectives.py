@@ -35,7 +35,7 @@ __all__ = [
 _NO_WORK = frozenset({"bitcast", "constant", "get-tuple-element", "parameter", "tuple"})
 # One buffer in as many pieces as there are devices, not several arrays.
 _ONE_BUFFER = ("all-to-all",)
-# Cycles that the TPU compiler writes for an instruction which it cannot tell those of.
+# What the TPU compiler writes for an instruction whose cycles it cannot tell.
 _NO_ESTIMATE = 2**63 - 1
 
 

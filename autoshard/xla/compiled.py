@@ -80,6 +80,16 @@ class CompiledStep:
     model_flops: int | None = None
 
     @property
+    def traced_blocks(self) -> int | None:
+        """The blocks that are in the program; None where the model repeats none."""
+        return sum(stack.traced for stack in self.blocks) or None
+
+    @property
+    def n_blocks(self) -> int | None:
+        """The blocks of the whole model; None where it repeats none."""
+        return sum(stack.n_blocks for stack in self.blocks) or None
+
+    @property
     def is_whole(self) -> bool:
         """Whether this is the program of the whole model, compiled or extrapolated."""
         return all(stack.traced == stack.n_blocks for stack in self.blocks)

@@ -8,7 +8,7 @@ the last part is the primitive. Instructions that XLA merged carry `prefix/(a/ad
 import re
 from collections.abc import Collection, Mapping
 
-from autoshard.model.paths import PathNames, block_pattern, layer_templates
+from autoshard.model.paths import block_pattern, layer_templates, path_templates
 
 __all__ = ["alternatives", "layer_of", "layer_paths", "phase_of", "template"]
 
@@ -25,7 +25,7 @@ def layer_paths(variable_paths: Collection[str]) -> dict[str, str]:
     'block_1/mlp'
     """
     shown: dict[str, str] = {}
-    for layer, found in layer_templates(PathNames.of(variable_paths).templates).items():
+    for layer, found in layer_templates(path_templates(variable_paths)).items():
         parts = zip(layer.split("/"), found.split("/"), strict=True)
         shown[layer] = "/".join(part if "*" in name else name for part, name in parts)
     return shown
