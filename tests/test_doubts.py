@@ -44,7 +44,7 @@ def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning)
         return import_keras().Model(pictures, layers.Dense(10, name="last")(found))
 
     found = plan(network, make_setup("8x1"))
-    assert found.program.unknown() == {}
+    assert found.traced.program.unknown() == {}
     assert ["convolutions" in doubt for doubt in doubts(found, (), is_compiled=True)] == [True]
     assert list(doubts(gemma, gemma.candidates[0].rules, is_compiled=False)) == []
 
@@ -89,9 +89,10 @@ def test_weights_of_two_dtypes_are_no_doubt(gemma: Planning) -> None:
     for dtypes, n_doubts in ((("float32",), 1), (("bfloat16", "float32"), 0)):
         variables = tuple(
             replace(variable, dtype=dtypes[k % len(dtypes)])
-            for k, variable in enumerate(gemma.table.variables)
+            for k, variable in enumerate(gemma.traced.table.variables)
         )
-        found = replace(prefill, table=replace(gemma.table, variables=variables))
+        table = replace(gemma.traced.table, variables=variables)
+        found = replace(prefill, traced=replace(gemma.traced, table=table))
         assert len(list(doubts(found, (), is_compiled=True))) == n_doubts
 
 
@@ -125,7 +126,7 @@ def test_another_optimizer_than_a_model_is_compiled_with_is_told_of(gemma: Plann
     assert "compiled with sgd, but planned for adam" in doubt
     assert of("sgd") == of("adam", workload="prefill") == []
     # KerasHub compiles its tasks, which says nothing of what their user has in mind
-    assert gemma.compiled_with == ""
+    assert gemma.traced.whole.compiled_with == ""
 
 
 def test_devices_that_repeat_each_other_are_told_of(gemma: Planning) -> None:

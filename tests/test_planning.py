@@ -46,7 +46,7 @@ def gemma() -> Planning:
 
 
 def test_every_primitive_of_gemmas_train_step_has_a_rule(gemma: Planning) -> None:
-    assert gemma.program.unknown() == {}
+    assert gemma.traced.program.unknown() == {}
 
 
 def test_the_default_train_plan_of_gemma_7b_fits_eight_v5e_chips(gemma: Planning) -> None:
@@ -338,7 +338,7 @@ def test_weights_that_the_step_does_not_read_are_split_for_their_memory() -> Non
     assert len(choices["decoder_block_*/ffw_linear/kernel"].specs) > 1
     # Without a rule they are whole.
     assert found.no_rule.rules == () and found.no_rule.scored is not None
-    assert found.no_rule.scored.cost.memory.weights == found.table.n_bytes
+    assert found.no_rule.scored.cost.memory.weights == found.traced.table.n_bytes
 
 
 def without_a_cache() -> Any:

@@ -197,7 +197,9 @@ def test_the_targets_compiler_is_asked_about_the_split_by_hand_too(planned) -> N
 
 
 def test_of_a_large_program_one_candidate_is_compiled(planned) -> None:
-    large = replace(planned, program=replace(planned.program, ops=planned.program.ops * 100))
+    steps = planned.traced.program
+    traced = replace(planned.traced, program=replace(steps, ops=steps.ops * 100))
+    large = replace(planned, traced=traced)
     assert worth_compiling(large, parse_target("cpu:8")) == planned.candidates[:1]
 
 
@@ -212,8 +214,10 @@ def test_a_model_as_small_as_its_copies_is_compiled_whole_and_once(planning, com
         raise AssertionError("compiled from copies")
 
     compiled_by(never, compile_it)
-    (stack,) = planning.blocks
-    small = replace(planning, blocks=(replace(stack, n_blocks=6),))
+    folded = planning.traced.folded
+    (stack,) = folded.folding.blocks
+    few = replace(folded.folding, blocks=(replace(stack, n_blocks=6),))
+    small = replace(planning, traced=replace(planning.traced, folded=replace(folded, folding=few)))
     first, *_ = settle("gemma_2b_en", small, TARGET)
     assert first.compiled is not None
     assert len(asked) == len({request.rules for request in asked}) == 3

@@ -49,11 +49,11 @@ def _made_up_names(planning: Planning, rules: LayoutRules) -> Iterator[str]:
 
 def _relied_upon(planning: Planning, rules: LayoutRules) -> set[str]:
     """The layers whose names Keras made up, and for which rules differ by their number."""
-    table = planning.table
+    table, made_up = planning.traced.table, planning.traced.whole.numbered_layers()
     return {
         name
         for path in (*(variable.path for variable in table.variables), *table.output_paths)
-        for name in planning.numbered_layers.intersection(path.split("/"))
+        for name in made_up.intersection(path.split("/"))
         for renamed in _renumbered(path, name)
         if matching_rules(rules, path) != matching_rules(rules, renamed)
     }
@@ -67,15 +67,16 @@ def _renumbered(path: str, name: str) -> Iterator[str]:
 
 
 def _open_inputs(planning: Planning) -> Iterator[str]:
-    if planning.open_inputs:
+    inputs = planning.traced.whole.open_inputs()
+    if inputs:
         yield (
-            f"of the sizes that {', '.join(planning.open_inputs)} leaves open 1 is taken: give the "
-            "keras.Input its sizes"
+            f"of the sizes that {', '.join(inputs)} leaves open 1 is taken: give the keras.Input "
+            "its sizes"
         )
 
 
 def _other_optimizer(planning: Planning) -> Iterator[str]:
-    workload, own = planning.setup.workload, planning.compiled_with
+    workload, own = planning.setup.workload, planning.traced.whole.compiled_with
     if workload.trains and own not in ("", workload.optimizer):
         yield (
             f"the model is compiled with {own}, but planned for {workload.optimizer}: "
@@ -85,17 +86,19 @@ def _other_optimizer(planning: Planning) -> Iterator[str]:
 
 
 def _wide_weights(planning: Planning) -> Iterator[str]:
-    if planning.setup.workload.policy == "bfloat16" and planning.table.dtypes == ("float32",):
+    policy, traced = planning.setup.workload.policy, planning.traced
+    if policy == "bfloat16" and traced.table.dtypes == ("float32",):
         yield (
             "the weights are float32, although the step is planned in bfloat16: that is how "
-            f"{planning.task} makes them whatever dtype it is given"
+            f"{traced.folded.task} makes them whatever dtype it is given"
         )
 
 
 def _nothing_trained(planning: Planning) -> Iterator[str]:
-    if planning.setup.workload.trains and not planning.table.n_trainable:
+    table = planning.traced.table
+    if planning.setup.workload.trains and not table.n_trainable:
         yield (
-            f"no weight of {planning.table.name} is trainable: a step of training computes no "
+            f"no weight of {table.name} is trainable: a step of training computes no "
             "gradient and changes nothing"
         )
 
@@ -117,9 +120,9 @@ def _nothing_split(planning: Planning, rules: LayoutRules, is_best_shape: bool) 
 
 def _unknown_primitives(planning: Planning) -> Iterator[str]:
     """Those without a rule, each with the layers that have it."""
-    templates = layer_templates(planning.table.templates)
+    templates = layer_templates(planning.traced.table.templates)
     found = []
-    for primitive, layers in planning.program.unknown().items():
+    for primitive, layers in planning.traced.program.unknown().items():
         named = dict.fromkeys(layer_template(layer, templates) for layer in layers if layer)
         found.append(primitive + (f" in {', '.join(named)}" if named else ""))
     if found:
@@ -131,7 +134,7 @@ def _unknown_primitives(planning: Planning) -> Iterator[str]:
 
 def _trained_convolutions(planning: Planning) -> Iterator[str]:
     mesh = planning.setup.mesh
-    trains = any(op.is_convolution and op.backward for op in planning.program.ops)
+    trains = any(op.is_convolution and op.backward for op in planning.traced.program.ops)
     if trains and mesh.n_devices > mesh.sizes[mesh.data_axis]:
         yield (
             "where devices hold copies XLA's partitioner may make gradients of convolutions "
@@ -140,7 +143,7 @@ def _trained_convolutions(planning: Planning) -> Iterator[str]:
 
 
 def _many_convolutions(planning: Planning) -> Iterator[str]:
-    matmuls = [(op.flops * op.count, op.is_convolution) for op in planning.program.ops]
+    matmuls = [(op.flops * op.count, op.is_convolution) for op in planning.traced.program.ops]
     convolved = sum(flops for flops, is_convolution in matmuls if is_convolution)
     if convolved > _MANY_CONVOLUTIONS * sum(flops for flops, _ in matmuls):
         yield (

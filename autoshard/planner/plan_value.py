@@ -43,7 +43,7 @@ def plan_value(
     others = [candidate for candidate in planning.candidates if candidate not in judged]
     assert winner.scored is not None
     return Plan(
-        model=PlannedModel.of(planning.table),
+        model=PlannedModel.of(planning.traced.table),
         mesh=planning.setup.mesh,
         rules=winner.rules,
         workload=planning.setup.workload,
@@ -98,7 +98,7 @@ def _compiled(verdict: Verdict, planning: Planning) -> Compiled | None:
     causes = Causes(
         rules=verdict.candidate.rules,
         mesh=planning.setup.mesh,
-        paths=tuple(planning.table.templates),
+        paths=tuple(planning.traced.table.templates),
     )
     return Compiled(
         target=step.target,

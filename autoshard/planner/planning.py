@@ -4,11 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autoshard.errors import LayoutError, MeshError
-from autoshard.graph.program import Program
 from autoshard.layout.rules import LayoutRules
 from autoshard.layout.synthesis import synthesise, tied_families
 from autoshard.mesh import Mesh, Spec
-from autoshard.model.folding import BlockStack
 from autoshard.model.outputs import OutputShapes, joined_shapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
@@ -32,12 +30,8 @@ class Planning:
     """What the planner found.
 
     Attributes:
+        traced: the model and its step.
         setup: what it planned for.
-        table: the variables of the model.
-        task: class of the Keras model whose step was traced.
-        numbered_layers: layers whose names Keras made up.
-        open_inputs: inputs of whose open sizes 1 is taken.
-        compiled_with: the optimizer that the model's author compiled it with, or "".
         result: the search.
         candidates: the best layouts that a LayoutMap can express, best first.
         by_hand: what people write, told by shapes; a candidate where it is one, None where rules
@@ -47,24 +41,13 @@ class Planning:
         no_rule: every weight whole on every device, the data split; a candidate where it is one.
         rivals: maps that others published for this model.
         without_generate: a better layout under which `generate` is slow or fails, or None.
-        program: the op graph of the step.
-        blocks: the stacks of repeated blocks, as far as the model can be built with fewer.
-        leaves_out: whether a step may leave blocks out where the model cannot be built without
-            them: they are chains.
     """
 
+    traced: TracedModel
     setup: Setup
-    table: ModelTable
-    task: str
-    numbered_layers: frozenset[str]
-    open_inputs: tuple[str, ...]
-    compiled_with: str
     result: SearchResult
     candidates: tuple[Candidate, ...]
     rivals: tuple[Candidate, ...]
-    program: Program
-    blocks: tuple[BlockStack, ...]
-    leaves_out: bool
     by_hand: Candidate | None
     plain: Candidate | None
     no_rule: Candidate
@@ -109,7 +92,7 @@ def run_planner(
     """
     _check(setup)
     watch = watch or Stopwatch()
-    table, folded = traced.table, traced.folded
+    table = traced.table
     with watch.stage("search"), uncollected():
         rivals, result = _searched(traced, setup, 2 * top, without_generate)
     with watch.stage("write the rules"):
@@ -125,12 +108,8 @@ def run_planner(
         no_rule = Candidate(name="no rule", rules=(), scored=result.scorer.score({}))
         known = {candidate.rules: candidate for candidate in candidates}
     return Planning(
+        traced=traced,
         setup=setup,
-        table=table,
-        task=folded.task,
-        numbered_layers=traced.whole.numbered_layers(),
-        open_inputs=traced.whole.open_inputs(),
-        compiled_with=traced.whole.compiled_with,
         result=result,
         candidates=candidates,
         rivals=rivals,
@@ -138,9 +117,6 @@ def run_planner(
         plain=known.get(plain.rules, plain) if plain else None,
         no_rule=known.get((), no_rule),
         without_generate=unbound,
-        program=traced.program,
-        blocks=folded.folding.blocks,
-        leaves_out=traced.leaves_out,
     )
 
 

@@ -193,8 +193,9 @@ def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ..
     that fits and is not far behind: it may find it faster.
     """
     fitting = tuple(candidate for candidate in planning.candidates if candidate.fits)
-    n_ops = sum(op.count for op in planning.program.ops) * min(1.0, _copied_share(planning))
-    n_settled = 1 if n_ops > _MANY_OPS else _N_SETTLED
+    n_ops = sum(op.count for op in planning.traced.program.ops)
+    is_large = n_ops * min(1.0, _copied_share(planning)) > _MANY_OPS
+    n_settled = 1 if is_large else _N_SETTLED
     chosen = (fitting or planning.candidates)[:n_settled]
     hand = planning.by_hand
     if compiler.chip.kind != "tpu" or hand is None or hand in chosen or not hand.fits:
@@ -203,7 +204,8 @@ def worth_compiling(planning: Planning, compiler: Target) -> tuple[Candidate, ..
 
 
 def _copied_share(planning: Planning) -> float:
-    return copied_share(planning.blocks, leaves_out=planning.leaves_out)
+    traced = planning.traced
+    return copied_share(traced.folded.folding.blocks, leaves_out=traced.leaves_out)
 
 
 def _underrated(planning: Planning, verdicts: Sequence[Verdict]) -> Candidate | None:
@@ -235,7 +237,7 @@ def _verdict(
         mesh=planning.setup.mesh,
         rules=candidate.rules,
         target=str(compiler),
-        leaves_out=planning.leaves_out,
+        leaves_out=planning.traced.leaves_out,
         attention=planning.setup.target.chip.name,
     )
     try:

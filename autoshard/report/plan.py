@@ -81,11 +81,11 @@ def _map(plan: Plan) -> str:
 
 
 def _head(outcome: PlanOutcome) -> str:
-    setup, table = outcome.planning.setup, outcome.planning.table
+    setup, table = outcome.planning.setup, outcome.planning.traced.table
     stored = f"{format_bytes(table.n_bytes)} as {' and '.join(table.dtypes)}"
     lines = [
         f"{table.name}: {spell_count(table.n_parameters, 'parameters', stored)}, "
-        f"{outcome.planning.task}",
+        f"{outcome.planning.traced.folded.task}",
         f"mesh {setup.mesh.named} on {setup.target}, {format_bytes(setup.memory_limit)} a device",
         *_links(setup.mesh, setup.target),
         f"workload {setup.workload}",
@@ -206,7 +206,7 @@ def _passed_over(outcome: PlanOutcome) -> Iterator[str]:
 
 def _whole(outcome: PlanOutcome) -> Iterator[str]:
     """The weights that every device holds whole, and why, where they are more than a trifle."""
-    table, mesh = outcome.planning.table, outcome.planning.setup.mesh
+    table, mesh = outcome.planning.traced.table, outcome.planning.setup.mesh
     families = resolve(outcome.plan.rules, table, mesh).whole(table, mesh)
     total = sum(family.n_bytes for family in families)
     if mesh.n_devices == 1 or total < _TRIFLE * table.n_bytes:
