@@ -20,7 +20,7 @@ from autoshard.planner.remedies import Advice, as_arguments, remedies
 from autoshard.planner.settling import Verdict, compiler_for, settle
 from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.stopwatch import Stopwatch
-from autoshard.planner.tracing import trace_model
+from autoshard.planner.tracing import TracedModel, trace_model
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes
 
@@ -249,12 +249,28 @@ def make_plan(
     )
     if not advise or failure or outcome.plan.fits:
         return outcome
-    limit = int(planning.setup.memory_limit * outcome.foreseen_share)
-    setup = replace(planning.setup, memory_limit=limit)
-    assert winner.scored is not None
-    peak_bytes = winner.scored.cost.memory.peak_bytes
-    planned = [other.mesh for other in setups]
-    return replace(outcome, advice=remedies(model, traced, setup, peak_bytes, watch, planned))
+    return replace(outcome, advice=_advice(model, traced, setups, outcome, watch))
+
+
+def _advice(
+    model: Any,
+    traced: TracedModel,
+    setups: Sequence[Setup],
+    outcome: PlanOutcome,
+    watch: Stopwatch,
+) -> Advice:
+    """What would make a plan fit that does not."""
+    planned = outcome.planning.setup
+    limit = int(planned.memory_limit * outcome.foreseen_share)
+    assert outcome.winner.scored is not None
+    return remedies(
+        model,
+        traced,
+        replace(planned, memory_limit=limit),
+        outcome.winner.scored.cost.memory.peak_bytes,
+        watch,
+        [setup.mesh for setup in setups],
+    )
 
 
 def _unused_length(asked: int | None, workload: Workload) -> int | None:

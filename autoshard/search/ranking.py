@@ -134,20 +134,17 @@ def search(
         scorer=scorer,
         choices=everything,
         front=_front(worthy),
-        unbound=beyond
-        if beyond is not None
-        and _is_gain(beyond, ranked[0])
-        and _holds(beyond, _output_groups([*bound, *free]), mesh.parallel_axes)
-        else None,
+        unbound=beyond if beyond and _is_told(beyond, ranked[0], [*bound, *free], mesh) else None,
         plain=next((scored for scored in ranked if not scored.n_outputs), None),
         tied=tied,
     )
 
 
-def _is_gain(beyond: Scored, best: Scored) -> bool:
+def _is_told(beyond: Scored, best: Scored, outputs: Iterable[Choices], mesh: Mesh) -> bool:
     """Whether a layout is worth giving `generate` up for: not for a few bytes where none fits."""
     is_faster = beyond.cost.step_seconds < best.cost.step_seconds
-    return beyond.rank < best.rank and (is_faster or not beyond.excess_bytes)
+    is_gain = beyond.rank < best.rank and (is_faster or not beyond.excess_bytes)
+    return is_gain and _holds(beyond, _output_groups(outputs), mesh.parallel_axes)
 
 
 def _best(
@@ -206,7 +203,7 @@ def _worthy(
     ]
 
 
-def _output_groups(families: Sequence[Choices]) -> list[list[Choices]]:
+def _output_groups(families: Iterable[Choices]) -> list[list[Choices]]:
     """The layer outputs that are laid out together."""
     return list(sibling_groups(choices for choices in families if choices.is_output).values())
 
