@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.transfers import local_bytes
+from autoshard.cost.shards import local_bytes
 from autoshard.cost.turning import turning_seconds
 from autoshard.cost.updates import Updates
 from autoshard.graph.program import Argument, Layout, Program

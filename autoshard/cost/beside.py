@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.shares import Share
+from autoshard.cost.op_shares import Share
 from autoshard.cost.transfers import Transfer
 from autoshard.graph.program import Array, Layout, Op, Program
 
@@ -76,7 +76,7 @@ class MatmulsBeside:
         return any(
             (group, dim) in self._shifted
             for reader in self._readers[moved[0]]
-            if reader in moving and moved in moving[reader].moved
+            if reader in moving and moved in moving[reader].moved_operands
             for group in (self._ops[reader].results[0].group,)
             for dim in layouts[group]
         )
@@ -90,7 +90,7 @@ class MatmulsBeside:
             share: what the matmul adds if it moves something.
         """
         return share is None or (
-            moved not in share.moved and not self._scatters_shifted(index, share)
+            moved not in share.moved_operands and not self._scatters_shifted(index, share)
         )
 
     def _scatters_shifted(self, index: int, share: Share) -> bool:
@@ -99,7 +99,7 @@ class MatmulsBeside:
         return any(
             transfer.kind == "reduce-scatter"
             and (group, transfer.target[self._machine.axis_of(transfer.axis)]) in self._shifted
-            for _, transfer, *_ in share.transfers
+            for _, transfer, *_ in share.moves
         )
 
 

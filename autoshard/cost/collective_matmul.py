@@ -12,8 +12,8 @@ from dataclasses import replace
 from functools import cache
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.partitioner import Choice, local_sizes
-from autoshard.cost.transfers import FLOAT32, Transfer, as_all_reduce, local_bytes
+from autoshard.cost.shards import FLOAT32_BYTES, Choice, local_bytes, local_sizes
+from autoshard.cost.transfers import Transfer, as_all_reduce
 from autoshard.cost.turning import cuts_tiles, innermost, turning_seconds
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
@@ -139,7 +139,7 @@ def _is_summed_whole(op: Op, choice: Choice, transfer: Transfer, machine: Machin
     if len(factors) == 4 and (dim == 0 or dim == 2 and shard > 1):
         return True
     is_odd = shard % (2 * TILE_LANES) == TILE_LANES or cuts_tiles(size, 1)
-    if is_odd and dim == len(factors) - 1 and result.itemsize < FLOAT32:
+    if is_odd and dim == len(factors) - 1 and result.itemsize < FLOAT32_BYTES:
         return True
     width = local_sizes(op, choice, machine.axis_sizes)[factor]
     n_bytes = local_bytes(result.n_bytes, layout_of(result, choice), machine.axis_sizes)
@@ -154,7 +154,7 @@ def _makes_even_pieces(n_bytes: int, width: int) -> bool:
         n_bytes: of what a device adds up.
         width: elements along the lanes, the dimension that is scattered.
     """
-    n_rows = n_bytes // (TILE_ROWS * FLOAT32 * width)
+    n_rows = n_bytes // (TILE_ROWS * FLOAT32_BYTES * width)
     fewest, most = math.ceil(n_bytes / _PIECE_BYTES[1]), n_bytes // _PIECE_BYTES[0]
     return most < 1 or any(n_rows % n == 0 for n in range(fewest, most + 1))
 

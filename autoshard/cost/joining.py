@@ -11,9 +11,8 @@ its tiles, not the tokens.
 from collections.abc import Callable, Sequence
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.partitioner import Choice, local_sizes
+from autoshard.cost.shards import Choice, local_bytes, local_sizes
 from autoshard.cost.single_rows import shard_seconds
-from autoshard.cost.transfers import local_bytes
 from autoshard.cost.turning import tile_rows
 from autoshard.graph.makers import made_by
 from autoshard.graph.program import Array, Interleaving, Layout, Op

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.transfers import Transfer, collective, local_bytes
+from autoshard.cost.shards import local_bytes
+from autoshard.cost.transfers import Transfer, collective
 from autoshard.graph.program import WHOLE, Layout, Op
 from autoshard.graph.splits import factors_held
 

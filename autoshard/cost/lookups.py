@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.partitioner import Choice
-from autoshard.cost.transfers import Transfer, collective, local_bytes
+from autoshard.cost.shards import Choice, local_bytes
+from autoshard.cost.transfers import Transfer, collective
 from autoshard.graph.program import WHOLE, Layout, Op
 from autoshard.graph.splits import layout_of
 

@@ -38,8 +38,9 @@ from autoshard.cost.collective_matmul import PIECES_IN_PLACE
 from autoshard.cost.lifetimes import Bytes, alive, lifetimes
 from autoshard.cost.machine import Machine
 from autoshard.cost.results import ResultCopies
+from autoshard.cost.shards import local_bytes
 from autoshard.cost.strategies import OpCost
-from autoshard.cost.transfers import Transfer, is_all_reduced, local_bytes
+from autoshard.cost.transfers import Transfer, is_all_reduced
 from autoshard.cost.turning import cuts_tiles
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.shares import Share
+from autoshard.cost.op_shares import Share
 from autoshard.graph.program import Op, Program
 from autoshard.graph.softmaxes import read_softmaxes
 

@@ -27,13 +27,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from autoshard.cost.shards import Choice
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import splits_evenly
 
-__all__ = ["Choice", "Partition", "local_sizes", "partition_matmul"]
-
-Choice = tuple[int, ...]
-"""The factor that an op splits over each axis, or `WHOLE`."""
+__all__ = ["Partition", "partition_matmul"]
 
 _Split = Mapping[int, int]
 """The factor that each axis splits, of those axes that split one."""
@@ -58,15 +56,6 @@ class Partition:
     def within_of(self, axis: int) -> frozenset[int]:
         """In the groups of which axes what moves over this one does so."""
         return self.within[axis] if axis < len(self.within) else frozenset()
-
-
-def local_sizes(op: Op, choice: Choice, axis_sizes: tuple[int, ...]) -> list[int]:
-    """What of each factor one device has."""
-    local = list(op.factor_sizes)
-    for factor, n in zip(choice, axis_sizes, strict=True):
-        if factor != WHOLE:
-            local[factor] = max(1, local[factor] // n)
-    return local
 
 
 def partition_matmul(

@@ -22,10 +22,16 @@ from collections.abc import Sequence
 
 from autoshard.cost.joining import cutting_seconds, joining_seconds
 from autoshard.cost.machine import Machine
-from autoshard.cost.partitioner import Choice, local_sizes
 from autoshard.cost.scores import attending_seconds, filled_share
+from autoshard.cost.shards import (
+    FLOAT32_BYTES,
+    Choice,
+    local_bytes,
+    local_sizes,
+    moved_bytes,
+    n_parts,
+)
 from autoshard.cost.single_rows import matrix_seconds, shard_seconds
-from autoshard.cost.transfers import FLOAT32, local_bytes, moved_bytes, n_parts
 from autoshard.cost.turning import tile_rows
 from autoshard.graph.program import Array, Layout, Op
 from autoshard.graph.splits import layout_of
@@ -207,7 +213,7 @@ def _matmul_dtype(op: Op, machine: Machine) -> str:
     itemsizes = [array.itemsize for array in op.operands]
     if all(itemsize == 1 for itemsize in itemsizes):
         return "int8"
-    is_wide = FLOAT32 in itemsizes and machine.chip.kind == "gpu"
+    is_wide = FLOAT32_BYTES in itemsizes and machine.chip.kind == "gpu"
     return "float32" if is_wide else machine.matmul_dtype
 
 

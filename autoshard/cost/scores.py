@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.partitioner import Choice, local_sizes
-from autoshard.cost.transfers import FLOAT32, local_bytes
+from autoshard.cost.shards import FLOAT32_BYTES, Choice, local_bytes, local_sizes
 from autoshard.graph.makers import made_by
 from autoshard.graph.program import Layout, Op, Program, Scores
 from autoshard.graph.softmaxes import read_softmaxes
@@ -81,7 +80,7 @@ def attending_seconds(
     if op.kind == "reduction":
         batch = (array.factors[dim] for dim in scores.batch)
         is_flat = sum(factor is not None and local[factor] > 1 for factor in batch) < 2
-        share = _SUMMING[scores.itemsize == FLOAT32, is_flat]
+        share = _SUMMING[scores.itemsize == FLOAT32_BYTES, is_flat]
         return share * working if stays or is_flat else 0.0
     is_made = scores.position >= len(op.operands)
     efficiency = _WRITING if is_made else machine.chip.hbm_read_efficiency

@@ -7,7 +7,8 @@ that is dealt out again.
 from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.transfers import Transfer, collective, local_bytes
+from autoshard.cost.shards import local_bytes
+from autoshard.cost.transfers import Transfer, collective
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.vectors import vectors_of
 

@@ -15,17 +15,12 @@ from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.norms import SharedNorms
+from autoshard.cost.op_shares import Moved, Share
 from autoshard.cost.scores import AttentionScores
-from autoshard.cost.shares import Moved, Share
+from autoshard.cost.shards import local_bytes
 from autoshard.cost.single_rows import shard_seconds
 from autoshard.cost.strategies import OpCost, price_op
-from autoshard.cost.transfers import (
-    Transfer,
-    collective,
-    local_bytes,
-    result_moves,
-    transfer_by_part,
-)
+from autoshard.cost.transfers import Transfer, collective, result_moves, transfer_by_part
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.graph.program import Layout, Op, Program, in_any_block
 from autoshard.graph.propagation import Apart, picker, torn_axes
@@ -147,7 +142,7 @@ class StepPricer:
         seconds = 0.0
         windowed: dict[tuple[object, ...], Transfer] = {}
         for index in sorted(moving):
-            for once, transfer, moved, beside in moving[index].transfers:
+            for once, transfer, moved, beside in moving[index].moves:
                 # An array is gathered once however many ops read it, and a sum of partial sums is
                 # all-reduced once: once in all what every block reads or adds to.
                 known = traffic.get(once)
@@ -165,7 +160,7 @@ class StepPricer:
                     windowed[once] = transfer
         if not windowed:
             return seconds
-        readers = Counter(o[:-1] for share in moving.values() for o, *_ in share.transfers)
+        readers = Counter(m.once[:-1] for share in moving.values() for m in share.moves)
         for once, transfer in windowed.items():
             # Piece by piece only what no other op needs in the same layout.
             if readers[once[:-1]] == 1:
@@ -225,7 +220,7 @@ class StepPricer:
             self._compute[index] = share.compute_seconds
             self._fetching[index] = share.fetch_seconds
             self._n_bytes[index] = share.n_bytes
-            if share.transfers:
+            if share.moves:
                 self._moving[index] = share
             else:
                 self._moving.pop(index, None)
@@ -250,9 +245,9 @@ class StepPricer:
                 + self._peak.copies.seconds(op, around[-1])
             ),
             fetch_seconds=op.count * cost.fetch_seconds,
-            transfers=tuple(self._moved(index, around, transfer) for transfer in cost.transfers),
+            moves=tuple(self._moved(index, around, transfer) for transfer in cost.transfers),
             in_loop=cost.in_loop,
-            moved=frozenset(
+            moved_operands=frozenset(
                 (op.operands[t.operand].identity, t.axis)
                 for t in cost.transfers
                 if t.operand is not None
@@ -265,11 +260,12 @@ class StepPricer:
         if index in self._maxima and transfer.adds_pieces:
             seconds = transfer.alone_seconds + self._max_seconds(op, around)
             transfer = replace(transfer, alone_seconds=seconds)
-        moved = self._traffic(op, transfer)
+        traffic = self._traffic(op, transfer)
         if transfer.operand is not None and transfer.kind == "all-gather":
             is_alone = op.operands[transfer.operand].identity in self._read_at_turn
-            moved = replace(moved, overlapped=moved.overlapped and not is_alone)
-        return self._once(op, transfer), transfer, moved, self._beside(op, transfer, moved)
+            traffic = replace(traffic, overlapped=traffic.overlapped and not is_alone)
+        beside = self._beside(op, transfer, traffic)
+        return Moved(self._once(op, transfer), transfer, traffic, beside)
 
     def _chain_seconds(self, index: int, cost: OpCost) -> float:
         """What it takes a TPU to write what fused ops make for a matmul, and to read that again."""

@@ -27,8 +27,9 @@ from autoshard.cost.collective_matmul import (
 from autoshard.cost.joins import joined
 from autoshard.cost.lookups import by_idle_devices
 from autoshard.cost.machine import Machine
-from autoshard.cost.partitioner import Choice, Partition, partition_matmul
+from autoshard.cost.partitioner import Partition, partition_matmul
 from autoshard.cost.roofline import compute_seconds, fetch_seconds, sum_seconds
+from autoshard.cost.shards import Choice
 from autoshard.cost.single_rows import matrix_transfer
 from autoshard.cost.transfers import Transfer, folded_sums, op_transfers, transfer_by_part
 from autoshard.graph.program import WHOLE, Layout, Op

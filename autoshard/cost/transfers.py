@@ -10,33 +10,27 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from autoshard.cost.machine import Machine
-from autoshard.cost.partitioner import Choice, Partition
+from autoshard.cost.partitioner import Partition
+from autoshard.cost.shards import Choice, local_bytes, moved_bytes
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
 from autoshard.hardware.collectives import seconds as collective_seconds
 
 __all__ = [
-    "FLOAT32",
     "Transfer",
     "as_all_reduce",
     "collective",
     "folded_sums",
     "is_all_reduced",
     "lies_in_op",
-    "local_bytes",
-    "moved_bytes",
-    "n_parts",
     "op_transfers",
     "result_moves",
     "transfer_by_part",
     "transfers_between",
 ]
-
-FLOAT32 = 4
-"""Bytes of an element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +73,9 @@ class Transfer:
     in_ring: bool = False
 
 
-def local_bytes(n_bytes: int, layout: Layout, axis_sizes: tuple[int, ...]) -> int:
-    """Bytes of one device's shard."""
-    return -(-n_bytes // n_parts(layout, axis_sizes))
-
-
 def is_all_reduced(transfers: Iterable[Transfer]) -> bool:
     """Whether an all-reduce sums the result of an op with such transfers."""
     return any(one.operand is None and one.kind == "all-reduce" for one in transfers)
-
-
-@cache
-def n_parts(layout: Layout, axis_sizes: tuple[int, ...]) -> int:
-    """Into how many shards a layout cuts an array, or a choice an op."""
-    return math.prod(n for dim, n in zip(layout, axis_sizes, strict=True) if dim != WHOLE)
 
 
 def op_transfers(
@@ -282,16 +265,6 @@ def _between(
     if op.kind == "gather":
         yield from _detours(op, array, made, layout, sums, machine)
     yield from _moves(op, array, summed, layout, machine, None)
-
-
-def moved_bytes(op: Op, array: Array, machine: Machine) -> int:
-    """Bytes of an array of an op, whole, as it is moved to it, or read and written by it.
-
-    What a matmul reads in float32 TPU compilers round to bfloat16 first: at JAX's default precision
-    it multiplies no more than that.
-    """
-    rounded = machine.compiles_for_tpu and op.kind == "contraction" and array.itemsize == FLOAT32
-    return array.n_bytes // 2 if rounded else array.n_bytes
 
 
 @lru_cache(maxsize=1 << 16)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from autoshard.cost.lifetimes import gradient_groups
 from autoshard.cost.machine import Machine
-from autoshard.cost.shares import Share
+from autoshard.cost.op_shares import Share
 from autoshard.graph.program import Argument, Layout, Program
 
 __all__ = ["Updates"]

@@ -23,11 +23,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from autoshard.cost.partitioner import Choice
 from autoshard.cost.roofline import compute_seconds
+from autoshard.cost.shards import Choice, local_bytes
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import candidate_choices
-from autoshard.cost.transfers import local_bytes
 from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import WHOLE, Array, Layout, Op, in_any_block
 from autoshard.graph.splits import splits_evenly

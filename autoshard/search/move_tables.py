@@ -13,15 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from autoshard.cost.collective_matmul import may_decompose, windowed_dims
-from autoshard.cost.partitioner import Choice
+from autoshard.cost.shards import Choice, moved_bytes
 from autoshard.cost.step import StepPricer
-from autoshard.cost.transfers import (
-    Transfer,
-    folded_sums,
-    lies_in_op,
-    moved_bytes,
-    transfers_between,
-)
+from autoshard.cost.transfers import Transfer, folded_sums, lies_in_op, transfers_between
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 
 __all__ = ["MoveSeconds", "MoveTables"]
