@@ -18,8 +18,8 @@ from test_execution_models import asked, described, ran, split_all
 from autoshard import host
 from autoshard.errors import ChildError, ChildTimeoutError
 from autoshard.execution import running
+from autoshard.execution.agreement import compare
 from autoshard.execution.children import execute, run_environment
-from autoshard.execution.comparison import compare
 from autoshard.execution.memory import needed_bytes
 from autoshard.execution.tolerance import Tolerance, tolerance_of
 from autoshard.host import available_bytes

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoshard.execution.comparison import compare
+from autoshard.execution.agreement import compare
 from autoshard.execution.placement import placed_by
 from autoshard.execution.requests import Part, PartOutcome, RunRequest
 from autoshard.execution.tolerance import tolerance_of

@@ -1,7 +1,7 @@
 """What a step pays for its arguments beside its ops: the optimizer's updates, tables turned round.
 
 A TPU keeps a table whose last dimension does not fill whole tiles the other way round (see
-`autoshard.cost.turning`). A lookup takes rows, so it first copies the whole table the right way
+`autoshard.cost.transposing`). A lookup takes rows, so it first copies the whole table the right way
 round, and in a step that trains it the new table, and every slot, in and out. Seen in programs of
 the TPU compiler: `[152064, 448]` costs 1.3 ms a copy on a v5e, `[152064, 512]` none.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.shards import local_bytes
-from autoshard.cost.turning import turning_seconds
+from autoshard.cost.transposing import turning_seconds
 from autoshard.cost.updates import Updates
 from autoshard.graph.program import Argument, Layout, Program
 from autoshard.hardware.efficiency import TILE_LANES

@@ -14,7 +14,7 @@ from functools import cache
 from autoshard.cost.machine import Machine
 from autoshard.cost.shards import FLOAT32_BYTES, Choice, local_bytes, local_sizes
 from autoshard.cost.transfers import Transfer, as_all_reduce
-from autoshard.cost.turning import cuts_tiles, innermost, turning_seconds
+from autoshard.cost.transposing import cuts_tiles, innermost, turning_seconds
 from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import layout_of
 from autoshard.hardware.efficiency import KERNEL_SECONDS, TILE_LANES, TILE_ROWS, memory_seconds

@@ -41,7 +41,7 @@ from autoshard.cost.results import ResultCopies
 from autoshard.cost.shards import local_bytes
 from autoshard.cost.strategies import OpCost
 from autoshard.cost.transfers import Transfer, is_all_reduced
-from autoshard.cost.turning import cuts_tiles
+from autoshard.cost.transposing import cuts_tiles
 from autoshard.cost.values import Memory
 from autoshard.graph.liveness import FUSED
 from autoshard.graph.program import WHOLE, Argument, Array, Chain, Layout, Op, Program

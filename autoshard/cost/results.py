@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.shards import local_bytes
-from autoshard.cost.turning import padded_elements, tile_rows
+from autoshard.cost.transposing import padded_elements, tile_rows
 from autoshard.graph.program import WHOLE, Array, Layout, Op, Program
 from autoshard.hardware.efficiency import TILE_LANES, memory_seconds
 

@@ -9,7 +9,7 @@
   device fill their registers in part.
 - Lookups and moves take their bytes. So do reductions, but TPUs add up no faster than they multiply
   single rows, and find the maxima of what a matmul makes while it writes. To join arrays takes
-  several passes (`autoshard.cost.joining`).
+  several passes (`autoshard.cost.cuts_and_joins`).
 - What repeats for a matmul a TPU reads once. To write it out takes it so much a tile; it does where
   a device has several parts to be repeated.
 - Sums of a stream take a part of the norm that reads them.
@@ -20,7 +20,7 @@
 import math
 from collections.abc import Sequence
 
-from autoshard.cost.joining import cutting_seconds, joining_seconds
+from autoshard.cost.cuts_and_joins import cutting_seconds, joining_seconds
 from autoshard.cost.machine import Machine
 from autoshard.cost.scores import attending_seconds, filled_share
 from autoshard.cost.shards import (
@@ -32,7 +32,7 @@ from autoshard.cost.shards import (
     n_parts,
 )
 from autoshard.cost.single_rows import matrix_seconds, shard_seconds
-from autoshard.cost.turning import tile_rows
+from autoshard.cost.transposing import tile_rows
 from autoshard.graph.program import Array, Layout, Op
 from autoshard.graph.splits import layout_of
 from autoshard.graph.vectors import vectors_of

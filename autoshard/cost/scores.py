@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from autoshard.cost.machine import Machine
 from autoshard.cost.shards import FLOAT32_BYTES, Choice, local_bytes, local_sizes
-from autoshard.graph.makers import made_by
+from autoshard.graph.producers import made_by
 from autoshard.graph.program import Layout, Op, Program, Scores
 from autoshard.graph.softmaxes import read_softmaxes
 from autoshard.graph.splits import layout_of

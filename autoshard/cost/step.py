@@ -9,8 +9,8 @@ from itertools import compress, count, starmap
 import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
-from autoshard.cost.beside import MatmulsBeside
-from autoshard.cost.joining import JoinedCopies
+from autoshard.cost.cuts_and_joins import JoinedCopies
+from autoshard.cost.hidden_gathers import MatmulsBeside
 from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory

@@ -24,7 +24,7 @@ from autoshard.cost.collective_matmul import (
     uses_all_devices,
     windowed,
 )
-from autoshard.cost.joins import joined
+from autoshard.cost.joined_halves import joined
 from autoshard.cost.lookups import by_idle_devices
 from autoshard.cost.machine import Machine
 from autoshard.cost.partitioner import Partition, partition_matmul

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoshard.errors import AutoshardError, ModelError, UsageError
+from autoshard.execution.agreement import compare
 from autoshard.execution.children import execute
-from autoshard.execution.comparison import compare
 from autoshard.execution.memory import needed_bytes
 from autoshard.execution.requests import Part, PartOutcome, RunRequest
 from autoshard.execution.tolerance import tolerance_of

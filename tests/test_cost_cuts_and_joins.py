@@ -8,10 +8,10 @@ import pytest
 from test_cost_step import MACHINE
 from test_graph_rules import program_of
 
-from autoshard.cost.joining import JoinedCopies
+from autoshard.cost.cuts_and_joins import JoinedCopies
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import price_op
-from autoshard.graph.makers import made_by
+from autoshard.graph.producers import made_by
 from autoshard.graph.program import WHOLE, Layout, Op, Program
 
 FEATURES, TOKENS = 256, 512

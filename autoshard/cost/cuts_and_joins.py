@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from autoshard.cost.machine import Machine
 from autoshard.cost.shards import Choice, local_bytes, local_sizes
 from autoshard.cost.single_rows import shard_seconds
-from autoshard.cost.turning import tile_rows
-from autoshard.graph.makers import made_by
+from autoshard.cost.transposing import tile_rows
+from autoshard.graph.producers import made_by
 from autoshard.graph.program import Array, Interleaving, Layout, Op
 from autoshard.graph.splits import factors_split, layout_of
 from autoshard.hardware.efficiency import KERNEL_SECONDS, TILE_ROWS
