@@ -46,6 +46,7 @@ def matmul(sizes: Sequence[int], dims: Dims) -> Op:
         gathered=frozenset(),
         flops=2 * math.prod(sizes),
         layer="",
+        place="",
         backward=False,
         count=1,
         sum_into=2,

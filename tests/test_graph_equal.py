@@ -83,5 +83,8 @@ def test_blocks_of_a_stack_have_in_common_what_reads_none_of_their_weights(
         StepInput(role="data", family=None),
         *(StepInput(role="weight", family=name) for name in ("first", "second")),
     ]
-    program = build_program(read_jaxpr(closed), inputs, [None], lambda layer: 9, for_tpu=for_tpu)
+    templates = {f"{layer}/kernel": f"{layer[:-2]}_*/kernel" for layer in layers}
+    program = build_program(
+        read_jaxpr(closed), inputs, [None], lambda layer: 9, templates, for_tpu=for_tpu
+    )
     assert [op.count for op in program.ops if op.primitive == "concatenate"] == counts

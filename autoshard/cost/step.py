@@ -22,7 +22,7 @@ from autoshard.cost.single_rows import shard_seconds
 from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import Transfer, collective, result_moves, transfer_by_part
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import Layout, Op, Program, in_any_block
+from autoshard.graph.program import Layout, Op, Program
 from autoshard.graph.propagation import Apart, picker, torn_axes
 from autoshard.graph.softmaxes import with_maxima
 from autoshard.graph.tying import price_look
@@ -74,6 +74,7 @@ class StepPricer:
             (paid, picker([argument.group for argument in paid]))
             for paid in self.arguments.paid(program.arguments)
         ]
+        self._places = {op.layer: op.place for op in program.ops}
         self._argument_prices: dict[tuple[int, tuple[Layout, ...], bool], float] = {}
         # The layouts priced last, and what each op adds under them.
         self._last: Sequence[Layout | None] = (None,) * len(program.groups)
@@ -139,7 +140,7 @@ class StepPricer:
         self, traffic: _Traffics, moving: Mapping[int, Share], layouts: Sequence[Layout]
     ) -> float:
         """Add the collectives of some ops; returns what they cost compute, in seconds."""
-        seconds = 0.0
+        seconds, places = 0.0, self._places
         windowed: dict[tuple[object, ...], Transfer] = {}
         for index in sorted(moving):
             for once, transfer, moved, beside in moving[index].moves:
@@ -153,7 +154,7 @@ class StepPricer:
                         moved = beside
                     traffic[once] = moved
                     seconds += transfer.memory_seconds * moved.count
-                elif moved.count < known.count and _is_alike(moved, known):
+                elif moved.count < known.count and places[moved.layer] == places[known.layer]:
                     traffic[once] = replace(known, count=moved.count)
                     seconds -= transfer.memory_seconds * (known.count - moved.count)
                 if transfer.pieces > 1:
@@ -356,8 +357,3 @@ class StepPricer:
                 prices[place, laid, is_fused] = seconds
             total += seconds
         return total
-
-
-def _is_alike(one: Traffic, other: Traffic) -> bool:
-    """Whether two collectives are of the same layer, in whatever blocks."""
-    return in_any_block(one.layer) == in_any_block(other.layer)

@@ -14,6 +14,7 @@ from autoshard.graph.layer_outputs import layer_outputs
 from autoshard.graph.link import PASSING, Label, Link
 from autoshard.graph.liveness import Lives, read_lives
 from autoshard.graph.meetings import count_meetings
+from autoshard.graph.places import with_places
 from autoshard.graph.program import (
     Argument,
     Array,
@@ -66,7 +67,7 @@ def build_program(
         inputs: one an argument, in order.
         replaces: for each result, the index of the argument whose memory it takes, or None.
         count_of: how many times the whole model has a layer of the traced copy.
-        templates: path of a layer output -> its template.
+        templates: path of each variable or layer output -> its template.
         for_tpu: whether a TPU compiler partitions the step, which simplifies it first (see
             `autoshard.graph.casts`, `autoshard.graph.equal` and `autoshard.graph.vectors`), and
             has matmuls read a weight in place of what it is turned to.
@@ -74,7 +75,7 @@ def build_program(
     Returns:
         The program, with the arrays grouped and only the ops that can move or compute something.
     """
-    common = frozenset[int]()
+    flat, common = with_places(flat, templates or {}), frozenset[int]()
     if for_tpu:
         own = [i for i, info in zip(flat.inputs, inputs, strict=True) if info.role != "data"]
         flat, common = merge_equal(flat, own)
@@ -283,6 +284,7 @@ def _replacements(
             link=link,
             flops=0,
             layer="",
+            place="",
             backward=False,
         )
         count = round(inputs[replaced].count)
@@ -376,6 +378,7 @@ def _op(
         flops=equation.flops,
         window=equation.window,
         layer=equation.layer,
+        place=equation.place,
         backward=equation.backward,
         count=count,
         # A lookup's gradient is reduced on its own, before what it is added to.

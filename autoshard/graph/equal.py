@@ -10,7 +10,6 @@ layout spreads through it (its `constant_or_scalar_splitter.cc`). Elementwise op
 slices and reshapes keep constants constant, and nothing else does: a concatenation ends it.
 """
 
-import re
 from collections.abc import Collection, Hashable
 from dataclasses import replace
 
@@ -20,9 +19,6 @@ from autoshard.graph.rules import LINK_RULES
 from autoshard.model.outputs import MARK
 
 __all__ = ["merge_equal"]
-
-# What tells the layers of a block from those of another.
-_NUMBER = re.compile(r"_?\d+")
 
 _KEEPS = {"iota", "reshape", "slice", "squeeze", "expand_dims"}
 
@@ -83,8 +79,8 @@ class _Merger:
             self._varies.update(equation.results)
         elif not is_constant:
             self.common.update(equation.results)
-        layer, is_own = equation.layer, not self._varies.isdisjoint(equation.results)
-        look = self._look(equation, layer if is_own else _NUMBER.sub("", layer))
+        is_own = not self._varies.isdisjoint(equation.results)
+        look = self._look(equation, equation.layer if is_own else equation.place)
         if look is None:
             self.equations.append(equation)
         elif is_constant:
@@ -136,6 +132,7 @@ class _Merger:
                     link=LINK_RULES["broadcast_in_dim"]([array.shape], [shape], dims),
                     flops=0,
                     layer=reader.layer,
+                    place=reader.place,
                     backward=reader.backward,
                 )
             )

@@ -50,6 +50,7 @@ class Equation:
         flops: floating point operations, multiply-add counting two; 0 for what is not a matmul.
         window: elements of a convolution's filter, see `autoshard.graph.flops`; 1 for a matmul.
         layer: path of the layer, without the transformations around it.
+        place: the same for each block that has such a layer, once that is known: see `with_places`.
         backward: whether the transposed (gradient) program holds it.
         does: its parameters and literals, or None where two of them cannot be compared.
     """
@@ -61,6 +62,7 @@ class Equation:
     flops: int
     window: int = 1
     layer: str
+    place: str = ""
     backward: bool
     does: Hashable = None
 

@@ -10,7 +10,6 @@ axis splits, or `WHOLE`.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,20 +31,10 @@ __all__ = [
     "Scores",
     "Slicing",
     "StepOutput",
-    "in_any_block",
 ]
 
 WHOLE = -1
 Layout = tuple[int, ...]
-
-
-def in_any_block(layer: str) -> str:
-    """The path of a layer, the same for each block that has one.
-
-    >>> in_any_block("decoder_block_1/attention/query")
-    'decoder_block_*/attention/query'
-    """
-    return re.sub(r"\d+", "*", layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +136,7 @@ class Op:
         flops: multiply-adds count two; 0 for ops that only move data.
         window: elements of a convolution's filter, see `autoshard.graph.flops`; 1 for a matmul.
         layer: path of the layer that made it, for example `decoder_block_1/attention/query`.
+        place: the same for each block that has such a layer, as `decoder_block_*/attention/query`.
         backward: whether it belongs to the gradient.
         count: how many times the whole model runs it, for this one of the folded copy. What it
             shares with ops of other blocks, as the output of an encoder, is moved once for all.
@@ -182,6 +172,7 @@ class Op:
     gathered: frozenset[int]
     flops: int
     layer: str
+    place: str
     backward: bool
     count: int
     sum_into: int

@@ -1,7 +1,7 @@
 """Ties the repeated blocks of a traced copy: what stands at one place in each is one decision.
 
 The copy holds two periods of blocks; the first stands for all but the last. Ops of different blocks
-correspond where the layer (block numbers aside), the direction, the op itself and its place among
+correspond where the layer's place in its block, the direction, the op itself and its place among
 such ops of the layer are the same. Their arrays' groups are then tied. This is by block and place,
 never by what an op merely looks like: look-alikes elsewhere may want another layout.
 """
@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 
 import networkx as nx
 
-from autoshard.graph.program import Op, Program, in_any_block
+from autoshard.graph.program import Op, Program
 
 __all__ = ["TiedOp", "places_in_blocks", "price_look", "tie_blocks"]
 
@@ -54,7 +54,7 @@ def places_in_blocks(ops: Sequence[Op]) -> list[Hashable]:
     places: list[Hashable] = []
     for op in ops:
         look = _look(op)
-        places.append((in_any_block(op.layer), look, order[op.layer, look]))
+        places.append((op.place, look, order[op.layer, look]))
         order[op.layer, look] += 1
     return places
 

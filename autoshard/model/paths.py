@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "block_pattern",
+    "in_any_block",
     "layer_template",
     "layer_templates",
     "number_of",
@@ -215,6 +216,26 @@ def layer_template(layer: str, templates: Mapping[str, str]) -> str:
     'block_*/mlp'
     """
     return next((templates[path] for path in tails(layer) if path in templates), layer)
+
+
+def in_any_block(layer: str, templates: Mapping[str, str]) -> str:
+    """The path of the layer of a traced op, the same for each block that has one.
+
+    Args:
+        layer: as a traced op names it, from the outermost model down.
+        templates: as `layer_templates` returns them.
+
+    >>> templates = {"block_1/mlp_1": "block_*/mlp"}
+    >>> [in_any_block(layer, templates) for layer in ("net/block_1/mlp_1", "block_1/mlp_1/sum")]
+    ['net/block_*/mlp', 'block_*/mlp/sum']
+    """
+    parts = layer.split("/")
+    for end in range(len(parts), 0, -1):
+        for start in range(end):
+            template = templates.get("/".join(parts[start:end]))
+            if template is not None:
+                return "/".join([*parts[:start], template, *parts[end:]])
+    return layer
 
 
 def block_pattern(template: str) -> str:

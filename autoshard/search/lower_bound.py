@@ -28,7 +28,7 @@ from autoshard.cost.shards import Choice, local_bytes
 from autoshard.cost.step import StepPricer
 from autoshard.cost.strategies import candidate_choices
 from autoshard.graph.axis_parts import AxisParts
-from autoshard.graph.program import WHOLE, Array, Layout, Op, in_any_block
+from autoshard.graph.program import WHOLE, Array, Layout, Op
 from autoshard.graph.splits import splits_evenly
 from autoshard.graph.tying import tie_blocks
 from autoshard.mesh import Mesh, Spec
@@ -109,7 +109,7 @@ def _sharers(ops: Sequence[Op], shared_by: Callable[[Op], Sequence[int]]) -> dic
         for shared in shared_by(op):
             n_ops[shared] += 1
             places = counts.setdefault(shared, {})
-            places.setdefault(in_any_block(op.layer), set()).add(op.count)
+            places.setdefault(op.place, set()).add(op.count)
     return {
         shared: _Sharers(
             n_ops=n_ops[shared],

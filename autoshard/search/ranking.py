@@ -249,7 +249,7 @@ def _can_be_told(scored: Scored, tied: Sequence[Collection[str]]) -> bool:
 def _bound(relaxed_seconds: float, best: Scored) -> float | None:
     """The relaxed problem's bound where there is one, and where it holds for the best layout.
 
-    Layers that are numbered but no blocks of one stack are tied too, and then may do better.
+    Layers of one block under names that Keras counts are tied too, and apart may do better.
     """
     found = best.cost.step_seconds
     holds = relaxed_seconds <= found * (1 + _SAME)
