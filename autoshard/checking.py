@@ -77,7 +77,7 @@ def check(
     found = resolve(rules, table, grid)
     findings = (*_reading_findings(unreadable), *found.findings, *origin_findings(made, table))
     knows_axes = all(finding.kind != "unknown-axis" for finding in findings)
-    if grid is not None and made is None and knows_axes:
+    if grid is not None and made is None and knows_axes and not unreadable:
         findings = (*findings, *_whole_findings(found, table, grid))
     if grid is None or not found.outputs or not knows_axes:
         return findings

@@ -4,6 +4,7 @@ Results go to standard output, progress to standard error. Exit status 0: good; 
 failure of the work; 2: wrong usage.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -32,6 +33,11 @@ class _Group(click.Group):
         except AutoshardError as error:
             click.echo(f"autoshard: {error}", err=True)
             ctx.exit(error.exit_status)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            click.echo(f"autoshard: cannot write the result: {error.strerror}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -42,7 +42,7 @@ class PlanOutcome:
         verdicts: what a compiler said, best first; empty where none was asked.
         timings: seconds of each stage, measured.
         failure: why the verification failed, in one line, or "".
-        unused_length: the length that was asked for, where the model has one of its own.
+        unused: what was asked for and has no effect, a line each.
     """
 
     plan: Plan
@@ -51,17 +51,14 @@ class PlanOutcome:
     verdicts: tuple[Verdict, ...]
     timings: dict[str, float]
     failure: str = ""
-    unused_length: int | None = None
+    unused: tuple[str, ...] = ()
     shapes: tuple[Planning, ...] = ()
     advice: Advice = Advice()
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """Why the plan may not be what it seems, a line each."""
-        if self.unused_length is None:
-            return self.plan.warnings
-        length = f"a sequence length of {self.unused_length} has no effect: the model has its own"
-        return (length, *self.plan.warnings)
+        return (*self.unused, *self.plan.warnings)
 
     @property
     def foreseen_share(self) -> float:
@@ -245,7 +242,7 @@ def make_plan(
         timings=watch.seconds,
         failure=failure,
         shapes=() if devices is None else shapes,
-        unused_length=_unused_length(options.get("seq_len"), traced.workload),
+        unused=tuple(_unused(options.get("batch"), options.get("seq_len"), traced.workload)),
     )
     if not advise or failure or outcome.plan.fits:
         return outcome
@@ -273,9 +270,12 @@ def _advice(
     )
 
 
-def _unused_length(asked: int | None, workload: Workload) -> int | None:
-    """The length that was asked for, where the model is planned with another."""
-    return None if asked in (None, DEFAULT_SEQ_LEN, workload.seq_len) else asked
+def _unused(batch: int | None, seq_len: int | None, workload: Workload) -> Iterator[str]:
+    """What was asked for, where the model is planned with its own."""
+    if batch not in (None, workload.batch):
+        yield f"a batch of {batch} has no effect: the model has its own, {workload.batch}"
+    if seq_len not in (None, DEFAULT_SEQ_LEN, workload.seq_len):
+        yield f"a sequence length of {seq_len} has no effect: the model has its own"
 
 
 def _setups(mesh: MeshLike | None, devices: int | None, **options: Any) -> tuple[Setup, ...]:

@@ -164,6 +164,12 @@ class Plan:
                 f"field 'batch_dim_name' is {json.dumps(record.get('batch_dim_name'))}; expected "
                 f'the first axis of the mesh, "{plan.batch_dim_name}"'
             )
+        batch, n_data = plan.workload.batch, plan.mesh.sizes[plan.mesh.data_axis]
+        if batch % n_data:
+            raise PlanFileError(
+                f"field 'workload': a batch of {batch} does not divide over the {n_data} devices "
+                "of the data axis"
+            )
         try:
             check_devices(plan.mesh, parse_target(plan.target))
         except UsageError as error:

@@ -135,7 +135,7 @@ def test_one_of_mesh_and_devices_is_asked_for() -> None:
     for mesh, devices in ((None, None), ("1x8", 8)):
         with pytest.raises(UsageError, match="one of the two"):
             make_plan(small_gemma_backbone, mesh, devices=devices)
-    with pytest.raises(MeshError, match="axes"):
+    with pytest.raises(MeshError, match="two axes, and 3 names are given"):
         make_plan(small_gemma_backbone, devices=8, axes=["a", "b", "c"])
 
 
@@ -158,3 +158,9 @@ def test_what_is_no_mesh_and_no_compiler_is_wrong_usage() -> None:
         make_plan(small_gemma_backbone, "1x8", verify="tpu")
     with pytest.raises(UsageError, match="0 bytes"):
         make_plan(small_gemma_backbone, "1x8", memory_limit=0)
+
+
+def test_no_tradeoff_is_over_the_limit_where_one_keeps_it(outcome: PlanOutcome) -> None:
+    peaks = sorted(one.scored.cost.memory.peak_bytes for one in tradeoffs(outcome.shapes))
+    limited = make_plan(small_gemma_backbone, devices=8, memory_limit=peaks[-1] - 1, **STEP)
+    assert all(not one.scored.excess_bytes for one in tradeoffs(limited.shapes))

@@ -9,6 +9,7 @@ from autoshard.hardware.chips import get_chip
 from autoshard.model.attention import attention_of
 from autoshard.model.build import build
 from autoshard.model.fold import fold
+from autoshard.model.inputs import model_inputs
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.signature import Step
@@ -203,3 +204,23 @@ def test_only_what_takes_sequences_has_a_length() -> None:
         for name in ("vit", "bert")
     ]
     assert lengths == [1, 64]
+
+
+def test_a_batch_that_a_model_states_is_its_own() -> None:
+    keras = import_keras()
+
+    def of_batch(batch: int | None) -> Any:
+        rows = keras.Input(batch_shape=(batch, 64))
+        return keras.Model(rows, keras.layers.Dense(8, name="only")(rows))
+
+    batches = [build(lambda n=n: of_batch(n)).adapted(Workload()).batch for n in (32, None)]
+    assert batches == [32, 8]
+    (rows,) = model_inputs(of_batch(32), Workload(batch=32))[0]
+    assert rows.shape == (32, 64)
+
+
+def test_an_input_of_strings_is_refused() -> None:
+    keras = import_keras()
+    words = keras.Input((1,), dtype="string", name="words")
+    with pytest.raises(ModelError, match="'words' of .* holds strings"):
+        model_inputs(keras.Model(words, words), Workload())

@@ -269,7 +269,7 @@ def test_a_next_best_that_is_faster_is_explained() -> None:
     assert notes == [
         "(step and memory: what the next best would add, predicted by formulas;",
         "the ranking adds a twentieth of the collectives behind compute, 0.25% a rule for an "
-        "output, 0.7% for twice the memory;",
+        "output or for biases, 0.7% for twice the memory;",
         "a compiler was asked about whole layouts, and its word counts first)",
     ]
     assert "a compiler" not in reasons_text(replace(PLAN, compiled=None))
@@ -429,6 +429,13 @@ def test_a_layout_is_a_plan_by_what_it_holds_whatever_its_name(tmp_path: Path) -
             plan_or_map(broken)
     with pytest.raises(UsageError):
         plan_or_map(tmp_path / "missing.json")
+
+
+def test_a_plan_whose_batch_does_not_divide_is_refused() -> None:
+    record = json.loads(PLAN.to_json())
+    record["mesh"]["shape"], record["workload"]["batch"] = [2, 4], 3
+    with pytest.raises(PlanFileError, match="'workload': a batch of 3 does not divide over the 2"):
+        Plan.from_json(json.dumps(record))
 
 
 def test_a_rule_that_stands_twice_makes_no_plan() -> None:

@@ -8,6 +8,7 @@ from autoshard.cost.values import Memory, StepCost
 from autoshard.mesh import Spec, parse_mesh
 from autoshard.search.candidates import NO_RULE, Choices
 from autoshard.search.descent import Scored, descend
+from autoshard.search.moves import make_moves
 
 WEIGHT, OUTPUT = "layer/kernel", "layer/output"
 SPLIT = ("model", None)
@@ -134,3 +135,35 @@ def test_shakes_come_to_what_takes_two_weights_and_two_outputs_at_once() -> None
         scorer: Any = AllOrNone({})
         found: Any = descend(scorer, families, [start], n_shakes=n_shakes)
         assert found.rank == rank
+
+
+def test_a_bias_follows_its_weight_where_that_pays() -> None:
+    class FollowedPays(Table):
+        """Split weights pay only beside a split bias, and a split bias only beside these."""
+
+        def score(self, assignment: Mapping[str, Spec]) -> Found:
+            split = [any(assignment.get(name, ())) for name in ("layer/kernel", "layer/bias")]
+            seconds = {(False, False): 10.0, (True, True): 7.0, (True, False): 9.0}
+            found = seconds.get((split[0], split[1]), 12.0)
+            return Found(assignment=tuple(assignment.items()), rank=found)
+
+    columns = (None, "model")
+    kernel = Choices(
+        name=WEIGHT, shape=(8, 8), specs=((None, None), columns), siblings="w", n_bytes=64
+    )
+    bias = Choices(
+        name="layer/bias",
+        shape=(8,),
+        specs=((None,), ("model",)),
+        siblings="b",
+        n_bytes=8,
+        follows=WEIGHT,
+    )
+    scorer: Any = FollowedPays({})
+    start = {WEIGHT: (None, None), "layer/bias": (None,)}
+    found: Any = descend(scorer, [kernel, bias], [start])
+    assert dict(found.assignment) == {WEIGHT: columns, "layer/bias": ("model",)}
+    # What is split goes where the weight goes.
+    (put, *_) = [one for one in make_moves([kernel, bias], Table.mesh) if not one.is_output]
+    both = {WEIGHT: columns, "layer/bias": ("model",)}
+    assert put.change(both) == {WEIGHT: (None, None), "layer/bias": (None,)}

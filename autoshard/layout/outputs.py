@@ -33,7 +33,8 @@ def refused_outputs(
         for shape in shapes.get(template, ()):
             what = f"{format_spec(spec)} for '{template}', of shape {shape}"
             if len(spec) > len(shape):
-                refused.setdefault(path, ("output-shape", f"JAX refuses {what}"))
+                reason = f"JAX refuses {what}; give at most {len(shape)} entries"
+                refused.setdefault(path, ("output-shape", reason))
             elif not divides(shape, spec, mesh):
                 reason = f"JAX pads {what}, in a compiled call, and refuses it in another"
                 refused.setdefault(path, ("uneven-output", reason))

@@ -23,6 +23,8 @@ SPEC = 'a layout is a tuple of axis names and None, like ("model", None)'
 # Methods of a LayoutMap that change its rules.
 _CHANGING = ("__delitem__", "__setitem__", "clear", "pop", "popitem", "setdefault", "update")
 
+_ELSEWHERE = "the rules that it holds are not in this source"
+
 # What runs only on a condition, or so often as one says.
 _CONDITIONAL = (ast.If, ast.Match, ast.While, ast.For, ast.AsyncFor, ast.ExceptHandler)
 
@@ -130,7 +132,7 @@ class _Source:
             if isinstance(node, ast.ImportFrom):
                 names = {alias.asname or alias.name for alias in node.names}
                 if not names.isdisjoint(self._maps):
-                    yield str(self._error(node, "the rules that it holds are not in this source"))
+                    yield str(self._error(node, _ELSEWHERE))
         for target, value in self._statements:
             if _makes_map(value) and not _last_name(target):
                 yield str(self._error(target, "a LayoutMap is read under a name of its own"))
@@ -140,7 +142,9 @@ class _Source:
                 and _last_name(value) not in self._maps
                 and not (isinstance(value, ast.Constant) and value.value is None)
             ):
-                yield str(self._error(value, "the rules that it holds are not in this source"))
+                is_here = isinstance(value, ast.Dict)
+                where = "write each as layout_map[...] = (...)" if is_here else _ELSEWHERE
+                yield str(self._error(value, where))
 
     def _otherwise_changed(self) -> Iterator[str]:
         """Where a map is changed by anything but an assignment to one pattern."""

@@ -8,7 +8,14 @@ from autoshard.errors import ModelError
 from autoshard.model.keras_import import import_keras
 from autoshard.model.workload import Workload
 
-__all__ = ["Input", "has_open_length", "model_inputs", "open_inputs", "output_structure"]
+__all__ = [
+    "Input",
+    "has_open_length",
+    "model_inputs",
+    "open_inputs",
+    "output_structure",
+    "own_batch",
+]
 
 # As Keras gives shapes: None for a dimension that is open.
 SymbolicShape = tuple[int | None, ...]
@@ -76,13 +83,19 @@ def model_inputs(
         The inputs in flat order, and the structure that `keras.tree.pack_sequence_as` refills.
 
     Raises:
-        ModelError: the model does not say what it takes.
+        ModelError: the model does not say what it takes, or takes strings.
     """
     keras = import_keras()
     structure = _structure(model, "_inputs_struct")
     tensors = keras.tree.flatten(structure)
     symbolic = _symbolic_shapes(model, structure)
     shapes = _filled(symbolic, getattr(model, "backbone", model), workload, pictures)
+    for tensor in tensors:
+        if str(tensor.dtype) == "string":
+            raise ModelError(
+                f"input '{tensor.name}' of '{model.name}' holds strings, which no step on JAX "
+                "takes: plan the model behind the layer that looks them up"
+            )
     inputs = tuple(
         Input(name=tensor.name, shape=shapes[tensor.name], dtype=str(tensor.dtype))
         for tensor in tensors
@@ -102,6 +115,18 @@ def has_open_length(model: Any) -> bool:
     shapes = _symbolic_shapes(model, structure).values()
     # Of pictures and the like that are open one pixel is taken.
     return any(len(shape) < 4 and None in shape[1:] for shape in shapes)
+
+
+def own_batch(model: Any) -> int | None:
+    """The batch that a model's inputs state; None where they leave it open, or do not agree.
+
+    Args:
+        model: a Keras model.
+    """
+    structure = getattr(_functional(model), "_inputs_struct", None)
+    shapes = _symbolic_shapes(model, structure).values() if structure is not None else ()
+    sizes = {shape[0] for shape in shapes if shape}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def open_inputs(model: Any) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from autoshard.errors import AutoshardError, ModelError, UsageError
 from autoshard.model.abstract import abstract_scope, name_counts, recording_scope
 from autoshard.model.folding import Folding
-from autoshard.model.inputs import has_open_length, open_inputs
+from autoshard.model.inputs import has_open_length, open_inputs, own_batch
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.variables import ModelTable, make_table
 from autoshard.model.workload import DTYPES, Workload
@@ -83,7 +83,7 @@ class AbstractModel:
     dtype: str | None = None
 
     def adapted(self, workload: Workload) -> Workload:
-        """The workload with the model's own dtype, where it has one, and its own length.
+        """The workload with the model's own dtype and batch, where it has them, and its own length.
 
         That is 1 for a model that leaves no length open, as one of pictures.
 
@@ -96,7 +96,12 @@ class AbstractModel:
                 f"make it with one of {', '.join(DTYPES)}"
             )
         seq_len = workload.seq_len if has_open_length(self.model) else 1
-        return replace(workload, dtype=self.dtype or workload.policy, seq_len=seq_len)
+        return replace(
+            workload,
+            dtype=self.dtype or workload.policy,
+            batch=own_batch(self.model) or workload.batch,
+            seq_len=seq_len,
+        )
 
     @property
     def compiled_with(self) -> str:

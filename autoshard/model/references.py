@@ -97,8 +97,11 @@ def _import_path(function: Callable[[], Any]) -> str:
 def _imported(reference: str) -> Callable[[], Any]:
     module_name, _, attribute = reference.partition(":")
     if module_name.endswith(".py"):
-        dotted = module_name.removesuffix(".py").replace("/", ".")
-        raise UsageError(f"'{module_name}' is a file; name its module: {dotted}:{attribute}")
+        path = Path(module_name).with_suffix("")
+        is_below = not path.is_absolute() and ".." not in path.parts
+        module = ".".join(path.parts) if is_below else path.name
+        where = "" if is_below else f", in the folder {path.parent}"
+        raise UsageError(f"'{module_name}' is a file; name its module: {module}:{attribute}{where}")
     try:
         with redirect_stdout(sys.stderr):  # what it prints is no output of ours
             made: Any = importlib.import_module(module_name)

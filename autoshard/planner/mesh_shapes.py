@@ -72,6 +72,11 @@ def make_setups(
         MeshError: the axes are not two.
         UsageError: a number is not whole.
     """
+    if axes is not None and len(axes) != 2:
+        raise MeshError(
+            f"devices are arranged in two axes, and {len(axes)} names are given; name two, or give "
+            "the mesh"
+        )
     n_devices, batch = whole_number("devices", n_devices), whole_number("batch", batch)
     shapes = mesh_shapes(n_devices)
     batch = round_up(DEFAULT_BATCH, n_devices) if batch is None else batch
@@ -109,12 +114,16 @@ def plan_shapes(
 
 
 def tradeoffs(plannings: Sequence[Planning]) -> tuple[Tradeoff, ...]:
-    """The Pareto set of time and memory over all meshes, the fastest first."""
+    """The Pareto set of time and memory over all meshes, the fastest first.
+
+    Where something fits, what does not is left out.
+    """
     every = [
         Tradeoff(mesh=planning.setup.mesh, scored=scored)
         for planning in plannings
         for scored in planning.result.front
     ]
+    every = [one for one in every if not one.scored.excess_bytes] or every
     every.sort(key=lambda one: (one.scored.cost.step_seconds, one.scored.cost.memory.peak_bytes))
     kept: list[Tradeoff] = []
     for one in every:

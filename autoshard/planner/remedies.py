@@ -1,5 +1,6 @@
 """What would make a step fit that does not: changes of the request, each planned in turn."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,6 +102,8 @@ def remedies(
 ) -> Advice:
     """The least change of each kind under which a layout keeps the memory limit.
 
+    Of other shapes of the mesh it is the one with the fastest step.
+
     Args:
         model: what `autoshard.plan` takes.
         traced: the same, its step that of the setup.
@@ -117,11 +120,17 @@ def remedies(
 
     # What an odd axis leaves whole tells nothing of the shards of another.
     has_odd_part = _even_part(setup.mesh) < setup.mesh.shape[-1]
+    shapes = itertools.islice(_other_shapes(setup, planned), _MOST_TRIALS)
+    each = [_first_that_fits(iter([shape]), setup, None, trace, watch) for shape in shapes]
+    fitting = [one for one in each if isinstance(one, Remedy)]
+    fastest = min(fitting, key=lambda one: one.step_seconds) if fitting else (each or [None])[-1]
     found = [
+        _first_that_fits(_without_generate(setup, traced), setup, None, trace, watch),
+        fastest,
+    ]
+    found += [
         _first_that_fits(changes, setup, known, trace, watch)
         for changes, known in (
-            (_without_generate(setup, traced), None),
-            (_other_shapes(setup, planned), None),
             (_adapted(setup), 0),
             (_smaller_batches(setup), peak_bytes),
             (_more_devices(setup), None if has_odd_part else peak_bytes),

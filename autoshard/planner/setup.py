@@ -36,7 +36,7 @@ class Setup:
         generate: whether `generate` has to run under the plan too, where the model has it.
 
     Raises:
-        MeshError: mesh and target differ in devices.
+        MeshError: mesh and target differ in devices, or the data axis does not divide the batch.
     """
 
     mesh: Mesh
@@ -47,6 +47,12 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_devices(self.mesh, self.target)
+        batch, n_data = self.workload.batch, self.mesh.sizes[self.mesh.data_axis]
+        if batch % n_data:
+            raise MeshError(
+                f"a batch of {batch} does not divide over the {n_data} devices of the data axis "
+                f"'{self.mesh.data_axis}'; use a multiple of {n_data}"
+            )
 
 
 def make_setup(
@@ -84,14 +90,8 @@ def make_setup(
         target = named_target(target, n_devices)
     if slices is not None:
         target = _in_slices(target, slices, n_devices)
-    n_data = mesh.sizes[mesh.data_axis]
     if batch is None:
-        batch = round_up(DEFAULT_BATCH, n_data)
-    if batch % n_data:
-        raise MeshError(
-            f"a batch of {batch} does not divide over the {n_data} devices of the data axis "
-            f"'{mesh.data_axis}'; use a multiple of {n_data}"
-        )
+        batch = round_up(DEFAULT_BATCH, mesh.sizes[mesh.data_axis])
     if workload == "lora" and lora_rank is None:
         lora_rank = DEFAULT_LORA_RANK
     return Setup(

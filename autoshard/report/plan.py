@@ -121,7 +121,8 @@ def _misfit(outcome: PlanOutcome) -> str:
     peak = outcome.winner.scored.cost.memory.peak_bytes
     limit = format_bytes(outcome.planning.setup.memory_limit)
     said = (
-        f": this is the nearest plan; it needs {format_bytes(peak)} "
+        f": this is the nearest plan; it needs {format_bytes(peak)}, "
+        f"{format_bytes(peak - outcome.planning.setup.memory_limit)} more "
         f"(planned for as if a chip had them by --memory-limit {option_bytes(peak)})"
     )
     if outcome.verdicts and outcome.verdicts[0].misfit:

@@ -39,8 +39,8 @@ __all__ = [
 
 Assignment = Mapping[str, Spec]
 
-# A family of less than this share of the model's bytes stays whole: a rule for it would be longer
-# than its gain.
+# A family of less than this share of the model's bytes stays whole, for a rule for it would be
+# longer than its gain; or, a bias, it lies as the weight of its layer does.
 _NEGLIGIBLE_SHARE = 1e-3
 
 # What stands for a layer output that no rule names.
@@ -59,6 +59,8 @@ class Choices:
         siblings: name shared by families that are read by the same op shapes (query, key and
             value; gate and up), and so are moved together before they are moved alone.
         n_bytes: bytes of all its variables, whole.
+        follows: of a small bias, the family of its layer's weight: it lies as the last dimensions
+            of that do, or whole. "" for what is moved on its own.
         is_output: whether it is a layer output, which may go without a rule.
     """
 
@@ -67,6 +69,7 @@ class Choices:
     specs: tuple[Spec, ...]
     siblings: str
     n_bytes: int
+    follows: str = ""
     is_output: bool = False
 
     @property
@@ -98,9 +101,10 @@ def legal_specs(shape: Sequence[int], mesh: Mesh) -> Iterator[Spec]:
 def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
     """The families of a program with their legal specs, largest first.
 
-    Families that make up less than a thousandth of the weights have the replicated spec alone.
-    Those that the step does not read, as an encoder of pictures where none are fed, cost no time
-    in any layout and have the one with the smallest shard.
+    Families that make up less than a thousandth of the weights have the replicated spec alone, but
+    for biases: the gradient of one that lies whole has to be gathered where its layer is split.
+    Those that the step does not read, as an encoder of pictures where none are fed, cost no time in
+    any layout and have the one with the smallest shard.
     """
     unread = _unread(program)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -111,10 +115,20 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
             total = int(argument.n_bytes * argument.count)
             n_bytes[argument.family] = n_bytes.get(argument.family, 0) + total
     floor = _NEGLIGIBLE_SHARE * sum(n_bytes.values())
+    weights = {
+        (_layer(name), shape[-n:]): name
+        for name, shape in shapes.items()
+        for n in range(1, len(shape))
+        if n_bytes[name] >= floor
+    }
+    follows = {
+        name: weights.get((_layer(name), shape), "") if n_bytes[name] < floor else ""
+        for name, shape in shapes.items()
+    }
 
     def specs(family: str) -> tuple[Spec, ...]:
         legal = tuple(legal_specs(shapes[family], mesh))
-        if n_bytes[family] < floor:
+        if n_bytes[family] < floor and not follows[family]:
             return legal[:1]
         smallest = min(legal, key=lambda spec: math.prod(shard_shape(shapes[family], spec, mesh)))
         return (smallest,) if family in unread else legal
@@ -126,6 +140,7 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
             specs=specs(family),
             siblings=f"{_parent(family)} {shapes[family]}",
             n_bytes=n_bytes[family],
+            follows=follows[family],
         )
         for family in sorted(n_bytes, key=lambda name: (-n_bytes[name], name))
     )
@@ -246,6 +261,11 @@ def _output_specs(
         if all(len(s) == len(shape) and divides(s, tuple(entries), mesh) for s in shapes):
             specs.append(tuple(entries))
     return tuple(specs)
+
+
+def _layer(family: str) -> str:
+    """The layer of a family: its path less the variable."""
+    return family.rpartition("/")[0]
 
 
 def _parent(family: str) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from autoshard.mesh import Mesh, Spec
@@ -32,14 +32,14 @@ class Move:
 
 
 def sibling_groups(families: Iterable[Choices]) -> dict[str, list[Choices]]:
-    """The families that have a choice, by the name that siblings share.
+    """The families that have a choice of their own, by the name that siblings share.
 
     Args:
         families: what there is to choose.
     """
     groups: dict[str, list[Choices]] = {}
     for choices in families:
-        if len(choices.specs) > 1:
+        if len(choices.specs) > 1 and not choices.follows:
             groups.setdefault(choices.siblings, []).append(choices)
     return groups
 
@@ -52,10 +52,49 @@ def make_moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[Move]:
     that stand beside each other, as keys and values, any two and no other too. So are those of a
     layer with its weights, also in place of those of the layers beside it.
 
+    A bias that is split goes where its weight goes. In the end those of a sibling group are laid as
+    their weights are, or whole.
+
     Args:
         families: what there is to choose.
         mesh: the mesh.
     """
+    biases: dict[str, list[Choices]] = {}
+    groups: dict[str, list[Choices]] = {}
+    for choices in families:
+        if choices.follows and len(choices.specs) > 1:
+            biases.setdefault(choices.follows, []).append(choices)
+            groups.setdefault(choices.siblings, []).append(choices)
+    for move in _moves_of_weights_and_outputs(families, mesh):
+        yield replace(move, change=partial(_with_biases, biases, move.change)) if biases else move
+    for members in groups.values():
+        yield Move(change=partial(_follow, members))
+        yield Move(change=partial(lay, members, (None,) * len(members[0].shape)))
+
+
+def _with_biases(
+    biases: Mapping[str, Sequence[Choices]],
+    change: Callable[[Mapping[str, Spec]], dict[str, Spec]],
+    now: Mapping[str, Spec],
+) -> dict[str, Spec]:
+    """A change of weights, with their biases where these are split."""
+    changed = change(now)
+    split = (
+        bias
+        for weight in changed
+        for bias in biases.get(weight, ())
+        if any(now.get(bias.name, NO_RULE))
+    )
+    return changed | _follow(split, {**now, **changed})
+
+
+def _follow(biases: Iterable[Choices], now: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Lay biases as the last dimensions of the weights of their layers."""
+    return {bias.name: now[bias.follows][-len(bias.shape) :] for bias in biases}
+
+
+def _moves_of_weights_and_outputs(families: Sequence[Choices], mesh: Mesh) -> Iterator[Move]:
+    """See `make_moves`."""
     weights = sibling_groups(choices for choices in families if not choices.is_output)
     outputs = sibling_groups(choices for choices in families if choices.is_output)
     singles = [[choices] for members in weights.values() for choices in members]
@@ -125,6 +164,7 @@ def _own_weights(outputs: Sequence[Choices], families: Iterable[Choices]) -> lis
         for choices in families
         if not choices.is_output
         and len(choices.specs) > 1
+        and not choices.follows
         and choices.name.rpartition("/")[0] in layers
     ]
 

@@ -111,7 +111,8 @@ def search(
     families = _moved_together(family_choices(program, mesh), tied)
     bound = output_choices(program, mesh, outputs or {})
     everything = (*families, *bound)
-    scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit)
+    biases = {choices.name: choices.siblings for choices in families if choices.follows}
+    scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit, biases=biases)
     relaxed = relax(pricer, families, mesh, memory_limit)
     own = starting_points(families, relaxed.assignment, mesh)
     smallest = own[1]
