@@ -160,9 +160,9 @@ class _Source:
                 yield str(self._error(node, "rules are read from layout_map[...] = (...) lines"))
 
     def _rule(self, target: ast.Subscript, value: ast.expr) -> Rule:
+        pattern, spec = self._string(target.slice, "a pattern"), self._spec(value)
         if id(target) in self._conditional:
             raise self._error(target, "whether it is set depends on a condition; give one map")
-        pattern, spec = self._string(target.slice, "a pattern"), self._spec(value)
         try:
             return Rule(pattern=pattern, spec=spec)
         except LayoutError as error:
