@@ -121,25 +121,25 @@ def remedies(
     # What an odd axis leaves whole tells nothing of the shards of another.
     has_odd_part = _even_part(setup.mesh) < setup.mesh.shape[-1]
     shapes = itertools.islice(_other_shapes(setup, planned), _MOST_TRIALS)
-    each = [_first_that_fits(iter([shape]), setup, None, trace, watch) for shape in shapes]
-    fitting = [one for one in each if isinstance(one, Remedy)]
-    fastest = min(fitting, key=lambda one: one.step_seconds) if fitting else (each or [None])[-1]
     found = [
         _first_that_fits(_without_generate(setup, traced), setup, None, trace, watch),
-        fastest,
-    ]
-    found += [
-        _first_that_fits(changes, setup, known, trace, watch)
-        for changes, known in (
-            (_adapted(setup), 0),
-            (_smaller_batches(setup), peak_bytes),
-            (_more_devices(setup), None if has_odd_part else peak_bytes),
-        )
+        _fastest([_first_that_fits(iter([shape]), setup, None, trace, watch) for shape in shapes]),
+        _first_that_fits(_adapted(setup), setup, 0, trace, watch),
+        _first_that_fits(_smaller_batches(setup), setup, peak_bytes, trace, watch),
+        _first_that_fits(
+            _more_devices(setup), setup, None if has_odd_part else peak_bytes, trace, watch
+        ),
     ]
     return Advice(
         remedies=tuple(one for one in found if isinstance(one, Remedy)),
         in_vain=tuple(one for one in found if isinstance(one, Mapping)),
     )
+
+
+def _fastest(tried: Sequence[Remedy | Change | None]) -> Remedy | Change | None:
+    """Of several changes the one with the fastest step that fits; where none does, the last."""
+    fitting = [one for one in tried if isinstance(one, Remedy)]
+    return min(fitting, key=lambda one: one.step_seconds, default=tried[-1] if tried else None)
 
 
 def _first_that_fits(
