@@ -151,7 +151,8 @@ def plan(
     from autoshard.pipeline import make_plan
     from autoshard.report.plan import notes, plan_text
 
-    _check_writable(output)
+    if output is not None:
+        _check_writable(output)
     with _progress() as announce:
         outcome = make_plan(model, mesh, axes=_names(axes), on_progress=announce, **options)
     try:
@@ -239,12 +240,11 @@ def check(
     from autoshard.sharding_plan import Plan, plan_or_map
 
     given = plan_or_map(layout)
-    findings = find(model, given, mesh=mesh, axes=_names(axes), seq_len=seq_len)
-    click.echo((findings_json if form == "json" else findings_text)(findings))
+    found = find(model, given, mesh=mesh, axes=_names(axes), seq_len=seq_len)
+    click.echo((findings_json if form == "json" else findings_text)(found))
     if mesh is None and not isinstance(given, Plan):
         click.echo("autoshard: axis names and divisibility are checked with --mesh", err=True)
-    if findings:
-        sys.exit(1)
+    sys.exit(bool(found))
 
 
 @main.command()
@@ -355,10 +355,8 @@ def _run(layout: str, processes: int, form: str, **options: Any) -> None:
 
     for name in ("target", "memory_limit"):
         if options.pop(name) is not None:
-            raise UsageError(
-                f"--run is on virtual CPU devices of this machine: leave out "
-                f"--{name.replace('_', '-')}"
-            )
+            option = name.replace("_", "-")
+            raise UsageError(f"--run is on virtual CPU devices here: leave out --{option}")
     with _progress() as announce:
         found = run(layout, n_processes=processes, on_progress=announce, **options)
     click.echo((run_json if form == "json" else run_text)(found))
@@ -378,12 +376,10 @@ def _set_backend() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def _check_writable(output: str | None) -> None:
+def _check_writable(output: str) -> None:
     """Fail before the work, not after it."""
     from autoshard.sharding_plan import is_stream
 
-    if output is None:
-        return
     if not output:
         raise UsageError("the name of the output file is empty")
     path = Path(output)

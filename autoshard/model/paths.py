@@ -27,6 +27,7 @@ __all__ = [
     "layer_template",
     "layer_templates",
     "number_of",
+    "path_templates",
     "ranked",
     "tails",
 ]
