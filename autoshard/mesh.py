@@ -18,6 +18,7 @@ __all__ = [
     "MeshLike",
     "Spec",
     "as_mesh",
+    "check_batch",
     "divides",
     "format_spec",
     "parse_mesh",
@@ -194,6 +195,20 @@ def divides(shape: Sequence[int], spec: Spec, mesh: Mesh) -> bool:
     return all(
         size % sizes[axis] == 0 for size, axis in zip(shape, spec, strict=False) if axis is not None
     )
+
+
+def check_batch(batch: int, mesh: Mesh) -> None:
+    """Make sure that the data axis divides a global batch.
+
+    Raises:
+        MeshError: it does not.
+    """
+    n_data = mesh.sizes[mesh.data_axis]
+    if batch % n_data:
+        raise MeshError(
+            f"a batch of {batch} does not divide over the {n_data} devices of the data axis "
+            f"'{mesh.data_axis}'; use a multiple of {n_data}"
+        )
 
 
 def shard_shape(shape: Sequence[int], spec: Spec, mesh: Mesh) -> tuple[int, ...]:

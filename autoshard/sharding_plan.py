@@ -30,7 +30,7 @@ from autoshard.layout.distribution import keras_layout_map
 from autoshard.layout.reading import LayoutLike, LayoutText, open_layout
 from autoshard.layout.resolve import resolve, rule_findings
 from autoshard.layout.rules import LayoutRules, format_rules, match, rules_text
-from autoshard.mesh import Mesh, format_spec
+from autoshard.mesh import Mesh, check_batch, format_spec
 from autoshard.model.build import build
 from autoshard.model.keras_import import import_keras
 from autoshard.model.variables import ModelTable
@@ -164,12 +164,10 @@ class Plan:
                 f"field 'batch_dim_name' is {json.dumps(record.get('batch_dim_name'))}; expected "
                 f'the first axis of the mesh, "{plan.batch_dim_name}"'
             )
-        batch, n_data = plan.workload.batch, plan.mesh.sizes[plan.mesh.data_axis]
-        if batch % n_data:
-            raise PlanFileError(
-                f"field 'workload': a batch of {batch} does not divide over the {n_data} devices "
-                "of the data axis"
-            )
+        try:
+            check_batch(plan.workload.batch, plan.mesh)
+        except MeshError as error:
+            raise PlanFileError(f"field 'workload': {error}") from None
         try:
             check_devices(plan.mesh, parse_target(plan.target))
         except UsageError as error:

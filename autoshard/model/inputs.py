@@ -109,12 +109,11 @@ def has_open_length(model: Any) -> bool:
     Args:
         model: a Keras model; one that does not say what it takes is taken to have one.
     """
-    structure = getattr(_functional(model), "_inputs_struct", None)
-    if structure is None:
+    shapes = _stated_shapes(model)
+    if shapes is None:
         return True
-    shapes = _symbolic_shapes(model, structure).values()
     # Of pictures and the like that are open one pixel is taken.
-    return any(len(shape) < 4 and None in shape[1:] for shape in shapes)
+    return any(len(shape) < 4 and None in shape[1:] for shape in shapes.values())
 
 
 def own_batch(model: Any) -> int | None:
@@ -123,9 +122,7 @@ def own_batch(model: Any) -> int | None:
     Args:
         model: a Keras model.
     """
-    structure = getattr(_functional(model), "_inputs_struct", None)
-    shapes = _symbolic_shapes(model, structure).values() if structure is not None else ()
-    sizes = {shape[0] for shape in shapes if shape}
+    sizes = {shape[0] for shape in (_stated_shapes(model) or {}).values() if shape}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -137,11 +134,16 @@ def open_inputs(model: Any) -> tuple[str, ...]:
     Args:
         model: a Keras model.
     """
-    structure = getattr(_functional(model), "_inputs_struct", None)
-    symbolic = _symbolic_shapes(model, structure) if structure is not None else {}
+    symbolic = _stated_shapes(model) or {}
     if any(name.endswith(_PLACES) for name in symbolic):
         return ()
     return tuple(name for name, shape in symbolic.items() if len(shape) >= 4 and None in shape[1:])
+
+
+def _stated_shapes(model: Any) -> dict[str, SymbolicShape] | None:
+    """The shape of each input by name; None for a model that does not say what it takes."""
+    structure = getattr(_functional(model), "_inputs_struct", None)
+    return None if structure is None else _symbolic_shapes(model, structure)
 
 
 def _symbolic_shapes(model: Any, structure: Any) -> dict[str, SymbolicShape]:

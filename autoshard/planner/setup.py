@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from autoshard.errors import MeshError, UsageError
 from autoshard.hardware.targets import Target, check_devices, default_target, parse_target
-from autoshard.mesh import Mesh, MeshLike, as_mesh, round_up
+from autoshard.mesh import Mesh, MeshLike, as_mesh, check_batch, round_up
 from autoshard.model.workload import (
     DEFAULT_BATCH,
     DEFAULT_LORA_RANK,
@@ -47,12 +47,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_devices(self.mesh, self.target)
-        batch, n_data = self.workload.batch, self.mesh.sizes[self.mesh.data_axis]
-        if batch % n_data:
-            raise MeshError(
-                f"a batch of {batch} does not divide over the {n_data} devices of the data axis "
-                f"'{self.mesh.data_axis}'; use a multiple of {n_data}"
-            )
+        check_batch(self.workload.batch, self.mesh)
 
 
 def make_setup(
