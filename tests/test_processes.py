@@ -217,18 +217,23 @@ def _parent_of_a_hanging_child(note):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_child_is_left_when_its_parent_ends(how, tmp_path):
+def test_nothing_is_left_of_a_child_when_its_parent_ends(how, tmp_path):
     note = tmp_path / "pids"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     here = str(Path(__file__).parent)
     program = _parent_of_a_hanging_child(str(note))
     with subprocess.Popen(
-        [sys.executable, "-c", program, here], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", program, here],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(temporary)},
     ) as parent:
         assert _wait_until(lambda: note.exists() and len(note.read_text().split()) == 2)
         parent.send_signal(how)
         parent.wait(20)
     processes = [int(text) for text in note.read_text().split()]
     assert _wait_until(lambda: not any(_alive(process) for process in processes))
+    assert not any(temporary.iterdir())
 
 
 def test_the_environment_of_a_target_sets_devices_and_keeps_the_callers_flags(monkeypatch):

@@ -167,12 +167,13 @@ class Child:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._folder = tempfile.TemporaryDirectory(prefix="autoshard-", ignore_cleanup_errors=True)
-        environment = {"PYTHONPATH": path, "TMPDIR": self._folder.name, **self._environment}
+        folder = self._folder.name
+        environment = {"PYTHONPATH": path, "TMPDIR": folder, **self._environment}
         self._stage = "start"
         try:
             self._process = subprocess.Popen(
                 # -P: what lies in the current folder is imported only if it is on the path below.
-                [sys.executable, "-P", "-m", "autoshard.processes.worker", str(writer)],
+                [sys.executable, "-P", "-m", "autoshard.processes.worker", str(writer), folder],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=self._log,

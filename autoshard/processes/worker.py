@@ -1,9 +1,11 @@
-"""The child's side of `autoshard.processes.child`: `python -m autoshard.processes.worker FD`.
+"""The child's side of `autoshard.processes.child`.
+
+`python -m autoshard.processes.worker FD FOLDER` is a child whose temporary files lie in FOLDER.
 
 Requests come on standard input and replies leave on the file descriptor FD, both as pickled frames
 with their length before them; what libraries print cannot get between them. The process ends with
 its parent: a thread reads standard input, and the end of it ends the process and all that it
-started, at once, whatever the main thread is doing.
+started, at once, whatever the main thread is doing, and takes FOLDER with it.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import importlib
 import os
 import pickle
 import queue
+import shutil
 import signal
 import struct
 import sys
@@ -86,6 +89,7 @@ def main() -> None:
         with contextlib.suppress(Exception):
             while True:
                 requests.put(_read_body(source))
+        shutil.rmtree(sys.argv[2], ignore_errors=True)
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(0)
