@@ -114,17 +114,27 @@ def abstract_scope() -> Iterator[None]:
     with (
         _global_attributes(**{_PENDING: []}),
         keras.StatelessScope(initialize_variables=False),
-        _given_values_kept(),
+        _without_values(),
     ):
         yield
 
 
-@contextmanager
-def _given_values_kept() -> Iterator[None]:
-    """Let a variable that is made from a value, not an initializer, keep it.
+def _placeholder(shape: Any, dtype: Any = None) -> Any:
+    """What stands for the value of a variable that has none."""
+    import jax.numpy as jnp
 
-    A StatelessScope refuses those: the rates and counters of an optimizer, which a KerasHub task
-    makes in its constructor, and T5Gemma2's two bare vectors. Their values exist already.
+    return jnp.zeros(shape, dtype)
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Let a variable made from an initializer never call it, and one made from a value keep that.
+
+    Keras calls the initializer wherever a layer reads the variable, to learn shapes: Gemma 3n,
+    which transposes its embeddings outside of a layer, then draws numbers for all of them.
+
+    A StatelessScope refuses values: the rates and counters of an optimizer, which a KerasHub task
+    makes in its constructor, and T5Gemma2's two bare vectors. These exist already.
     """
     import jax
     from keras.src.backend.common import KerasVariable
@@ -132,6 +142,7 @@ def _given_values_kept() -> Iterator[None]:
     def init(self: Any, initializer: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(initializer, (str, jax.core.Tracer)) or callable(initializer):
             original(self, initializer, *args, **kwargs)
+            self._initializer = _placeholder
             return
         with _global_attributes(**{_STATELESS_SCOPE: None}):
             original(self, initializer, *args, **kwargs)

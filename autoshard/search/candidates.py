@@ -11,6 +11,7 @@ has to bear it, the gradient's and those of `generate` included.
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ Assignment = Mapping[str, Spec]
 # longer than its gain; or, a bias, it lies as the weight of its layer does.
 _NEGLIGIBLE_SHARE = 1e-3
 
+_NUMBER = re.compile(r"_?\d+")
+
 # What stands for a layer output that no rule names.
 NO_RULE: Spec = ()
 
@@ -74,8 +77,18 @@ class Choices:
 
     @property
     def parent(self) -> str:
-        """The layer that the layer of it stands in."""
+        """The layer that the layer of it stands in; "" at the top."""
         return _parent(self.name)
+
+    @property
+    def unnumbered(self) -> str:
+        """The name without its numbers, which are all that tells some layers of a model apart.
+
+        >>> name, shape, specs = "up_1/bias", (8,), ((None,),)
+        >>> Choices(name=name, shape=shape, specs=specs, siblings="", n_bytes=16).unnumbered
+        'up/bias'
+        """
+        return _NUMBER.sub("", self.name)
 
 
 def legal_specs(shape: Sequence[int], mesh: Mesh) -> Iterator[Spec]:
@@ -270,7 +283,7 @@ def _layer(family: str) -> str:
 
 def _parent(family: str) -> str:
     """The block a family's layer stands in: its path less the layer and the variable."""
-    return family.rsplit("/", 2)[0]
+    return _layer(_layer(family))
 
 
 def fixed_layouts(

@@ -17,7 +17,7 @@ any two groups of them.
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autoshard.cost.step import StepPricer
@@ -35,6 +35,7 @@ from autoshard.search.candidates import (
     split_by_hand,
 )
 from autoshard.search.moves import Move, lay, make_moves, sibling_groups
+from autoshard.search.rule_count import RuleCount
 
 __all__ = [
     "Scored",
@@ -48,7 +49,7 @@ __all__ = [
 
 Key = tuple[tuple[str, Spec], ...]
 
-# A rule for an output, or for biases, has to win this share of the step to be worth its line.
+# What a rule that `RuleCount` counts has to win, of the step, to be worth its line.
 _RULE_SHARE = 2.5e-3
 
 # What a second of collectives behind compute counts in the ranking: a judgement, not a measurement.
@@ -74,29 +75,28 @@ class Scored:
         cost: the step.
         excess_bytes: bytes a device above the memory limit; 0 where it fits.
         n_outputs: how many layer outputs it lays out.
-        n_biases: how many sibling groups of small biases it splits.
+        n_rules: how many rules have to pay for their lines, as `RuleCount` counts them.
     """
 
     assignment: Key
     cost: StepCost
     excess_bytes: int
     n_outputs: int = 0
-    n_biases: int = 0
+    n_rules: int = 0
 
     @property
     def rank(self) -> tuple[int, float, int]:
         """Bytes too much; then the step and what is added to it; then the peak.
 
         Added are 5% of what it hides, for that takes memory bandwidth from compute, 0.25% a rule
-        for an output or for biases, and 0.7% for twice the memory.
+        that has to pay for its line, and 0.7% for twice the memory.
         """
         seconds = self.weigh(self._counted_seconds)
         return self.excess_bytes, seconds, self.cost.memory.peak_bytes
 
     @property
     def _counted_seconds(self) -> float:
-        n_rules = self.n_outputs + self.n_biases
-        seconds = self.cost.step_seconds * (1 + _RULE_SHARE * n_rules)
+        seconds = self.cost.step_seconds * (1 + _RULE_SHARE * self.n_rules)
         return seconds + _HIDDEN_SHARE * self.cost.overlapped_seconds
 
     def counted_beside(self, other: "Scored") -> float:
@@ -116,14 +116,14 @@ class Scorer:
         pricer: prices of the program on the machine.
         mesh: the mesh.
         memory_limit: bytes a device, or None.
-        biases: small biases -> the sibling group whose rule each shares.
+        n_rules: counts the rules of an assignment that have to pay for their lines.
         seen: every assignment scored so far.
     """
 
     pricer: StepPricer
     mesh: Mesh
     memory_limit: int | None
-    biases: Mapping[str, str] = field(default_factory=dict)
+    n_rules: Callable[[Mapping[str, Spec]], int] = RuleCount.of(())
     seen: dict[Key, Scored] = field(default_factory=dict)
     _costs: dict[object, StepCost] = field(init=False, default_factory=dict)
     _propagator: Propagator = field(init=False)
@@ -164,7 +164,7 @@ class Scorer:
                 cost=cost,
                 excess_bytes=int(excess),
                 n_outputs=sum(name in self._outputs for name, _ in key),
-                n_biases=len({self.biases[n] for n, spec in key if n in self.biases and any(spec)}),
+                n_rules=self.n_rules(dict(key)),
             )
             self.seen[key] = found
         return found

@@ -108,7 +108,11 @@ def _moves_of_weights_and_outputs(families: Sequence[Choices], mesh: Mesh) -> It
             ):
                 places = ((first, dims[0]), (second, dims[1]))
                 yield Move(change=partial(_put, places, axis), is_pair=True)
+    alike: dict[tuple[str, tuple[int, ...]], list[Choices]] = {}
     for members in outputs.values():
+        alike.setdefault((members[0].unnumbered, members[0].shape), []).extend(members)
+    several = [m for m in alike.values() if len({choices.siblings for choices in m}) > 1]
+    for members in [*several, *outputs.values()]:
         for spec in members[0].specs:
             yield Move(change=partial(lay, members, spec), is_output=True)
     beside: dict[tuple[str, tuple[int, ...]], list[Sequence[Choices]]] = {}

@@ -25,6 +25,7 @@ from autoshard.search.descent import (
 )
 from autoshard.search.lower_bound import relax
 from autoshard.search.moves import sibling_groups
+from autoshard.search.rule_count import RuleCount
 
 __all__ = ["SearchResult", "search"]
 
@@ -111,15 +112,15 @@ def search(
     families = _moved_together(family_choices(program, mesh), tied)
     bound = output_choices(program, mesh, outputs or {})
     everything = (*families, *bound)
-    biases = {choices.name: choices.siblings for choices in families if choices.follows}
-    scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit, biases=biases)
+    free = output_choices(program, mesh, unbound_outputs or {})
+    rules = RuleCount.of({one.name: one for one in (*everything, *free)}.values())
+    scorer = Scorer(pricer=pricer, mesh=mesh, memory_limit=memory_limit, n_rules=rules)
     relaxed = relax(pricer, families, mesh, memory_limit)
     own = starting_points(families, relaxed.assignment, mesh)
     smallest = own[1]
     points = [*own, *({**smallest, **start} for start in starts)]
     best = _best(scorer, everything, points)
     names = {choices.name for choices in families}
-    free = output_choices(program, mesh, unbound_outputs or {})
     origins = [dict(best.assignment), _only(best, names), smallest]
     beyond = descend(scorer, [*families, *free], origins, n_shakes=0) if free else None
     # Whole weights, but for those that no op reads, are among what is chosen from.
