@@ -44,7 +44,8 @@ Assignment = Mapping[str, Spec]
 # longer than its gain; or, a bias, it lies as the weight of its layer does.
 _NEGLIGIBLE_SHARE = 1e-3
 
-_NUMBER = re.compile(r"_?\d+")
+# The last number in the names of a path.
+_NUMBER = re.compile(r"_\d+(?=[_/])(?!.*_\d+[_/])")
 
 # What stands for a layer output that no rule names.
 NO_RULE: Spec = ()
@@ -82,7 +83,7 @@ class Choices:
 
     @property
     def unnumbered(self) -> str:
-        """The name without its numbers, which are all that tells some layers of a model apart.
+        """The name without its last number, which alone tells some layers of a model apart.
 
         >>> name, shape, specs = "up_1/bias", (8,), ((None,),)
         >>> Choices(name=name, shape=shape, specs=specs, siblings="", n_bytes=16).unnumbered

@@ -1,13 +1,14 @@
 """How many rules of a map have to pay for their lines.
 
-A map needs a rule for each weight that matters; these are free. Counted are those that a person
-would leave out but for a gain:
+A map needs a rule for each weight that matters; these are free. Counted are what a person would
+leave out but for a gain:
 
-- a rule for layer outputs, or for small biases;
-- one more for each further spec among layers that numbers alone tell apart (`up_0`, `up_1`, ...):
-  one pattern no longer names them all.
+- the rules for layer outputs and for small biases;
+- the numbers in patterns: of layers that one number tells apart (`up_0`, `up_1`, ...) all those
+  that do not lie as most of them do. One pattern names them all only where they lie alike.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,33 +17,40 @@ from autoshard.search.candidates import NO_RULE, Choices
 
 __all__ = ["RuleCount"]
 
+Names = tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleCount:
     """What is counted, of a number of families and layer outputs.
 
     Attributes:
-        optional: layer output, or small bias -> the rule that it shares with others.
-        numbered: groups of two and more names that differ in numbers alone.
+        weights: groups of two and more families that differ in one number alone.
+        outputs: groups of layer outputs that do, one and more in each.
+        biases: sibling groups of small biases.
     """
 
-    optional: Mapping[str, str]
-    numbered: tuple[tuple[str, ...], ...]
+    weights: tuple[Names, ...]
+    outputs: tuple[Names, ...]
+    biases: tuple[Names, ...]
 
     @classmethod
     def of(cls, families: Iterable[Choices]) -> "RuleCount":
         """The count for what there is to choose."""
-        optional: dict[str, str] = {}
-        numbered: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        weights: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        outputs: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        biases: dict[str, list[str]] = {}
         for choices in families:
-            if choices.is_output:
-                optional[choices.name] = choices.unnumbered
-            elif choices.follows:
-                optional[choices.name] = choices.siblings
             if len(choices.specs) > 1:
-                numbered.setdefault((choices.unnumbered, choices.shape), []).append(choices.name)
-        several = (tuple(names) for names in numbered.values() if len(names) > 1)
-        return cls(optional=optional, numbered=tuple(several))
+                alike = outputs if choices.is_output else weights
+                alike.setdefault((choices.unnumbered, choices.shape), []).append(choices.name)
+                if choices.follows:
+                    biases.setdefault(choices.siblings, []).append(choices.name)
+        return cls(
+            weights=tuple(tuple(names) for names in weights.values() if len(names) > 1),
+            outputs=tuple(tuple(names) for names in outputs.values()),
+            biases=tuple(tuple(names) for names in biases.values()),
+        )
 
     def __call__(self, assignment: Mapping[str, Spec]) -> int:
         """The rules of an assignment that have to pay.
@@ -50,7 +58,14 @@ class RuleCount:
         Args:
             assignment: family, or template of a layer output -> spec.
         """
-        split = (name for name, spec in assignment.items() if any(spec))
-        laid = {self.optional[name] for name in split if name in self.optional}
-        specs = ({assignment.get(name, NO_RULE) for name in group} for group in self.numbered)
-        return len(laid) + sum(len(group) - 1 for group in specs)
+        n_rules = 0
+        for names in self.weights:
+            specs = Counter(assignment.get(name, NO_RULE) for name in names)
+            n_rules += len(names) - max(specs.values())
+        for names in self.outputs:
+            specs = Counter(assignment.get(name, NO_RULE) for name in names)
+            n_laid = len(names) - specs[NO_RULE]
+            n_rules += 1 if n_laid and len(specs) == 1 else n_laid
+        for names in self.biases:
+            n_rules += any(any(assignment.get(name, NO_RULE)) for name in names)
+        return n_rules
