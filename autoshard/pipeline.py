@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.hardware.targets import Target
 from autoshard.mesh import MeshLike
-from autoshard.model.build import build
+from autoshard.model.build import build, own_lora_rank
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN, Workload
 from autoshard.planner.mesh_shapes import make_setups, plan_shapes
@@ -124,7 +124,8 @@ def plan(
         batch: sequences of the global batch; by default 8, or the next multiple of the data axis
             (with `devices` of all of them).
         seq_len: tokens a sequence.
-        lora_rank: rank of the low-rank factors.
+        lora_rank: rank of the low-rank factors; for `lora` by default the rank of those that the
+            model has, else 4.
         dtype: as for `inspect`.
         optimizer: Keras optimizer, by name.
         memory_limit: bytes a device, or a text like `15GiB`; by default the chip's usable memory.
@@ -219,6 +220,8 @@ def make_plan(
             "a compiler runs in a process of its own, which must build the model: pass its name or "
             "'package.module:callable', or verify=\"none\""
         )
+    if options.get("workload") == "lora" and options.get("lora_rank") is None:
+        options["lora_rank"] = own_lora_rank(model)
     setups = _setups(mesh, devices, **options)
     watch = Stopwatch(progress=on_progress)
     traced = trace_model(model, setups[0].workload, setups[0].target.chip, watch)

@@ -336,6 +336,39 @@ def test_an_error_of_a_callable_is_told_with_its_line() -> None:
         build(f"{__name__}:failing")
 
 
+def test_what_needs_tensorflow_is_no_part_of_a_step() -> None:
+    def hashing() -> Any:
+        raise ImportError("Layer Hashing requires TensorFlow. Install it via `pip install ...`.")
+
+    text = "Layer Hashing requires TensorFlow, which no step on JAX runs: plan the model behind"
+    with pytest.raises(ModelError, match=text):
+        build(hashing)
+
+
+def test_low_rank_factors_that_a_model_has_are_those_that_are_planned() -> None:
+    model = small_gemma()
+    model.backbone.enable_lora(8)
+    with pytest.raises(UsageError, match="factors of rank 8, and rank 4 is asked for"):
+        build(model, lora_rank=4)
+    found = plan(model, mesh="1x2", workload="lora")
+    assert found.workload.lora_rank == 8
+    assert set(found.partition_specs(model)) == {weight.path for weight in model.weights}
+
+
+def test_a_model_without_values_draws_no_numbers() -> None:
+    def reading() -> Any:
+        keras = import_keras()
+        embedding = keras.layers.Embedding(64, 8, embeddings_initializer=_no_numbers)
+        entry = keras.Input((4,), dtype="int32")
+        return keras.Model(entry, embedding(entry) @ keras.ops.transpose(embedding.embeddings))
+
+    assert [weight.shape for weight in build(reading).model.weights] == [(64, 8)]
+
+
+def _no_numbers(shape: tuple[int, ...], dtype: str | None = None) -> Any:
+    raise AssertionError("an initializer is called")
+
+
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for registered in ("keras_hub>GemmaBackbone", "somebody>Else"):

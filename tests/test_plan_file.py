@@ -269,7 +269,7 @@ def test_a_next_best_that_is_faster_is_explained() -> None:
     assert notes == [
         "(step and memory: what the next best would add, predicted by formulas;",
         "the ranking adds a twentieth of the collectives behind compute, 0.25% a rule for an "
-        "output or for biases, 0.7% for twice the memory;",
+        "output, for biases or for some of several numbered layers, 0.7% for twice the memory;",
         "a compiler was asked about whole layouts, and its word counts first)",
     ]
     assert "a compiler" not in reasons_text(replace(PLAN, compiled=None))

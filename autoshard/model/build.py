@@ -21,7 +21,7 @@ from autoshard.model.recipe import (
 from autoshard.model.references import recipe_of
 from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED, check_dtype
 
-__all__ = ["build"]
+__all__ = ["build", "own_lora_rank"]
 
 
 def build(
@@ -44,7 +44,7 @@ def build(
     Raises:
         UnknownNameError: there is no model, or no dtype policy, of that name.
         UsageError: the callable cannot be imported, or the model takes no low-rank factors, or has
-            another dtype policy than `dtype`.
+            another dtype policy than `dtype`, or factors of another rank than `lora_rank`.
         ModelError: Keras cannot build the model without values.
     """
     check_dtype(dtype)
@@ -85,15 +85,30 @@ def _quantized(reference: Any, lora_rank: int | None) -> AbstractModel:
     return _rebuildable(build_recipe(replace(recipe, config=config, lora_rank=lora_rank)))
 
 
+def own_lora_rank(model: Any) -> int | None:
+    """The rank of the low-rank factors that a Keras model has.
+
+    Args:
+        model: what `build` takes; what is no Keras model has none yet.
+    """
+    rank: int | None = getattr(getattr(model, "backbone", model), "_lora_rank", None)
+    return rank
+
+
 def _given(model: Any, lora_rank: int | None) -> AbstractModel:
     """A model that the caller made: its own variables, and a recipe if a copy equals it."""
     backbone = model.backbone if is_task(model) else model
-    rank = getattr(backbone, "_lora_rank", None)
+    rank = own_lora_rank(model)
+    if rank and lora_rank not in (None, rank):
+        raise UsageError(
+            f"'{model.name}' has low-rank factors of rank {rank}, and rank {lora_rank} is asked "
+            f"for; give lora_rank={rank}"
+        )
     with abstract_scope():
         task = with_task(backbone) if model is backbone else model
     given = wrap(model.name, backbone, task, None)
     recipe = _recipe_from(given, lora_rank or rank)
-    if lora_rank not in (None, rank):
+    if lora_rank != rank and lora_rank is not None:
         if recipe is None:
             raise UsageError(
                 f"'{model.name}' takes no low-rank factors: it is no KerasHub backbone"

@@ -23,6 +23,7 @@ __all__ = [
     "Recipe",
     "assemble",
     "build_recipe",
+    "cannot_build",
     "inner_layers",
     "is_task",
     "layers_by_path",
@@ -182,7 +183,7 @@ def build_recipe(recipe: Recipe, config: Mapping[str, Any] | None = None) -> Abs
     except AutoshardError:
         raise
     except Exception as error:
-        raise ModelError(f"Keras cannot build '{recipe.name}': {one_line(error)}") from error
+        raise cannot_build(recipe.name, error) from error
     if config is not None:
         recipe = replace(recipe, config=config)
     return wrap(recipe.name, backbone, model, recipe, recorder.paths, made_up)
@@ -265,6 +266,22 @@ def _enable_lora(backbone: Any, rank: int) -> None:
             f"{type(backbone).__name__} has no enable_lora: LoRA needs a KerasHub backbone"
         )
     backbone.enable_lora(rank)
+
+
+def cannot_build(name: str, error: BaseException, place: str = "", advice: str = "") -> ModelError:
+    """What to raise where Keras cannot build a model.
+
+    Args:
+        name: the model as it was asked for.
+        error: what Keras, or the caller's function, raised.
+        place: where, to stand behind the name.
+        advice: what to do, to stand at the end.
+    """
+    reason, needs, _ = one_line(error).partition(" requires TensorFlow")
+    if needs:
+        # Keras says to install it, but here it may be hidden, and it would be of no use.
+        advice = ", which no step on JAX runs: plan the model behind that layer"
+    return ModelError(f"Keras cannot build '{name}'{place}: {reason}{needs}{advice}")
 
 
 def one_line(error: BaseException) -> str:

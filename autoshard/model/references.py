@@ -18,7 +18,7 @@ from typing import Any
 from autoshard.errors import ModelError, UsageError
 from autoshard.model import catalogue
 from autoshard.model.keras_import import import_keras, import_keras_hub
-from autoshard.model.recipe import Recipe, one_line
+from autoshard.model.recipe import Recipe, cannot_build, one_line
 from autoshard.model.workload import DEFAULT_DTYPE
 
 __all__ = ["recipe_of"]
@@ -137,9 +137,7 @@ def _from_callable(
             with _default_dtype(dtype), redirect_stdout(sys.stderr):
                 model = function()
         except (Exception, SystemExit) as error:  # whatever the user's function does
-            raise ModelError(
-                f"Keras cannot build '{name}'{_place(function, error)}: {one_line(error)}"
-            ) from error
+            raise cannot_build(name, error, place=_place(function, error)) from error
         if not isinstance(model, keras.Model):
             raise UsageError(f"'{name}' returned {type(model).__name__}, not a Keras model")
         return model
@@ -195,10 +193,8 @@ def _from_file(path: Path, dtype: str | None, lora_rank: int | None) -> Recipe:
         try:
             model = keras.saving.deserialize_keras_object(config)
         except Exception as error:  # whatever the classes in it do
-            raise ModelError(
-                f"Keras cannot build '{path}': {one_line(error)}; a model with layers of your own "
-                "is given as package.module:callable"
-            ) from error
+            advice = "; a model with layers of your own is given as package.module:callable"
+            raise cannot_build(str(path), error, advice=advice) from error
         if not isinstance(model, keras.Model):
             raise ModelError(f"'{path}' is not the configuration of a Keras model")
         return model

@@ -10,7 +10,7 @@ from autoshard.errors import AutoshardError, ModelError
 from autoshard.model.abstract import fresh_names
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.loading import sharded_loading
-from autoshard.model.recipe import AbstractModel, Recipe, assemble, one_line
+from autoshard.model.recipe import AbstractModel, Recipe, assemble, cannot_build
 
 __all__ = ["stores_values", "with_stored_values", "with_values"]
 
@@ -78,5 +78,5 @@ def _built(model: AbstractModel, recipe: Recipe, seed: int) -> AbstractModel:
     except AutoshardError:
         raise
     except Exception as error:
-        raise ModelError(f"Keras cannot build '{recipe.name}': {one_line(error)}") from error
+        raise cannot_build(recipe.name, error) from error
     return replace(model, backbone=backbone, model=task)

@@ -12,8 +12,8 @@ from autoshard.units import format_bytes, format_seconds
 __all__ = ["RANKING", "explanation_text", "reasons_text"]
 
 RANKING = (
-    "the ranking adds a twentieth of the collectives behind compute, 0.25% a rule for an output or "
-    "for biases, 0.7% for twice the memory"
+    "the ranking adds a twentieth of the collectives behind compute, 0.25% a rule for an output, "
+    "for biases or for some of several numbered layers, 0.7% for twice the memory"
 )
 """Why what is faster may come later: `autoshard.search.descent.Scored.rank` in words."""
 
