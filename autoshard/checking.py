@@ -11,7 +11,7 @@ from autoshard.layout.reading import read_layout
 from autoshard.layout.resolve import Finding, FindingKind, Resolution, resolve
 from autoshard.layout.rules import LayoutRules, matching_rules
 from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
-from autoshard.model.build import build
+from autoshard.model.build import build_for
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.outputs import OutputShapes, joined_shapes
 from autoshard.model.recipe import AbstractModel
@@ -65,7 +65,7 @@ def check(
     workload = made.workload if made else Workload(dtype=None)
     if seq_len is not None:
         workload = replace(workload, seq_len=whole_number("seq_len", seq_len))
-    abstract = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    abstract = build_for(model, workload)
     if seq_len is not None:
         check_length(abstract, abstract.adapted(workload).seq_len)
     table, unreadable = abstract.table(), list[str]()

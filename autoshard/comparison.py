@@ -17,7 +17,7 @@ from autoshard.mesh import MeshLike
 from autoshard.model.paths import layer_template, layer_templates
 from autoshard.model.variables import ModelTable
 from autoshard.planner.planning import run_planner
-from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.pricing import Candidate, Refused, make_scorer, score_rules
 from autoshard.planner.setup import Setup, check_options, make_setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, trace_model
@@ -144,19 +144,19 @@ def _compared(
 ) -> ComparedLayout:
     if isinstance(rules, str):
         return ComparedLayout(name=name, rules=(), failure=rules)
-    candidate = score_rules(name, rules, table, scorer)
-    layout = ComparedLayout(name=name, rules=rules, failure=candidate.failure, warnings=warnings)
-    if candidate.scored is None:
-        return layout
+    priced = score_rules(name, rules, table, scorer)
+    if isinstance(priced, Refused):
+        return ComparedLayout(name=name, rules=rules, failure=priced.failure, warnings=warnings)
     resolution = resolve(rules, table, scorer.mesh)
     whole = resolution.whole(table, scorer.mesh)
     shapes = scorer.pricer.program.output_shapes()
     causes = Causes(rules=rules, mesh=scorer.mesh, paths=tuple(table.templates))
-    costly = _costly(candidate.scored.cost, causes, table)
-    return replace(
-        layout,
-        predicted=Prediction.of(candidate.scored.cost),
-        excess_bytes=candidate.scored.excess_bytes,
+    costly = _costly(priced.scored.cost, causes, table)
+    return ComparedLayout(
+        name=name,
+        rules=rules,
+        predicted=Prediction.of(priced.scored.cost),
+        excess_bytes=priced.scored.excess_bytes,
         whole_bytes=sum(family.n_bytes for family in whole),
         collectives=tuple(_explained(costly, rules, table, scorer)),
         warnings=(
@@ -209,13 +209,13 @@ def _explained(
         return list(collectives)
     layers = layer_templates(table.templates)
     maps = [tuple(other for other in rules if other is not rule) for rule in rules]
-    priced = [score_rules("", some, table, scorer).scored for some in (*maps, ())]
-    if None in priced:  # a rule stands before one that is wrong for what it takes
-        return list(collectives)
+    priced = [score_rules("", some, table, scorer) for some in (*maps, ())]
+    if any(isinstance(one, Refused) for one in priced):
+        return list(collectives)  # a rule stands before one that is wrong for what it takes
+    costs = [one.scored.cost for one in priced if isinstance(one, Candidate)]
     *without, bare = [
-        {(t.kind, t.axis, t.n_bytes, layer_template(t.layer, layers)) for t in scored.cost.traffic}
-        for scored in priced
-        if scored
+        {(t.kind, t.axis, t.n_bytes, layer_template(t.layer, layers)) for t in cost.traffic}
+        for cost in costs
     ]
 
     def cause(item: CostlyCollective) -> str:

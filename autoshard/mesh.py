@@ -100,6 +100,11 @@ class Mesh:
         """The axis over which Keras splits dimension 0 of the data: the first."""
         return self.axis_names[0]
 
+    @property
+    def n_data(self) -> int:
+        """Devices along the data axis: so many parts a batch has."""
+        return self.shape[0]
+
 
 # What a caller may give for a mesh, beside the meshes of Keras and JAX.
 MeshLike = Mesh | str | Sequence[int]
@@ -203,11 +208,10 @@ def check_batch(batch: int, mesh: Mesh) -> None:
     Raises:
         MeshError: it does not.
     """
-    n_data = mesh.sizes[mesh.data_axis]
-    if batch % n_data:
+    if batch % mesh.n_data:
         raise MeshError(
-            f"a batch of {batch} does not divide over the {n_data} devices of the data axis "
-            f"'{mesh.data_axis}'; use a multiple of {n_data}"
+            f"a batch of {batch} does not divide over the {mesh.n_data} devices of the data axis "
+            f"'{mesh.data_axis}'; use a multiple of {mesh.n_data}"
         )
 
 

@@ -68,7 +68,6 @@ class PlanOutcome:
         """
         if not self.verdicts or self.verdicts[0].fits is not False:
             return 1.0
-        assert self.winner.scored is not None
         compiled = self.verdicts[0].compiled
         taken = compiled.peak_bytes if compiled else self.planning.setup.memory_limit
         return min(1.0, self.winner.scored.cost.memory.peak_bytes / taken)
@@ -184,7 +183,6 @@ def _nearest(outcome: PlanOutcome) -> str:
     """What the nearest layout needs: by the target's compiler where it said so, else predicted."""
     if outcome.verdicts and outcome.verdicts[0].misfit:
         return f"by the target's compiler {outcome.verdicts[0].misfit}"
-    assert outcome.winner.scored is not None
     return f"the nearest needs {format_bytes(outcome.winner.scored.cost.memory.peak_bytes)}"
 
 
@@ -262,7 +260,6 @@ def _advice(
     """What would make a plan fit that does not."""
     planned = outcome.planning.setup
     limit = int(planned.memory_limit * outcome.foreseen_share)
-    assert outcome.winner.scored is not None
     return remedies(
         model,
         traced,

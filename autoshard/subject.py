@@ -10,7 +10,7 @@ from autoshard.hardware.targets import parse_target
 from autoshard.layout.reading import is_text, read_layout
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
-from autoshard.model.build import build
+from autoshard.model.build import build_for
 from autoshard.model.recipe import AbstractModel
 from autoshard.planner.setup import Setup, limit_bytes, make_setup, named_target
 from autoshard.records.parts import Prediction
@@ -86,7 +86,7 @@ def subject_of(
         )
     setup = make_setup(**given, target=target, memory_limit=memory_limit)
     workload = setup.workload
-    built = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    built = build_for(model, workload)
     generate = plan.generate if plan else setup.generate
     setup = replace(setup, workload=built.adapted(workload), generate=generate)
     rules = made.rules if isinstance(made, Plan) else read_layout(made, built.backbone, setup.mesh)
@@ -112,7 +112,7 @@ def _planned(plan: Plan, target: str | None, memory_limit: str | int | None) -> 
         memory_limit=limit_bytes(memory_limit, asked),
         generate=plan.generate,
     )
-    built = build(plan.model.name, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    built = build_for(plan.model.name, workload)
     plan.check_model(built.table())
     on_cpu = asked.chip.kind == "cpu"
     return Subject(

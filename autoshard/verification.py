@@ -15,10 +15,10 @@ from autoshard.installed import COMPILERS, installed_version
 from autoshard.layout.causes import Causes
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
-from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.pricing import Candidate, make_scorer, score_rules
 from autoshard.planner.setup import Setup, check_options
 from autoshard.planner.tracing import make_program
-from autoshard.processes.child import Child, child_environment
+from autoshard.processes.child import Child
 from autoshard.records.parts import Prediction, Versions
 from autoshard.records.verification import (
     MemoryUse,
@@ -32,6 +32,7 @@ from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.copies import complaint
+from autoshard.xla.environment import child_environment
 
 __all__ = ["verify"]
 
@@ -110,8 +111,8 @@ def _predict(subject: Subject, blocks: int | None) -> Prediction | None:
         # The copy stands for itself alone, as it does for the compiler.
         model = folded = replace(folded, folding=Folding())
     scorer = make_scorer(make_program(folded, setup.workload, setup.target.chip), setup)
-    scored = score_rules("the map", subject.rules, model.table(), scorer).scored
-    return Prediction.of(scored.cost) if scored else None
+    priced = score_rules("the map", subject.rules, model.table(), scorer)
+    return Prediction.of(priced.scored.cost) if isinstance(priced, Candidate) else None
 
 
 def _empty(subject: Subject, predicted: Prediction | None) -> Verification:

@@ -16,10 +16,11 @@ from autoshard.model.workload import Workload
 from autoshard.pipeline import make_plan
 from autoshard.planner import tracing
 from autoshard.planner.tracing import make_program
-from autoshard.processes.child import Child, child_environment
+from autoshard.processes.child import Child
 from autoshard.xla.collectives import merge_collectives
 from autoshard.xla.compile import compile_deep, compile_in
 from autoshard.xla.compiled import CompileRequest
+from autoshard.xla.environment import child_environment
 
 TRAIN = Workload(batch=8, seq_len=32, dtype="float32")
 N_BLOCKS = 9

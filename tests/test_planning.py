@@ -24,9 +24,10 @@ from autoshard.model.build import build
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.model.keras_import import import_keras, import_keras_hub
+from autoshard.model.variables import ModelTable
 from autoshard.planner.garbage import uncollected
 from autoshard.planner.planning import Planning, run_planner
-from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.pricing import Candidate, Refused, make_scorer, score_rules
 from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.tracing import make_program, trace_model
 from autoshard.search.candidates import family_choices
@@ -40,6 +41,12 @@ def plan(model: Any, setup: Setup) -> Planning:
     return run_planner(traced, replace(setup, workload=traced.workload))
 
 
+def priced(rules: LayoutRules, table: ModelTable, scorer: Scorer) -> Candidate:
+    found = score_rules("the map", rules, table, scorer)
+    assert isinstance(found, Candidate)
+    return found
+
+
 @pytest.fixture(scope="module")
 def gemma() -> Planning:
     return plan("gemma_7b_en", make_setup("1x8"))
@@ -50,8 +57,7 @@ def test_every_primitive_of_gemmas_train_step_has_a_rule(gemma: Planning) -> Non
 
 
 def test_the_default_train_plan_of_gemma_7b_fits_eight_v5e_chips(gemma: Planning) -> None:
-    scored = gemma.candidates[0].scored
-    assert scored is not None
+    scored = gemma.best
     assert scored.excess_bytes == 0
     # bfloat16 weights, split but for the norms: 2 x 8,537,680,896 / 8, and two Adam slots as large
     memory = scored.cost.memory
@@ -60,11 +66,10 @@ def test_the_default_train_plan_of_gemma_7b_fits_eight_v5e_chips(gemma: Planning
 
 
 def test_the_announcements_map_loses(gemma: Planning) -> None:
-    best = gemma.candidates[0].scored
-    rivals = {rival.name: rival.scored for rival in gemma.rivals}
+    rivals = {rival.name: rival for rival in gemma.rivals}
     announced = rivals["the announcement's map"]
-    assert best is not None and announced is not None
-    assert announced.cost.step_seconds > 2 * best.cost.step_seconds
+    assert isinstance(announced, Candidate)
+    assert announced.step_seconds > 2 * gemma.best.cost.step_seconds
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,6 @@ def test_heads_ffn_and_vocabulary_pay_two_all_reduces_a_block_forward(gemma: Pla
     by_hand = gemma.by_hand
     assert by_hand is not None
     best = by_hand.scored
-    assert best is not None
     # 28 blocks x (attention output, ffn output) + the embedding, of [8, 512, 3072] bfloat16
     forward = [t for t in best.cost.traffic if not t.backward and t.n_bytes == 8 * 512 * 3072 * 2]
     assert sum(t.count for t in forward) == 2 * 28 + 1
@@ -124,11 +128,9 @@ def test_heads_ffn_and_vocabulary_pay_two_all_reduces_a_block_forward(gemma: Pla
 def test_kerashubs_map_fails_on_gemma_2b_and_a_plan_does_not() -> None:
     planning = plan("gemma_2b_en", make_setup("1x8", workload="prefill"))
     (kerashub,) = [rival for rival in planning.rivals if rival.name == "KerasHub's own map"]
-    assert kerashub.scored is None
+    assert isinstance(kerashub, Refused)
     assert "key" in kerashub.failure
-    best = planning.candidates[0].scored
-    assert best is not None
-    assert best.excess_bytes == 0
+    assert planning.best.excess_bytes == 0
 
 
 def residual_rules(*spec: str | None) -> LayoutRules:
@@ -148,8 +150,7 @@ def test_a_rule_for_an_output_turns_all_reduces_into_reduce_scatters() -> None:
     traced = trace_model("gemma_7b_en", setup.workload, setup.target.chip)
     scorer = make_scorer(traced.program, setup)
     rules = residual_rules("batch", None, "model")
-    scored = score_rules("hidden", rules, traced.table, scorer).scored
-    assert scored is not None
+    scored = priced(rules, traced.table, scorer).scored
     # As XLA's partitioner does: 28 x (attention, ffn) + the embedding, each reduce-scattered and
     # gathered again; what is left to all-reduce is the norms' statistics, [8, 512] float32.
     large = Counter(
@@ -189,7 +190,7 @@ def test_what_every_block_reads_is_gathered_once_where_one_stands_for_several() 
     step_seconds = []
     for model in (fold(whole, periods=PLANNED_PERIODS), replace(whole, folding=Folding())):
         scorer = make_scorer(make_program(model, setup.workload, setup.target.chip), setup)
-        cost = score_rules("", rules, whole.table(), scorer).scored.cost
+        cost = priced(rules, whole.table(), scorer).scored.cost
         read = [one for one in cost.traffic if "cross_attention/key" in one.layer]
         assert [(one.kind, one.count) for one in read] == [("all-gather", 1)]
         step_seconds.append(cost.step_seconds)
@@ -202,8 +203,8 @@ def test_only_outputs_that_generate_can_bear_are_laid_out() -> None:
     planning = run_planner(traced, setup)
     outputs = {output.template for output in traced.program.layer_outputs}
     assert "decoder_block_*/ffw_linear/output" in outputs
-    best, beyond = planning.candidates[0].scored, planning.without_generate
-    assert best is not None and beyond is not None and beyond.scored is not None
+    best, beyond = planning.best, planning.without_generate
+    assert beyond is not None
     for name, spec in best.assignment:
         # A single prompt, one token at a time: neither of the first two dimensions can be split.
         assert name not in outputs or spec[:2] == ("batch", None)
@@ -227,8 +228,7 @@ def test_no_outputs_chosen_by_hand_beat_those_that_the_search_chooses() -> None:
     )
     best = planning.result.ranked[0]
     for rules in ((), (value,), (softmax,), (value, softmax)):
-        scored = score_rules("", rules, traced.table, scorer).scored
-        assert scored and scored.rank >= best.rank
+        assert priced(rules, traced.table, scorer).scored.rank >= best.rank
     assert [name for name, spec in best.assignment if any(spec)] == [
         "decoder_block_*/attention/softmax/output"
     ]
@@ -317,16 +317,14 @@ def test_a_rule_for_outputs_is_priced_where_it_can_be(
     traced = trace_model("gemma_7b_en", setup.workload, setup.target.chip)
     scorer = make_scorer(traced.program, setup)
     rules = (Rule(pattern=pattern, spec=spec),)
-    candidate = score_rules("the map", rules, traced.table, scorer)
-    assert words in candidate.failure
-    assert (candidate.scored is None) == bool(words)
+    found = score_rules("the map", rules, traced.table, scorer)
+    assert words in found.failure if isinstance(found, Refused) else not words
 
 
 def test_the_cache_of_all_blocks_is_counted() -> None:
     # Gemma 7B: keys and values of 28 blocks, 16 heads x 256, bfloat16, for 8 x 2048 tokens; over
     # the heads' eight parts.
     scored = plan("gemma_7b_en", make_setup("1x8", workload="decode", seq_len=2048)).candidates[0]
-    assert scored.scored is not None
     assert scored.scored.cost.memory.kv_cache == 8 * 2048 * 28 * 2 * 16 * 256 * 2 // 8
 
 
@@ -337,7 +335,7 @@ def test_weights_that_the_step_does_not_read_are_split_for_their_memory() -> Non
     assert tower.specs == (("batch", "model"),)
     assert len(choices["decoder_block_*/ffw_linear/kernel"].specs) > 1
     # Without a rule they are whole.
-    assert found.no_rule.rules == () and found.no_rule.scored is not None
+    assert found.no_rule.rules == ()
     assert found.no_rule.scored.cost.memory.weights == found.traced.table.n_bytes
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from autoshard.errors import ChildError, ChildTimeoutError, UnknownNameError, XlaError
 from autoshard.hardware.targets import parse_target
-from autoshard.processes.child import Child, child_environment
+from autoshard.processes.child import Child
+from autoshard.xla.environment import child_environment
 
 # What the children run. They import this file as a module, by the parent's sys.path.
 

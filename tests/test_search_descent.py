@@ -164,6 +164,6 @@ def test_a_bias_follows_its_weight_where_that_pays() -> None:
     found: Any = descend(scorer, [kernel, bias], [start])
     assert dict(found.assignment) == {WEIGHT: columns, "layer/bias": ("model",)}
     # What is split goes where the weight goes.
-    (put, *_) = [one for one in make_moves([kernel, bias], Table.mesh) if not one.is_output]
+    (put, *_) = [one for one in make_moves([kernel, bias], Table.mesh) if one.of != "outputs"]
     both = {WEIGHT: columns, "layer/bias": ("model",)}
     assert put.change(both) == {WEIGHT: (None, None), "layer/bias": (None,)}

@@ -35,7 +35,7 @@ def planned() -> Planning:
 @pytest.fixture
 def planning(planned: Planning) -> Planning:
     """Of which nothing but the first three candidates is compiled."""
-    no_rule = replace(planned.no_rule, scored=None)
+    no_rule = replace(planned.no_rule, scored=replace(planned.no_rule.scored, excess_bytes=1))
     first = planned.candidates[:3]
     return replace(planned, candidates=first, plain=None, by_hand=None, no_rule=no_rule)
 

@@ -12,12 +12,13 @@ from autoshard.layout.rules import Rule
 from autoshard.mesh import Mesh, parse_mesh
 from autoshard.model.folding import BlockStack
 from autoshard.model.workload import Workload
-from autoshard.processes.child import Child, child_environment
+from autoshard.processes.child import Child
 from autoshard.xla import compile as compile_module
 from autoshard.xla.clock import collective_seconds, link_of, step_time
 from autoshard.xla.collectives import Collective, merge_collectives
 from autoshard.xla.compile import _heap_bytes, compile_deep, compile_in, copied_share
 from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.environment import child_environment
 from autoshard.xla.extrapolate import extrapolate
 from autoshard.xla.partitioned import _folded, target_collectives
 

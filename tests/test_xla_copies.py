@@ -8,8 +8,9 @@ import pytest
 
 import autoshard
 from autoshard.hardware.targets import parse_target
-from autoshard.processes.child import Child, child_environment
+from autoshard.processes.child import Child
 from autoshard.xla.copies import complaint, sums_of_copies
+from autoshard.xla.environment import child_environment
 from autoshard.xla.groups import parse_tiles
 from autoshard.xla.hlo import parse_hlo
 from autoshard.xla.names import layer_paths

@@ -14,7 +14,8 @@ from dataclasses import replace
 from autoshard.errors import ChildError, XlaError
 from autoshard.execution.requests import Cluster, Part, PartOutcome, RunRequest
 from autoshard.hardware.targets import parse_target
-from autoshard.processes.child import Child, child_environment
+from autoshard.processes.child import Child
+from autoshard.xla.environment import child_environment
 
 __all__ = ["execute", "run_environment"]
 

@@ -149,7 +149,7 @@ def _job(part: Part, subject: Subject, n_processes: int, blocks: int | None, see
         replace(
             own,
             kind="lora" if own.lora_rank else "prefill",
-            batch=mesh.shape[0],
+            batch=mesh.n_data,
             seq_len=round_up(_TOKENS[part], n_devices),
         )
     )

@@ -23,7 +23,7 @@ from autoshard.execution.checkpointing import checkpoint_blocks
 from autoshard.execution.placement import placed_by
 from autoshard.execution.requests import PartOutcome, RunRequest
 from autoshard.layout.distribution import keras_distribution
-from autoshard.model.build import build
+from autoshard.model.build import build_for
 from autoshard.model.data import prompt_data, run_data, targets_of, token_name
 from autoshard.model.fold import fold
 from autoshard.model.keras_import import import_keras, without_tensorflow
@@ -64,7 +64,7 @@ def _run(request: RunRequest, progress: Callable[[str], None]) -> PartOutcome:
         )
     progress("build")
     workload = request.workload
-    whole = build(request.model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    whole = build_for(request.model, workload)
     described = fold(whole, periods=request.periods)
     distribution = _distribution(request)
     with distribution.scope() if distribution else contextlib.nullcontext():

@@ -1,7 +1,4 @@
-"""Keras models without values: variables keep shape, dtype and path, and take no memory.
-
-The private names of Keras that this takes are all used here.
-"""
+"""Keras models without values: variables keep shape, dtype and path, and take no memory."""
 
 import collections
 import random

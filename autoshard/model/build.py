@@ -19,9 +19,9 @@ from autoshard.model.recipe import (
     wrap,
 )
 from autoshard.model.references import recipe_of
-from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED, check_dtype
+from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED, Workload, check_dtype
 
-__all__ = ["build", "own_lora_rank"]
+__all__ = ["build", "build_for", "own_lora_rank"]
 
 
 def build(
@@ -61,6 +61,16 @@ def build(
         if recipe.has_dtype:
             model = _with_own_dtype(model, dtype)
     return model
+
+
+def build_for(reference: Any, workload: Workload) -> AbstractModel:
+    """As `build`, with the dtype and the low-rank factors of a step.
+
+    Args:
+        reference: as for `build`.
+        workload: the step.
+    """
+    return build(reference, dtype=workload.dtype, lora_rank=workload.lora_rank)
 
 
 def _quantized(reference: Any, lora_rank: int | None) -> AbstractModel:

@@ -106,7 +106,7 @@ def _nothing_trained(planning: Planning) -> Iterator[str]:
 def _nothing_split(planning: Planning, rules: LayoutRules, is_best_shape: bool) -> Iterator[str]:
     mesh, batch = planning.setup.mesh, planning.setup.workload.batch
     n_devices = mesh.n_devices
-    is_split = mesh.sizes[mesh.data_axis] > 1 or any(axis for rule in rules for axis in rule.spec)
+    is_split = mesh.n_data > 1 or any(axis for rule in rules for axis in rule.spec)
     if is_split or n_devices == 1:
         return
     if batch % n_devices:
@@ -135,7 +135,7 @@ def _unknown_primitives(planning: Planning) -> Iterator[str]:
 def _trained_convolutions(planning: Planning) -> Iterator[str]:
     mesh = planning.setup.mesh
     trains = any(op.is_convolution and op.backward for op in planning.traced.program.ops)
-    if trains and mesh.n_devices > mesh.sizes[mesh.data_axis]:
+    if trains and mesh.n_devices > mesh.n_data:
         yield (
             "where devices hold copies XLA's partitioner may make gradients of convolutions "
             "too large: have the plan compiled for cpu, which tells"

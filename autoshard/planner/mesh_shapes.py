@@ -91,7 +91,7 @@ def make_setups(
             **options,
         )
         for mesh in shapes
-        if batch % mesh.shape[0] == 0
+        if batch % mesh.n_data == 0
     )
 
 

@@ -41,7 +41,6 @@ def plan_value(
     judged = [verdict.candidate for verdict in verdicts]
     fits = verdicts[0].fits if verdicts else None
     others = [candidate for candidate in planning.candidates if candidate not in judged]
-    assert winner.scored is not None
     return Plan(
         model=PlannedModel.of(planning.traced.table),
         mesh=planning.setup.mesh,
@@ -63,7 +62,7 @@ def plan_value(
                 compiled=said.get(candidate.name),
             )
             for candidate in (*judged, *others)
-            if candidate is not winner and candidate.scored is not None
+            if candidate is not winner
         ),
         versions=Versions.installed(),
     )

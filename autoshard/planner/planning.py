@@ -11,7 +11,7 @@ from autoshard.model.outputs import OutputShapes, joined_shapes
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.variables import ModelTable
 from autoshard.planner.garbage import uncollected
-from autoshard.planner.pricing import Candidate, make_scorer, published_maps
+from autoshard.planner.pricing import Candidate, Refused, make_scorer, published_maps
 from autoshard.planner.setup import Setup
 from autoshard.planner.stopwatch import Stopwatch
 from autoshard.planner.tracing import TracedModel, shapes_in_generate
@@ -47,7 +47,7 @@ class Planning:
     setup: Setup
     result: SearchResult
     candidates: tuple[Candidate, ...]
-    rivals: tuple[Candidate, ...]
+    rivals: tuple[Candidate | Refused, ...]
     by_hand: Candidate | None
     plain: Candidate | None
     no_rule: Candidate
@@ -56,9 +56,7 @@ class Planning:
     @property
     def best(self) -> Scored:
         """The best layout that a LayoutMap can express, by the formulas."""
-        scored = self.candidates[0].scored
-        assert scored is not None
-        return scored
+        return self.candidates[0].scored
 
     def cache_specs(self, scored: Scored) -> tuple[Spec, ...]:
         """How a layout lays out each array of a KV cache.
@@ -141,7 +139,7 @@ def _cache_specs(scorer: Scorer, scored: Scored) -> Iterator[Spec]:
 
 def _searched(
     traced: TracedModel, setup: Setup, top: int, without_generate: bool
-) -> tuple[tuple[Candidate, ...], SearchResult]:
+) -> tuple[tuple[Candidate | Refused, ...], SearchResult]:
     """The maps that others published, and what a search finds that starts from these too."""
     scorer = make_scorer(traced.program, setup)
     rivals = tuple(published_maps(traced.whole, scorer))
@@ -152,7 +150,7 @@ def _searched(
         setup.mesh,
         setup.memory_limit,
         top=top,
-        starts=[dict(rival.scored.assignment) for rival in rivals if rival.scored],
+        starts=[dict(rival.scored.assignment) for rival in rivals if isinstance(rival, Candidate)],
         outputs=_bounded(shapes, traced.folded, setup) if keeps_generate else shapes,
         unbound_outputs=shapes if without_generate and keeps_generate else None,
         tied=tied_families(traced.table),

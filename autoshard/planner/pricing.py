@@ -1,6 +1,5 @@
 """Candidates, and the prices of maps that others wrote or published."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from autoshard.search.descent import Scored, Scorer
 
 __all__ = [
     "Candidate",
+    "Refused",
     "make_scorer",
     "published_maps",
     "score_rules",
@@ -38,24 +38,37 @@ class Candidate:
     Attributes:
         name: what a table calls it.
         rules: its layout map.
-        scored: its assignment and cost; None where Keras refuses the map.
-        failure: why Keras refuses it, in one line, or "".
+        scored: its assignment and cost.
     """
 
     name: str
     rules: LayoutRules
-    scored: Scored | None
-    failure: str = ""
+    scored: Scored
 
     @property
     def fits(self) -> bool:
         """Whether it keeps the memory limit, by the prediction."""
-        return self.scored is not None and self.scored.excess_bytes == 0
+        return self.scored.excess_bytes == 0
 
     @property
     def step_seconds(self) -> float:
-        """Predicted; infinite where Keras refuses the map."""
-        return self.scored.cost.step_seconds if self.scored else math.inf
+        """Predicted."""
+        return self.scored.cost.step_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A map that has no price.
+
+    Attributes:
+        name: what a table calls it.
+        rules: the map.
+        failure: why Keras refuses it, or why it is not priced, in one line.
+    """
+
+    name: str
+    rules: LayoutRules
+    failure: str
 
 
 def make_scorer(program: Program, setup: Setup) -> Scorer:
@@ -71,7 +84,7 @@ def make_scorer(program: Program, setup: Setup) -> Scorer:
     return Scorer(pricer=pricer, mesh=setup.mesh, memory_limit=setup.memory_limit)
 
 
-def published_maps(model: AbstractModel, scorer: Scorer) -> Iterator[Candidate]:
+def published_maps(model: AbstractModel, scorer: Scorer) -> Iterator[Candidate | Refused]:
     """The maps that others published for this class of models, priced as they are.
 
     Args:
@@ -92,7 +105,9 @@ def published_maps(model: AbstractModel, scorer: Scorer) -> Iterator[Candidate]:
         yield score_rules(name, rules, table, scorer)
 
 
-def score_rules(name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer) -> Candidate:
+def score_rules(
+    name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer
+) -> Candidate | Refused:
     """Price a map that somebody wrote.
 
     Args:
@@ -104,14 +119,14 @@ def score_rules(name: str, rules: LayoutRules, table: ModelTable, scorer: Scorer
     try:
         resolution = resolve(rules, table, scorer.mesh).checked()
     except LayoutError as error:
-        return Candidate(name=name, rules=rules, scored=None, failure=str(error))
+        return Refused(name=name, rules=rules, failure=str(error))
     outputs = {table.templates[path]: spec for path, spec in resolution.outputs.items()}
     shapes = scorer.pricer.program.output_shapes()
     refused = refused_outputs(resolution.outputs, table, scorer.mesh, shapes)
     failure = _uneven(resolution.outputs, table)
     failure = failure or next((reason for _, reason in refused.values()), "")
     if failure:
-        return Candidate(name=name, rules=rules, scored=None, failure=failure)
+        return Refused(name=name, rules=rules, failure=failure)
     assignment = _known({**resolution.assignment, **outputs}, scorer)
     return Candidate(name=name, rules=rules, scored=scorer.score(assignment))
 

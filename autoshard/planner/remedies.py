@@ -208,14 +208,14 @@ def _without_generate(setup: Setup, traced: TracedModel) -> _Changes:
 
 def _other_shapes(setup: Setup, planned: Sequence[Mesh]) -> _Changes:
     """The same devices in two axes of other lengths, those with about as long a data axis first."""
-    n_data = setup.mesh.sizes[setup.mesh.data_axis]
+    n_data = setup.mesh.n_data
     known = {mesh.shape for mesh in (setup.mesh, *planned)}
     shapes = [
         mesh
         for mesh in mesh_shapes(setup.mesh.n_devices)
-        if mesh.shape not in known and setup.workload.batch % mesh.shape[0] == 0
+        if mesh.shape not in known and setup.workload.batch % mesh.n_data == 0
     ]
-    for mesh in sorted(shapes, key=lambda mesh: abs(math.log(mesh.shape[0] / n_data))):
+    for mesh in sorted(shapes, key=lambda mesh: abs(math.log(mesh.n_data / n_data))):
         change: dict[str, str | tuple[str, ...]] = {"mesh": str(mesh)}
         if len(setup.mesh.shape) == len(mesh.shape):
             mesh = replace(mesh, axis_names=setup.mesh.axis_names)
@@ -237,7 +237,7 @@ def _adapted(setup: Setup) -> _Changes:
 
 def _smaller_batches(setup: Setup) -> _Changes:
     """Half the batch, and half of that, as far down as the data axis divides."""
-    n_data = setup.mesh.sizes[setup.mesh.data_axis]
+    n_data = setup.mesh.n_data
     batch = setup.workload.batch
     while batch > n_data:
         batch = max(batch // 2 // n_data, 1) * n_data
@@ -265,7 +265,7 @@ def _more_devices(setup: Setup) -> _Changes:
         except MeshError:  # more devices than there are
             return
         target = replace(one, n_slices=n_slices * one.n_slices)
-        n_data = mesh.sizes[mesh.data_axis]
+        n_data = mesh.n_data
         batch = round_up(setup.workload.batch, n_data)
         change: dict[str, Any] = {"mesh": str(mesh), "target": str(target), "batch": batch}
         if n_slices > 1:  # the target says it; slices that were asked for would multiply it

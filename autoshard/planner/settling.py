@@ -22,12 +22,13 @@ from autoshard.host import available_bytes
 from autoshard.planner.planning import Planning
 from autoshard.planner.pricing import Candidate
 from autoshard.planner.setup import Setup
-from autoshard.processes.child import Child, child_environment
+from autoshard.processes.child import Child
 from autoshard.units import format_bytes
 from autoshard.xla.clock import step_time
 from autoshard.xla.compile import compile_deep, compile_in, copied_share
 from autoshard.xla.compiled import CompiledStep, CompileRequest
 from autoshard.xla.copies import complaint
+from autoshard.xla.environment import child_environment
 from autoshard.xla.partitioned import partitioned_seconds
 
 __all__ = ["Verdict", "compiler_for", "settle", "worth_compiling"]
@@ -67,10 +68,9 @@ class Verdict:
     def weighed_seconds(self) -> float:
         """The time of the step with its memory weighed as the search's ranking weighs it.
 
-        Nothing is added for hidden collectives and rules for outputs: what the ranking allows for
-        there is in what the compiler says.
+        Nothing is added for hidden collectives and for rules: what the ranking allows for there is
+        in what the compiler says.
         """
-        assert self.candidate.scored is not None
         return self.candidate.scored.weigh(self.step_seconds)
 
     @property
@@ -217,7 +217,6 @@ def _underrated(planning: Planning, verdicts: Sequence[Verdict]) -> Candidate | 
         (seconds, candidate)
         for candidate in others
         if candidate is not None and candidate.rules not in asked and candidate.fits
-        if candidate.scored is not None
         if (seconds := candidate.scored.weigh(candidate.step_seconds)) * _CLEARLY < best
     ]
     return min(faster, key=lambda pair: pair[0])[1] if faster else None
@@ -271,7 +270,6 @@ def _judge(
     if compiled.sums_of_copies:
         return _failed(candidate, XlaError(complaint(compiled.sums_of_copies)), fits=None)
     setup = planning.setup
-    assert candidate.scored is not None
     cost, on_cpu = candidate.scored.cost, compiler.chip.kind == "cpu"
     if on_cpu:
         seconds = partitioned_seconds(compiled, cost, setup.mesh, setup.target)

@@ -86,7 +86,7 @@ def make_setup(
     if slices is not None:
         target = _in_slices(target, slices, n_devices)
     if batch is None:
-        batch = round_up(DEFAULT_BATCH, mesh.sizes[mesh.data_axis])
+        batch = round_up(DEFAULT_BATCH, mesh.n_data)
     if workload == "lora" and lora_rank is None:
         lora_rank = DEFAULT_LORA_RANK
     return Setup(

@@ -13,7 +13,7 @@ from autoshard.graph.jaxpr import FlatJaxpr, read_jaxpr
 from autoshard.graph.program import Program
 from autoshard.hardware.chips import Chip
 from autoshard.model.attention import attention_of
-from autoshard.model.build import build
+from autoshard.model.build import build_for
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.model.outputs import OutputShapes
@@ -64,7 +64,7 @@ def trace_model(
     """
     watch = watch or Stopwatch()
     with watch.stage("build the model"):
-        whole = build(model, dtype=workload.dtype, lora_rank=workload.lora_rank)
+        whole = build_for(model, workload)
         table = whole.table()
         folded = fold(whole, periods=PLANNED_PERIODS)
     workload = whole.adapted(workload)

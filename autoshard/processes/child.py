@@ -11,7 +11,6 @@ its pipe ends the child.
 """
 
 import contextlib
-import importlib.util
 import os
 import selectors
 import signal
@@ -25,48 +24,13 @@ from typing import IO, Any
 
 from autoshard import errors
 from autoshard.errors import AutoshardError, ChildError, ChildTimeoutError, XlaError
-from autoshard.hardware.targets import Target
-from autoshard.installed import COMPILERS
-from autoshard.model.keras_import import PLANNING_ONLY
 from autoshard.processes.worker import read_frame, write_frame
 from autoshard.units import format_bytes
 
-__all__ = ["Child", "child_environment"]
+__all__ = ["Child"]
 
 _POLL_SECONDS = 0.1
 _KEPT_WORDS = 400
-# Kind of chip -> what of JAX brings its compiler.
-_EXTRAS = {"tpu": "jax[tpu]", "gpu": "jax[cuda12]"}
-
-
-def child_environment(target: Target) -> dict[str, str]:
-    """The environment variables of a child that compiles for `target`.
-
-    Raises:
-        XlaError: the compiler of the target is not installed; the text has the pip command.
-    """
-    environment = {
-        PLANNING_ONLY: "1",
-        "KERAS_BACKEND": "jax",
-        "JAX_PLATFORMS": "cpu",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    if target.chip.kind == "cpu":
-        flags = os.environ.get("XLA_FLAGS", "")
-        count = f"--xla_force_host_platform_device_count={target.n_devices}"
-        return environment | {"XLA_FLAGS": f"{flags} {count}".strip()}
-    kind = target.chip.kind
-    if importlib.util.find_spec(COMPILERS[kind].replace("-", "_")) is None:
-        advice = f'pip install "{_EXTRAS[kind]}"'
-        raise XlaError(f"the {kind.upper()} compiler is not installed; {advice}")
-    if kind == "gpu":
-        return environment
-    return environment | {
-        # Without these libtpu asks the cloud's metadata server what it runs on, and a second
-        # process aborts on the lock file of the first.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
 
 
 class Child:
@@ -172,7 +136,7 @@ class Child:
         self._stage = "start"
         try:
             self._process = subprocess.Popen(
-                # -P: what lies in the current folder is imported only if it is on the path below.
+                # -P: what lies in the current folder is imported only if it is on that path.
                 [sys.executable, "-P", "-m", "autoshard.processes.worker", str(writer), folder],
                 stdin=subprocess.PIPE,
                 stdout=self._log,

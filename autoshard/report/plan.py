@@ -14,7 +14,7 @@ from autoshard.layout.rules import LayoutRules, format_rules, rules_text
 from autoshard.mesh import Mesh, format_spec
 from autoshard.pipeline import PlanOutcome
 from autoshard.planner.mesh_shapes import tradeoffs
-from autoshard.planner.pricing import Candidate
+from autoshard.planner.pricing import Candidate, Refused
 from autoshard.planner.remedies import as_options
 from autoshard.planner.settling import Verdict
 from autoshard.report.explanation import RANKING, reasons_text
@@ -117,7 +117,6 @@ def notes(outcome: PlanOutcome) -> list[str]:
 
 
 def _misfit(outcome: PlanOutcome) -> str:
-    assert outcome.winner.scored is not None
     peak = outcome.winner.scored.cost.memory.peak_bytes
     limit = format_bytes(outcome.planning.setup.memory_limit)
     said = (
@@ -139,7 +138,6 @@ def _misfit(outcome: PlanOutcome) -> str:
 
 
 def _cost(outcome: PlanOutcome) -> str:
-    assert outcome.winner.scored is not None
     scored, planning = outcome.winner.scored, outcome.planning
     cost, memory, result = scored.cost, scored.cost.memory, planning.result
     parts = (
@@ -186,7 +184,6 @@ def _cost(outcome: PlanOutcome) -> str:
 def _passed_over(outcome: PlanOutcome) -> Iterator[str]:
     """Why the fastest that fits was not taken, where the ranking has the plan before it."""
     winner, compiled = outcome.winner.scored, [one.candidate.scored for one in outcome.verdicts]
-    assert winner is not None
     fitting = [
         (scored.cost.step_seconds, planning.setup.mesh, scored)
         for planning in outcome.shapes or (outcome.planning,)
@@ -252,8 +249,9 @@ def _ranking(outcome: PlanOutcome) -> str:
     said = {verdict.candidate.name: verdict for verdict in outcome.verdicts}
     rows = []
     planning = outcome.planning
-    others = (planning.without_generate, *planning.rivals)
-    for candidate in (*_candidates(outcome), *filter(None, others)):
+    beyond = [planning.without_generate] if planning.without_generate else []
+    shown: list[Candidate | Refused] = [*_candidates(outcome), *beyond, *planning.rivals]
+    for candidate in shown:
         name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
         rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
     table = _table(("layout", *_COLUMNS), rows)
@@ -261,7 +259,11 @@ def _ranking(outcome: PlanOutcome) -> str:
     by = next((v.compiled for v in outcome.verdicts if v.compiled), None)
     if by is not None:
         note += f";\ncompiled: {_source(by)}"
-    refused = "".join(f"\n{c.name}: {c.failure}" for c in planning.rivals if c.failure)
+    refused = "".join(
+        f"\n{rival.name}: {rival.failure}"
+        for rival in planning.rivals
+        if isinstance(rival, Refused)
+    )
     return "\n\n".join([f"{table}\n({note}){refused}", *_differences(outcome)])
 
 
@@ -289,8 +291,8 @@ def _source(step: CompiledStep) -> str:
     return f"the predicted compute with the collectives {by}"
 
 
-def _ranking_row(candidate: Candidate, verdict: Verdict | None) -> tuple[str, ...]:
-    if candidate.scored is None:
+def _ranking_row(candidate: Candidate | Refused, verdict: Verdict | None) -> tuple[str, ...]:
+    if isinstance(candidate, Refused):
         return ("", "", "", "", "", "", "not priced")
     cost = candidate.scored.cost
     compiled, note = "", ""
@@ -337,7 +339,7 @@ def _verification(outcome: PlanOutcome) -> Iterator[str]:
         return
     verdict = outcome.verdicts[0]
     compiled = verdict.compiled
-    assert compiled is not None and outcome.winner.scored is not None
+    assert compiled is not None
     cost = outcome.winner.scored.cost
     predicted = _counts(cost.traffic)
     found = _counts(target_collectives(compiled, outcome.plan.mesh.data_axis, cost))

@@ -60,8 +60,9 @@ class Choices:
         shape: shape of each of its variables.
         specs: the legal ones, the replicated one first; of what the step does not read the
             smallest alone; of an output `NO_RULE` first.
-        siblings: name shared by families that are read by the same op shapes (query, key and
-            value; gate and up), and so are moved together before they are moved alone.
+        siblings: name shared by those that are moved together before they are moved alone:
+            families of one shape in one block (query, key and value; gate and up), outputs that are
+            added up, and families that a map can give only one spec.
         n_bytes: bytes of all its variables, whole.
         follows: of a small bias, the family of its layer's weight: it lies as the last dimensions
             of that do, or whole. "" for what is moved on its own.
@@ -75,6 +76,11 @@ class Choices:
     n_bytes: int
     follows: str = ""
     is_output: bool = False
+
+    @property
+    def layer(self) -> str:
+        """The layer whose weight or output it is."""
+        return self.name.rpartition("/")[0]
 
     @property
     def parent(self) -> str:
@@ -99,17 +105,16 @@ def legal_specs(shape: Sequence[int], mesh: Mesh) -> Iterator[Spec]:
     >>> list(legal_specs((16, 3), parse_mesh("1x8")))
     [(None, None), ('model', None)]
     """
-    axes = mesh.parallel_axes
-    for dims in itertools.product(range(-1, len(shape)), repeat=len(axes)):
-        used = [dim for dim in dims if dim >= 0]
-        if len(set(used)) < len(used):
-            continue
-        entries: list[str | None] = [None] * len(shape)
-        for dim, axis in zip(dims, axes, strict=True):
-            if dim >= 0:
-                entries[dim] = axis
-        if divides(shape, tuple(entries), mesh):
-            yield tuple(entries)
+    specs = _placements(len(shape), mesh.parallel_axes)
+    return (spec for spec in specs if divides(shape, spec, mesh))
+
+
+def _placements(n_dims: int, axes: Sequence[str]) -> Iterator[Spec]:
+    """Each axis on one dimension of an array or on none, on none first."""
+    for dims in itertools.product(range(-1, n_dims), repeat=len(axes)):
+        axis_at = {dim: axis for dim, axis in zip(dims, axes, strict=True) if dim >= 0}
+        if len(axis_at) == sum(dim >= 0 for dim in dims):
+            yield tuple(map(axis_at.get, range(n_dims)))
 
 
 def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
@@ -144,8 +149,7 @@ def family_choices(program: Program, mesh: Mesh) -> tuple[Choices, ...]:
         legal = tuple(legal_specs(shapes[family], mesh))
         if n_bytes[family] < floor and not follows[family]:
             return legal[:1]
-        smallest = min(legal, key=lambda spec: math.prod(shard_shape(shapes[family], spec, mesh)))
-        return (smallest,) if family in unread else legal
+        return (_smallest_shard(shapes[family], legal, mesh),) if family in unread else legal
 
     return tuple(
         Choices(
@@ -185,11 +189,13 @@ def first_specs(families: Sequence[Choices]) -> dict[str, Spec]:
 def smallest_shards(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
     """The layout under which a device holds the least of each family."""
     return {
-        choices.name: min(
-            choices.specs, key=lambda spec: math.prod(shard_shape(choices.shape, spec, mesh))
-        )
-        for choices in families
+        choices.name: _smallest_shard(choices.shape, choices.specs, mesh) for choices in families
     }
+
+
+def _smallest_shard(shape: Sequence[int], specs: Sequence[Spec], mesh: Mesh) -> Spec:
+    """The spec under which a device holds the least of an array."""
+    return min(specs, key=lambda spec: math.prod(shard_shape(shape, spec, mesh)))
 
 
 def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
@@ -202,7 +208,7 @@ def split_by_hand(families: Sequence[Choices], mesh: Mesh) -> dict[str, Spec]:
     """
     largest: dict[str, Choices] = {}
     for choices in sorted(families, key=lambda choices: -choices.n_bytes):
-        largest.setdefault(choices.name.rpartition("/")[0], choices)
+        largest.setdefault(choices.layer, choices)
     sizes = Counter(size for choices in largest.values() for size in set(choices.shape))
     stream = max(sizes, key=lambda size: (sizes[size], -size), default=0)
     assignment = {}
@@ -263,17 +269,12 @@ def _output_specs(
     if not mesh.parallel_axes:
         return ()
     data, others = mesh.data_axis, [a for a in mesh.parallel_axes if a != mesh.data_axis]
-    specs = []
-    for dims in itertools.product(range(-1, len(shape)), repeat=len(others)):
-        entries: list[str | None] = [data, *[None] * (len(shape) - 1)]
-        placed = [dim for dim in dims if dim >= 0]
-        if len(set(placed)) < len(placed) or (0 in placed and data in mesh.parallel_axes):
-            continue
-        for dim, axis in zip(dims, others, strict=True):
-            if dim >= 0:
-                entries[dim] = axis
-        if all(len(s) == len(shape) and divides(s, tuple(entries), mesh) for s in shapes):
-            specs.append(tuple(entries))
+    specs: list[Spec] = []
+    for first, *rest in _placements(len(shape), others):
+        spec = (first or data, *rest)
+        is_free = first is None or data not in mesh.parallel_axes
+        if is_free and all(len(s) == len(shape) and divides(s, spec, mesh) for s in shapes):
+            specs.append(spec)
     return tuple(specs)
 
 

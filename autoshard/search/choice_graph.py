@@ -48,6 +48,9 @@ class ChoiceGraph:
 
     Args:
         limit: most bytes at any time, or infinity.
+        n_times: how many points in time there are.
+        tolerance: costs that differ by less count as equal.
+        n_strategies: of each node, before any was left out.
         costs: a table (sums, strategies) a node; there are one or two sums.
         kept: the first numbers of the strategies that a node still has.
         loads: the memory of a node; of no interest are times that the limit cannot bind.
@@ -55,6 +58,7 @@ class ChoiceGraph:
             table of the other direction is a view of the same numbers.
         alive: the nodes that are left, in order.
         light, heavy: nodes to look at again, by cheap and by costly rules.
+        records: what was left out, in order, from which the answer is put together again.
 
     Attributes:
         fresh: of each node the neighbours to which the edge has changed since its cheap rules were

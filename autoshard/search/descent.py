@@ -196,8 +196,8 @@ def descend(
 ) -> Scored:
     """The best of the local optima reached from each start, and from the best one shaken."""
     moves = list(make_moves(families, scorer.mesh))
-    simple = [move for move in moves if not (move.is_pair or move.is_joint)]
-    outputs_first = sorted(simple, key=lambda move: not move.is_output)
+    simple = [move for move in moves if move.of in ("weights", "outputs")]
+    outputs_first = sorted(simple, key=lambda move: move.of != "outputs")
     orders = [simple, outputs_first] if outputs_first != simple else [simple]
     best: Scored | None = None
     for start, order in itertools.product(starts, orders):
@@ -288,7 +288,7 @@ def _descend_from(scorer: Scorer, moves: Sequence[Move], start: Mapping[str, Spe
         if n_failed == len(moves):
             break
         n_failed += 1
-        if move.is_pair and scorer.is_spent:
+        if move.of == "pair" and scorer.is_spent:
             continue
         now = dict(best.assignment)
         found = scorer.score({**now, **move.change(now)})

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from autoshard.mesh import Mesh, Spec
 from autoshard.search.candidates import NO_RULE, Choices
@@ -20,15 +21,13 @@ class Move:
 
     Attributes:
         change: from an assignment to the entries that change.
-        is_pair: whether it moves two sibling groups of weights at once: such moves are the most.
-        is_output: whether it moves outputs of layers.
-        is_joint: whether it moves weights and the outputs of their layers.
+        of: what it moves: `weights` of one sibling group; a `pair` of such groups at once, which
+            are the most moves; `outputs` of layers; or weights and the outputs of their layers
+            in a `joint` move.
     """
 
     change: Callable[[Mapping[str, Spec]], dict[str, Spec]]
-    is_pair: bool = False
-    is_output: bool = False
-    is_joint: bool = False
+    of: Literal["weights", "pair", "outputs", "joint"] = "weights"
 
 
 def sibling_groups(families: Iterable[Choices]) -> dict[str, list[Choices]]:
@@ -48,7 +47,8 @@ def make_moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[Move]:
     """Moves from small to large, each along one mesh axis: where a family's other axes lie stays.
 
     Axis by axis: whole sibling groups first, then single families, then two of the largest sibling
-    groups at once. The outputs of one group are laid out together, each spec in turn; of groups
+    groups at once. The outputs of one group are laid out together, each spec in turn, and before
+    that those of all layers that one number tells apart; of groups
     that stand beside each other, as keys and values, any two and no other too. So are those of a
     layer with its weights, also in place of those of the layers beside it.
 
@@ -107,14 +107,14 @@ def _moves_of_weights_and_outputs(families: Sequence[Choices], mesh: Mesh) -> It
                 range(-1, len(first[0].shape)), range(-1, len(second[0].shape))
             ):
                 places = ((first, dims[0]), (second, dims[1]))
-                yield Move(change=partial(_put, places, axis), is_pair=True)
+                yield Move(change=partial(_put, places, axis), of="pair")
     alike: dict[tuple[str, tuple[int, ...]], list[Choices]] = {}
     for members in outputs.values():
         alike.setdefault((members[0].unnumbered, members[0].shape), []).extend(members)
     several = [m for m in alike.values() if len({choices.siblings for choices in m}) > 1]
     for members in [*several, *outputs.values()]:
         for spec in members[0].specs:
-            yield Move(change=partial(lay, members, spec), is_output=True)
+            yield Move(change=partial(lay, members, spec), of="outputs")
     beside: dict[tuple[str, tuple[int, ...]], list[Sequence[Choices]]] = {}
     for members in outputs.values():
         beside.setdefault((members[0].parent, members[0].shape), []).append(members)
@@ -124,7 +124,7 @@ def _moves_of_weights_and_outputs(families: Sequence[Choices], mesh: Mesh) -> It
             yield from _joint_moves(groups, own, at, axis)
         for pair in itertools.combinations(groups, 2):
             for spec in pair[0][0].specs[1:]:
-                yield Move(change=partial(_lay_alone, pair, groups, spec), is_output=True)
+                yield Move(change=partial(_lay_alone, pair, groups, spec), of="outputs")
 
 
 def _joint_moves(
@@ -143,10 +143,10 @@ def _joint_moves(
         for dim, spec in itertools.product(range(-1, len(weight.shape)), groups[at][0].specs[1:]):
             place = ([weight], dim)
             beside = partial(_lay_with, groups[at], spec, (), (place,), axis)
-            yield Move(change=beside, is_joint=True)
+            yield Move(change=beside, of="joint")
             if others:
                 alone = partial(_lay_with, groups[at], spec, groups, (place, *others), axis)
-                yield Move(change=alone, is_joint=True)
+                yield Move(change=alone, of="joint")
 
 
 def lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict[str, Spec]:
@@ -162,14 +162,14 @@ def lay(members: Sequence[Choices], spec: Spec, now: Mapping[str, Spec]) -> dict
 
 def _own_weights(outputs: Sequence[Choices], families: Iterable[Choices]) -> list[Choices]:
     """The weights of the layers that make some outputs."""
-    layers = {choices.name.removesuffix("/output") for choices in outputs}
+    layers = {choices.layer for choices in outputs}
     return [
         choices
         for choices in families
         if not choices.is_output
         and len(choices.specs) > 1
         and not choices.follows
-        and choices.name.rpartition("/")[0] in layers
+        and choices.layer in layers
     ]
 
 

@@ -18,7 +18,7 @@ from autoshard.hardware.chips import get_chip
 from autoshard.hardware.targets import Target, parse_target
 from autoshard.mesh import Mesh
 from autoshard.model.attention import attention_of
-from autoshard.model.build import build
+from autoshard.model.build import build_for
 from autoshard.model.fold import fold
 from autoshard.model.folding import BlockStack
 from autoshard.model.recipe import AbstractModel
@@ -223,7 +223,7 @@ def _heap_bytes(folder: Path) -> int | None:
 def _built(
     name: str, workload: Workload, periods: int | None, leaves_out: bool
 ) -> tuple[AbstractModel, Step]:
-    whole = build(name, dtype=workload.dtype, lora_rank=workload.lora_rank)
+    whole = build_for(name, workload)
     model = fold(whole, periods=periods, leaves_out=leaves_out)
     return model, make_step(model, workload)
 

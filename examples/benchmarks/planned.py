@@ -20,7 +20,7 @@ from autoshard.model.build import build
 from autoshard.model.fold import PLANNED_PERIODS, fold
 from autoshard.model.folding import Folding
 from autoshard.model.variables import ModelTable, dtype_bytes
-from autoshard.planner.pricing import make_scorer, score_rules
+from autoshard.planner.pricing import Candidate, make_scorer, score_rules
 from autoshard.planner.setup import Setup, make_setup
 from autoshard.planner.tracing import make_program
 from autoshard.search.descent import Scorer
@@ -79,8 +79,8 @@ def predicted_cost(
     table, scorer = copy_scorer(
         model, mesh, workload, as_partitioned=as_partitioned, is_whole=is_whole
     )
-    scored = score_rules("", rules, table, scorer).scored
-    return None if scored is None else scored.cost
+    priced = score_rules("", rules, table, scorer)
+    return priced.scored.cost if isinstance(priced, Candidate) else None
 
 
 def held_bytes(table: ModelTable, rules: LayoutRules, mesh: Mesh, workload: str) -> int:

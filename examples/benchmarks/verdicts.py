@@ -24,9 +24,10 @@ from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import parse_mesh
 from autoshard.model.keras_import import PLANNING_ONLY
 from autoshard.model.workload import Workload
-from autoshard.processes.child import Child, child_environment
+from autoshard.processes.child import Child
 from autoshard.xla.compile import compile_in
 from autoshard.xla.compiled import CompiledStep, CompileRequest
+from autoshard.xla.environment import child_environment
 
 __all__ = [
     "BATCH",
