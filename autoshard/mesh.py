@@ -65,11 +65,11 @@ class Mesh:
                 f"({', '.join(self.axis_names)}); give one name an axis, the data axis first"
             )
         if len(set(self.axis_names)) != len(self.axis_names) or not all(
-            name.isidentifier() for name in self.axis_names
+            isinstance(name, str) and name.isidentifier() for name in self.axis_names
         ):
             raise MeshError(
-                f"axis names {', '.join(self.axis_names)!r}: give distinct words of letters, "
-                "digits and underscores, such as batch, model"
+                f"axis names {', '.join(map(str, self.axis_names))!r}: give distinct words of "
+                "letters, digits and underscores, such as batch, model"
             )
 
     def __str__(self) -> str:

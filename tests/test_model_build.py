@@ -1,6 +1,7 @@
 """Building models without values, from each kind of reference."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -353,6 +354,26 @@ def test_low_rank_factors_that_a_model_has_are_those_that_are_planned() -> None:
     found = plan(model, mesh="1x2", workload="lora")
     assert found.workload.lora_rank == 8
     assert set(found.partition_specs(model)) == {weight.path for weight in model.weights}
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+@pytest.mark.parametrize("change", ["frozen", "low rank"])
+def test_what_the_author_trains_is_planned(change: str, is_given: bool) -> None:
+    def changed() -> Any:
+        model = small_gemma()
+        if change == "frozen":
+            model.backbone.get_layer("token_embedding").trainable = False
+        else:
+            model.backbone.enable_lora(8)
+        return model
+
+    workload = Workload(kind="train", batch=8, seq_len=16, dtype="float32")
+    traced = trace_model(changed() if is_given else changed, workload)
+    slots = [one for one in traced.program.arguments if one.role == "slot" and one.shape]
+    trained = [weight for weight in traced.whole.model.weights if weight.trainable]
+    # Adam keeps two moments of each trained parameter, in float32 as the model is.
+    n_parameters = sum(math.prod(weight.shape) for weight in trained)
+    assert sum(slot.n_bytes * slot.count for slot in slots) == 2 * 4 * n_parameters > 0
 
 
 def test_a_model_without_values_draws_no_numbers() -> None:

@@ -130,8 +130,13 @@ def _given(model: Any, lora_rank: int | None) -> AbstractModel:
         twin = build_recipe(recipe)
     except ModelError:
         return given
-    same = twin.table().fingerprint == given.table().fingerprint
-    return replace(given, recipe=recipe) if same else given
+    return replace(given, recipe=recipe) if _are_alike(twin, given) else given
+
+
+def _are_alike(one: AbstractModel, other: AbstractModel) -> bool:
+    """Whether two models have the same variables, and the same of them are trained."""
+    flags = [[weight.trainable for weight in model.model.weights] for model in (one, other)]
+    return one.table().fingerprint == other.table().fingerprint and flags[0] == flags[1]
 
 
 def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
@@ -161,12 +166,21 @@ def _own_dtype(model: AbstractModel) -> str:
 
 
 def _rebuildable(model: AbstractModel) -> AbstractModel:
-    """The same model with a recipe whose configuration can be changed, where its class has one."""
+    """The same model with a recipe whose configuration can be changed, where that gives the same.
+
+    It does not where its author froze layers, which no configuration tells.
+    """
     recipe = model.recipe
     if recipe is None or (recipe.config is not None and "class_name" not in recipe.config):
         return model
-    better = _recipe_from(model, recipe.lora_rank)
-    return replace(model, recipe=better) if better else model
+    better = _recipe_from(model, recipe.lora_rank or own_lora_rank(model.backbone))
+    if better is None:
+        return model
+    try:
+        twin = build_recipe(better)
+    except ModelError:
+        return model
+    return replace(model, recipe=better) if _are_alike(twin, model) else model
 
 
 def _recipe_from(model: AbstractModel, lora_rank: int | None) -> Recipe | None:

@@ -154,7 +154,8 @@ class ModelTable:
         """SHA-256 of the table of paths, shapes and dtypes.
 
         Numbers that Keras gives over the whole process are left out, so that a second model of the
-        kind in one process has the same fingerprint; the frozen and the LoRA table differ.
+        kind in one process has the same fingerprint. Low-rank factors make another table, and
+        which weights are trained makes none.
         """
         paths = ranked(self.templates[variable.path] for variable in self.variables)
         rows = [

@@ -83,6 +83,8 @@ def make_setup(
         target = default_target(n_devices)
     elif isinstance(target, str):
         target = named_target(target, n_devices)
+    elif not isinstance(target, Target):
+        raise UsageError(f"the target is {target!r}; give a name such as tpu:v5e:2x4")
     if slices is not None:
         target = _in_slices(target, slices, n_devices)
     if batch is None:
