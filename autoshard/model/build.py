@@ -118,25 +118,27 @@ def _given(model: Any, lora_rank: int | None) -> AbstractModel:
         task = with_task(backbone) if model is backbone else model
     given = wrap(model.name, backbone, task, None)
     recipe = _recipe_from(given, lora_rank or rank)
-    if lora_rank != rank and lora_rank is not None:
-        if recipe is None:
-            raise UsageError(
-                f"'{model.name}' takes no low-rank factors: it is no KerasHub backbone"
-            )
-        return build_recipe(recipe)
+    if lora_rank in (None, rank):
+        return _with_recipe(given, recipe)
     if recipe is None:
-        return given
+        raise UsageError(f"'{model.name}' takes no low-rank factors: it is no KerasHub backbone")
+    return build_recipe(recipe)
+
+
+def _with_recipe(model: AbstractModel, recipe: Recipe | None) -> AbstractModel:
+    """The model with another recipe, where that makes the same variables and trains the same.
+
+    It does not where an author froze layers, which no configuration tells.
+    """
+    if recipe is None:
+        return model
     try:
         twin = build_recipe(recipe)
     except ModelError:
-        return given
-    return replace(given, recipe=recipe) if _are_alike(twin, given) else given
-
-
-def _are_alike(one: AbstractModel, other: AbstractModel) -> bool:
-    """Whether two models have the same variables, and the same of them are trained."""
-    flags = [[weight.trainable for weight in model.model.weights] for model in (one, other)]
-    return one.table().fingerprint == other.table().fingerprint and flags[0] == flags[1]
+        return model
+    flags = [[weight.trainable for weight in one.model.weights] for one in (twin, model)]
+    same = twin.table().fingerprint == model.table().fingerprint and flags[0] == flags[1]
+    return replace(model, recipe=recipe) if same else model
 
 
 def _with_own_dtype(model: AbstractModel, asked: str | None) -> AbstractModel:
@@ -166,21 +168,12 @@ def _own_dtype(model: AbstractModel) -> str:
 
 
 def _rebuildable(model: AbstractModel) -> AbstractModel:
-    """The same model with a recipe whose configuration can be changed, where that gives the same.
-
-    It does not where its author froze layers, which no configuration tells.
-    """
+    """The same model with a recipe whose configuration can be changed, where its class has one."""
     recipe = model.recipe
     if recipe is None or (recipe.config is not None and "class_name" not in recipe.config):
         return model
-    better = _recipe_from(model, recipe.lora_rank or own_lora_rank(model.backbone))
-    if better is None:
-        return model
-    try:
-        twin = build_recipe(better)
-    except ModelError:
-        return model
-    return replace(model, recipe=better) if _are_alike(twin, model) else model
+    rank = recipe.lora_rank or own_lora_rank(model.backbone)
+    return _with_recipe(model, _recipe_from(model, rank))
 
 
 def _recipe_from(model: AbstractModel, lora_rank: int | None) -> Recipe | None:

@@ -80,7 +80,7 @@ class Choices:
     @property
     def layer(self) -> str:
         """The layer whose weight or output it is."""
-        return self.name.rpartition("/")[0]
+        return _layer(self.name)
 
     @property
     def parent(self) -> str:

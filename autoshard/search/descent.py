@@ -164,7 +164,7 @@ class Scorer:
                 cost=cost,
                 excess_bytes=int(excess),
                 n_outputs=sum(name in self._outputs for name, _ in key),
-                n_rules=self.n_rules(dict(key)),
+                n_rules=self.n_rules(assignment),
             )
             self.seen[key] = found
         return found

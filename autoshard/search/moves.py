@@ -48,9 +48,9 @@ def make_moves(families: Sequence[Choices], mesh: Mesh) -> Iterator[Move]:
 
     Axis by axis: whole sibling groups first, then single families, then two of the largest sibling
     groups at once. The outputs of one group are laid out together, each spec in turn, and before
-    that those of all layers that one number tells apart; of groups
-    that stand beside each other, as keys and values, any two and no other too. So are those of a
-    layer with its weights, also in place of those of the layers beside it.
+    that those of all layers that one number tells apart; of groups that stand beside each other, as
+    keys and values, any two and no other too. So are those of a layer with its weights, also in
+    place of those of the layers beside it.
 
     A bias that is split goes where its weight goes. In the end those of a sibling group are laid as
     their weights are, or whole.
