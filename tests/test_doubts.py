@@ -30,8 +30,8 @@ def test_what_is_not_known_of_a_layer_is_said_with_its_path() -> None:
     found = plan(reader, make_setup("8x1"))
     (doubt,) = doubts(found, (), is_compiled=False)
     assert doubt == (
-        "scan in gru_*, lstm: how layouts pass through this is not known, so that it is taken to "
-        "need whole operands: time and memory may be far from predicted"
+        "scan in gru_*, lstm: a loop is priced by its kernels and what it reads in each turn: time "
+        "and memory may be several times what is predicted"
     )
 
 
@@ -44,7 +44,7 @@ def test_a_network_of_convolutions_is_said_to_be_priced_too_low(gemma: Planning)
         return import_keras().Model(pictures, layers.Dense(10, name="last")(found))
 
     found = plan(network, make_setup("8x1"))
-    assert found.traced.program.unknown() == {}
+    assert found.traced.program.layers_with("unknown") == {}
     assert ["convolutions" in doubt for doubt in doubts(found, (), is_compiled=True)] == [True]
     assert list(doubts(gemma, gemma.candidates[0].rules, is_compiled=False)) == []
 

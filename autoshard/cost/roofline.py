@@ -14,7 +14,7 @@
   a device has several parts to be repeated.
 - Sums of a stream take a part of the norm that reads them.
 - What the compiler fuses into these takes nothing of its own; so do products that sum nothing up.
-- No kernel of a TPU takes less than a microsecond.
+- No kernel of a TPU takes less than a microsecond, and a loop has several in each of its turns.
 """
 
 import math
@@ -97,7 +97,7 @@ def compute_seconds(op: Op, choice: Choice, machine: Machine) -> float:
     seconds = _busy_seconds(op, choice, machine)
     if not seconds or op.moves_cache or not machine.compiles_for_tpu:
         return seconds
-    return max(seconds, _KERNELS.get(op.kind, 1) * KERNEL_SECONDS)
+    return max(seconds, _KERNELS.get(op.kind, op.n_kernels) * KERNEL_SECONDS)
 
 
 def fetch_seconds(op: Op, choice: Choice, machine: Machine) -> float:
@@ -270,6 +270,11 @@ def _bytes_in_memory(op: Op, array: Array, choice: Choice, machine: Machine) -> 
     """
     n_bytes = array.n_bytes if array.is_held else moved_bytes(op, array, machine)
     shard = local_bytes(n_bytes, layout_of(array, choice), machine.axis_sizes)
+    if array.reads.times > 1 and not array.reads.is_sliced:
+        shard *= array.reads.times
+        # TPUs round what a loop multiplies before it begins.
+        is_wide = machine.compiles_for_tpu and op.flops and array.itemsize == FLOAT32_BYTES
+        return shard // 2 if is_wide else shard
     repetition = array.repetition
     if repetition is None or op.kind != "contraction" or not machine.compiles_for_tpu:
         return shard

@@ -336,7 +336,8 @@ class StepPricer:
         if transfer.operand is None:
             # XLA adds partial sums before an all-reduce, but not before a reduce-scatter.
             merged = transfer.kind == "all-reduce"
-            into = op.sum_into if merged else op.results[0].identity
+            made = op.results[transfer.result].identity
+            into = op.sum_into if merged and not transfer.result else made
             return ("result", into, transfer.kind, transfer.axis, transfer.target, None)
         identity = op.operands[transfer.operand].identity
         shared = self.machine.compiles_for_tpu and (not op.backward or identity in self._kept)

@@ -52,6 +52,7 @@ class Transfer:
         operand: position of the operand that is moved, or None for the result.
         target: layout that the moved array gets.
         in_ring: whether it is a reduce-scatter whose sums go round while the matmul makes them.
+        result: position of the result that is moved, if it is one.
         within: the axes in whose groups of devices it is moved. The partitioner finds again what it
             moved before only within the same.
         n_runs: how many of it there are, one after the other.
@@ -71,6 +72,7 @@ class Transfer:
     adds_pieces: bool = False
     alone_seconds: float = 0.0
     in_ring: bool = False
+    result: int = 0
 
 
 def is_all_reduced(transfers: Iterable[Transfer]) -> bool:
@@ -93,9 +95,9 @@ def op_transfers(
     for position, (array, layout) in enumerate(zip(op.arrays, layouts, strict=True)):
         if position >= len(op.operands):
             made = _array_transfers(op, array, None, partition.choice, layout, machine)
-            transfers += [
-                part for one in made for part in _sliced(one, partition.n_slices, machine)
-            ]
+            parts = [part for one in made for part in _sliced(one, partition.n_slices, machine)]
+            result = position - len(op.operands)
+            transfers += [replace(part, result=result) for part in parts] if result else parts
             continue
         if position in partition.permuted:
             layout = partition.permuted[position]
@@ -123,12 +125,18 @@ def folded_sums(transfers: Sequence[Transfer], machine: Machine) -> list[Transfe
     The compilers of TPUs and GPUs fold them (XLA's `all_reduce_folder.cc`), the partitioner does
     not.
     """
-    sums = [one for one in transfers if one.operand is None and one.kind == "all-reduce"]
-    axes = tuple(sorted(axis for one in sums for axis in machine.groups[one.axis]))
-    if not machine.folds_sums or len(sums) < 2 or axes not in machine.groups:
-        return list(transfers)
-    folded = as_all_reduce(replace(sums[0], axis=machine.groups.index(axes)), machine)
-    return [*(one for one in transfers if one not in sums), folded]
+    kept, sums = list[Transfer](), dict[int, list[Transfer]]()
+    for one in transfers:
+        is_sum = one.operand is None and one.kind == "all-reduce"
+        (sums.setdefault(one.result, []) if is_sum else kept).append(one)
+    for result, summed in sums.items():
+        axes = tuple(sorted(axis for one in summed for axis in machine.groups[one.axis]))
+        if not machine.folds_sums or len(summed) < 2 or axes not in machine.groups:
+            kept += summed
+            continue
+        folded = as_all_reduce(replace(summed[0], axis=machine.groups.index(axes)), machine)
+        kept.append(replace(folded, result=result) if result else folded)
+    return kept
 
 
 def _permuted(array: Array, want: Layout, machine: Machine, position: int) -> Transfer:
@@ -195,7 +203,8 @@ def lies_in_op(op: Op, array: Array, operand: int | None, choice: Choice) -> tup
     Returns:
         Its layout there, and the factors that are summed over each axis, or `WHOLE`.
     """
-    summed = () if operand is not None else op.reduced
+    # What a loop sums over, some of its results have.
+    summed = () if operand is not None else op.reduced.difference(array.factors)
     partial = tuple(factor if factor in summed else WHOLE for factor in choice)
     return layout_of(array, choice), partial
 
@@ -257,7 +266,8 @@ def _between(
         partial: the factors that are summed over each axis, or `WHOLE`.
     """
     if operand is not None:
-        yield from _moves(op, array, layout, made, machine, operand)
+        for move in _moves(op, array, layout, made, machine, operand):
+            yield replace(move, n_runs=array.reads.times) if array.reads.times > 1 else move
         return
     sums = [axis for axis, factor in enumerate(partial) if factor != WHOLE]
     summed = tuple(layout[axis] if axis in sums else dim for axis, dim in enumerate(made))
@@ -315,6 +325,8 @@ def _moves(
     """
     sizes = machine.axis_sizes
     all_bytes = array.n_bytes if position is None else moved_bytes(op, array, machine)
+    if array.reads.is_sliced:
+        all_bytes //= array.reads.times
     # XLA gathers the last dimension first: what is gathered is still split along those before.
     now = [have[axis] if dim == WHOLE else dim for axis, dim in enumerate(want)]
     for axis in sorted(range(len(have)), key=have.__getitem__, reverse=True):
@@ -325,7 +337,7 @@ def _moves(
             now[axis] = WHOLE
             n_bytes = local_bytes(all_bytes, tuple(now), sizes)
             early = (
-                array.is_held
+                (array.is_held and array.reads.times == 1)
                 or (machine.hides_gathers and op.is_batch and position is not None)
                 or (machine.chip.kind == "tpu" and op.backward and sizes[axis] > 2)
             )

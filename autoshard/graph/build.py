@@ -7,11 +7,11 @@ from fractions import Fraction
 from autoshard.graph.caches import CacheMoves, cache_count, cache_moves, rebuilt_arguments
 from autoshard.graph.casts import held_arrays, turned_weights, with_narrow_results
 from autoshard.graph.equal import merge_equal
+from autoshard.graph.equations import Equation, FlatJaxpr
 from autoshard.graph.grouping import Grouping, Numbering, group_arrays
 from autoshard.graph.interleaving import with_interleaving
-from autoshard.graph.jaxpr import Equation, FlatJaxpr
 from autoshard.graph.layer_outputs import layer_outputs
-from autoshard.graph.link import PASSING, Label, Link
+from autoshard.graph.link import ONCE, PASSING, Label, Labels, Link, Reads
 from autoshard.graph.liveness import Lives, read_lives
 from autoshard.graph.meetings import count_meetings
 from autoshard.graph.places import with_places
@@ -302,7 +302,7 @@ class _Factors:
     numbers: dict[Label, int] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
 
-    def array(self, identity: int, labels: tuple[Label | None, ...]) -> Array:
+    def array(self, identity: int, labels: Labels, reads: Reads = ONCE) -> Array:
         kind = self.flat.arrays[identity]
         for label, size in zip(labels, kind.shape, strict=True):
             if label is not None and size != 1:
@@ -322,6 +322,7 @@ class _Factors:
             inner=inner,
             is_held=identity in self.numbering.held,
             repetition=self.numbering.repetition(identity),
+            reads=reads,
         )
 
     def number(self, label: Label, size: int) -> int:
@@ -352,7 +353,8 @@ def _op(
 ) -> Op | None:
     """One op of the program, its labels turned into factor numbers; None where nothing is laid."""
     link = equation.link
-    used = [(equation.operands[i], link.operands[i]) for i in open_operands]
+    reads = link.reads or (ONCE,) * len(link.operands)
+    used = [(equation.operands[i], link.operands[i], reads[i]) for i in open_operands]
     made = [
         pair
         for pair in zip(equation.results, link.results, strict=True)
@@ -377,6 +379,7 @@ def _op(
         gathered=factors.of(link.gathered),
         flops=equation.flops,
         window=equation.window,
+        n_kernels=equation.n_kernels,
         layer=equation.layer,
         place=equation.place,
         backward=equation.backward,

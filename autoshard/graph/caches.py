@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.equations import Equation, FlatJaxpr
 from autoshard.graph.link import PASSING
 
 __all__ = ["CacheMoves", "cache_count", "cache_moves", "rebuilt_arguments"]

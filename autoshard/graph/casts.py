@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from autoshard.graph.jaxpr import FlatJaxpr
+from autoshard.graph.equations import FlatJaxpr
 
 __all__ = ["held_arrays", "turned_weights", "with_narrow_results"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 
-from autoshard.graph.jaxpr import FlatJaxpr
+from autoshard.graph.equations import FlatJaxpr
 
 __all__ = ["Block", "blocks_read"]
 

@@ -13,7 +13,7 @@ slices and reshapes keep constants constant, and nothing else does: a concatenat
 from collections.abc import Collection, Hashable
 from dataclasses import replace
 
-from autoshard.graph.jaxpr import ArrayType, Equation, FlatJaxpr, live_equations
+from autoshard.graph.equations import ArrayType, Equation, FlatJaxpr, live_equations
 from autoshard.graph.link import numbered
 from autoshard.graph.rules import LINK_RULES
 from autoshard.model.outputs import MARK

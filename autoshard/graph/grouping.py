@@ -10,7 +10,7 @@ own is joined with others of that spec alone.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from autoshard.graph.jaxpr import ArrayType, Equation, FlatJaxpr
+from autoshard.graph.equations import ArrayType, Equation, FlatJaxpr
 from autoshard.graph.link import PASSING, Label
 from autoshard.graph.program import Repetition
 

@@ -3,112 +3,22 @@
 The result knows nothing of JAX any more: shapes, factors and names only.
 """
 
-import math
 import re
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from autoshard.graph.equations import ArrayType, Equation, FlatJaxpr, Mark, live_equations
 from autoshard.graph.flops import equation_flops, window_size
-from autoshard.graph.link import Link
+from autoshard.graph.loops import Loop, loop_link
 from autoshard.graph.rules import link_of, unknown_link
 from autoshard.model.outputs import MARK
 
-__all__ = ["ArrayType", "Equation", "FlatJaxpr", "Mark", "live_equations", "read_jaxpr"]
+__all__ = ["read_jaxpr"]
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat",
           "checkpoint", "remat2", "custom_vjp_call_jaxpr"}  # fmt: skip
 _TRANSFORM = re.compile(r"(?:jvp|transpose|vmap|remat|checkpoint|rematted_computation)\(")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArrayType:
-    """Shape and bytes an element of one array."""
-
-    shape: tuple[int, ...]
-    itemsize: int
-
-    @property
-    def n_elements(self) -> int:
-        """Elements of the whole array."""
-        return math.prod(self.shape)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the whole array."""
-        return self.n_elements * self.itemsize
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Equation:
-    """One equation of the step.
-
-    Attributes:
-        operands, results: identities of the arrays; literals are left out.
-        link: its factors; `link.operands` matches `operands`.
-        flops: floating point operations, multiply-add counting two; 0 for what is not a matmul.
-        window: elements of a convolution's filter, see `autoshard.graph.flops`; 1 for a matmul.
-        layer: path of the layer, without the transformations around it.
-        place: the same for each block that has such a layer, once that is known: see `with_places`.
-        backward: whether the transposed (gradient) program holds it.
-        does: its parameters and literals, or None where two of them cannot be compared.
-    """
-
-    primitive: str
-    operands: tuple[int, ...]
-    results: tuple[int, ...]
-    link: Link
-    flops: int
-    window: int = 1
-    layer: str
-    place: str = ""
-    backward: bool
-    does: Hashable = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """An array that Keras would ask a LayoutMap about.
-
-    Attributes:
-        path: path of the layer output.
-        identity: the array.
-        backward: whether it is the output's gradient.
-    """
-
-    path: str
-    identity: int
-    backward: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlatJaxpr:
-    """A step without calls.
-
-    Attributes:
-        arrays: type of each array, by identity.
-        equations: in execution order.
-        inputs: identity of each argument.
-        outputs: identity of each result, or None for a constant.
-        marks: the layer outputs.
-    """
-
-    arrays: tuple[ArrayType, ...]
-    equations: tuple[Equation, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int | None, ...]
-    marks: tuple[Mark, ...] = ()
-
-    def made_by(self) -> dict[int, Equation]:
-        """Identity of an array -> the equation that makes it; without those that are there."""
-        return {result: equation for equation in self.equations for result in equation.results}
-
-    def n_readers(self) -> Counter[int]:
-        """Identity of an array -> how often equations read it and the step returns it."""
-        readers = Counter(i for equation in self.equations for i in equation.operands)
-        readers.update(_identities(self.outputs))
-        return readers
 
 
 class _Reader:
@@ -153,8 +63,10 @@ class _Reader:
         # Offsets that are constants make it a slice, for the compiler too.
         if name == "dynamic_slice" and all(hasattr(v, "val") for v in equation.invars[1:]):
             name, shapes = "slice", shapes[:1]
-        link = link_of(name, shapes, out_shapes, equation.params)
-        link = link or unknown_link(shapes, out_shapes)
+        loop = _loop(name, equation.params)
+        of_loop = loop_link(loop, shapes) if loop and loop.is_known else None
+        by_rule = of_loop or link_of(name, shapes, out_shapes, equation.params)
+        link = by_rule or unknown_link(shapes, out_shapes)
         results: list[int] = []
         for variable in equation.outvars:
             results.append(self.new(variable))
@@ -172,14 +84,38 @@ class _Reader:
                 link=replace(
                     link,
                     operands=tuple(link.operands[i] for i, _ in present if i < len(link.operands)),
+                    reads=tuple(link.reads[i] for i, _ in present if link.reads),
                 ),
                 flops=equation_flops(equation),
+                n_kernels=loop.n_kernels if loop else 1,
                 window=window_size(equation),
                 layer=layer,
                 backward=backward,
                 does=_does(equation),
             )
         )
+
+
+def _loop(name: str, params: Mapping[str, Any]) -> Loop | None:
+    """What a loop or condition runs; None of anything else."""
+    if name == "scan":
+        return Loop(
+            bodies=(read_jaxpr(params["jaxpr"]),),
+            n_constants=params["num_consts"],
+            n_carried=params["num_carry"],
+            turns=params["length"],
+            is_stacked=True,
+        )
+    if name == "while":
+        body = read_jaxpr(params["body_jaxpr"])
+        n_skipped, n_constants = params["cond_nconsts"], params["body_nconsts"]
+        n_carried = len(body.outputs)
+        return Loop(
+            bodies=(body,), n_skipped=n_skipped, n_constants=n_constants, n_carried=n_carried
+        )
+    if name == "cond":
+        return Loop(bodies=tuple(map(read_jaxpr, params["branches"])), n_skipped=1)
+    return None
 
 
 def _does(equation: Any) -> Hashable | None:
@@ -231,7 +167,7 @@ def read_jaxpr(closed: Any) -> FlatJaxpr:
     """
     reader = _Reader()
     known: dict[Any, int | None] = {v: reader.new(v) for v in closed.jaxpr.invars}
-    inputs = tuple(_identities(known.values()))
+    inputs = tuple(one for one in known.values() if one is not None)
     known.update({v: None for v in closed.jaxpr.invars if 0 in v.aval.shape})
     known.update({v: reader.new(v) for v in closed.jaxpr.constvars})
     outputs = tuple(reader.walk(closed.jaxpr, known, ""))
@@ -244,20 +180,3 @@ def read_jaxpr(closed: Any) -> FlatJaxpr:
         outputs=outputs,
         marks=tuple(mark for mark in reader.marks if mark.identity in made),
     )
-
-
-def _identities(values: Iterable[int | None]) -> Iterator[int]:
-    return (value for value in values if value is not None)
-
-
-def live_equations(
-    equations: Sequence[Equation], outputs: Sequence[int | None]
-) -> tuple[Equation, ...]:
-    """The equations that an output depends on: the others are no part of the compiled program."""
-    needed = set(_identities(outputs))
-    live = []
-    for equation in reversed(equations):
-        if not needed.isdisjoint(equation.results):
-            needed.update(equation.operands)
-            live.append(equation)
-    return tuple(reversed(live))

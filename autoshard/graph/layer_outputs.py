@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from autoshard.graph.equations import Equation, FlatJaxpr
 from autoshard.graph.grouping import Numbering
-from autoshard.graph.jaxpr import Equation, FlatJaxpr
 from autoshard.graph.link import PASSING
 from autoshard.graph.program import LayerOutput, Op
 from autoshard.model.outputs import MARK

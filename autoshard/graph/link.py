@@ -6,11 +6,13 @@ from typing import Any
 
 __all__ = [
     "ADDING",
+    "ONCE",
     "PASSING",
     "Label",
     "Labels",
     "Link",
     "LinkRule",
+    "Reads",
     "Shape",
     "drop_ones",
     "numbered",
@@ -27,12 +29,28 @@ ADDING = ("add", "add_any", "sub")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """How an op reads an operand.
+
+    Attributes:
+        times: how often: in each turn of a loop.
+        is_sliced: whether each time another slice, one of as many.
+    """
+
+    times: int = 1
+    is_sliced: bool = False
+
+
+ONCE = Reads()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """The factors of one op.
 
     Attributes:
         kind: `elementwise`, `reshape`, `broadcast`, `contraction`, `reduction`, `gather`,
-            `scatter`, `slice`, `source` or `unknown`; propagation and cost go by it.
+            `scatter`, `slice`, `source`, `loop` or `unknown`; propagation and cost go by it.
         operands: for each operand, the factor of each dimension, or None where it must be whole.
         results: the same for each result.
         reduced: the factors whose splitting leaves partial sums in the results.
@@ -42,6 +60,7 @@ class Link:
         sizes: factor -> its size, where that is not the size of the dimension (a reshape's
             parts).
         inner: factor -> the one inside it, where some dimension of a reshape holds both.
+        reads: of a loop, how it reads each operand; none of what reads each once.
     """
 
     kind: str
@@ -52,6 +71,7 @@ class Link:
     gathered: frozenset[Label] = frozenset()
     sizes: Mapping[Label, int] = field(default_factory=dict)
     inner: Mapping[Label, Label] = field(default_factory=dict)
+    reads: tuple[Reads, ...] = ()
 
 
 LinkRule = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], Link]

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.equations import Equation, FlatJaxpr
 from autoshard.graph.link import ADDING, PASSING
 from autoshard.graph.program import Chain
 

@@ -10,7 +10,7 @@ five times for one matmul.
 from collections import Counter
 from collections.abc import Sequence
 
-from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.equations import Equation, FlatJaxpr
 from autoshard.graph.link import ADDING, PASSING
 
 __all__ = ["count_meetings"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
-from autoshard.graph.jaxpr import FlatJaxpr
+from autoshard.graph.equations import FlatJaxpr
 from autoshard.model.paths import in_any_block, layer_templates
 
 __all__ = ["with_places"]

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from autoshard.graph.link import ONCE, Reads
 from autoshard.model.outputs import OutputShapes
 
 __all__ = [
@@ -68,6 +69,7 @@ class Array:
             to minor.
         is_held: whether it is an argument of the step, there before any op runs.
         repetition: how it repeats what it was made of, by the group's dimensions, or None.
+        reads: how the op reads it, if it is an operand.
     """
 
     identity: int
@@ -78,6 +80,7 @@ class Array:
     inner: tuple[tuple[int, int], ...] = ()
     is_held: bool = False
     repetition: Repetition | None = None
+    reads: Reads = ONCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +145,7 @@ class Op:
             shares with ops of other blocks, as the output of an encoder, is moved once for all.
         sum_into: identity of the array in which its partial results end up summed with those of
             other ops; the partitioner reduces once, there.
+        n_kernels: of a loop, the kernels of all its turns; 1 for any other op.
         summed_batch: the batch factor of a matmul along which a reduction sums its result at once,
             as that of the experts is; None for any other op.
         addends: for each written sum, as a residual stream's, of which its result is the part that
@@ -177,6 +181,7 @@ class Op:
     count: int
     sum_into: int
     window: int = 1
+    n_kernels: int = 1
     summed_batch: int | None = None
     addends: tuple[int, ...] = ()
     moves_cache: bool = False
@@ -355,11 +360,11 @@ class Program:
                 touching[group].append(index)
         return touching
 
-    def unknown(self) -> dict[str, tuple[str, ...]]:
-        """Primitives without a rule, which are taken to need everything whole -> their layers."""
+    def layers_with(self, kind: str) -> dict[str, tuple[str, ...]]:
+        """The primitives of ops of a kind -> the layers that made such ops."""
         layers: dict[str, dict[str, None]] = {}
         for op in self.ops:
-            if op.kind == "unknown":
+            if op.kind == kind:
                 layers.setdefault(op.primitive, {})[op.layer] = None
         return {primitive: tuple(found) for primitive, found in layers.items()}
 

@@ -5,7 +5,7 @@ A model repeats them in a dimension beside theirs, which it then merges with the
 
 from collections.abc import Iterable
 
-from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.equations import Equation, FlatJaxpr
 from autoshard.graph.program import Repetition
 
 __all__ = ["read_repetitions"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from autoshard.graph.jaxpr import Equation, FlatJaxpr
+from autoshard.graph.equations import Equation, FlatJaxpr
 from autoshard.model.outputs import MARK
 
 __all__ = ["Slice", "read_slices"]

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from autoshard.graph.jaxpr import FlatJaxpr
+from autoshard.graph.equations import FlatJaxpr
 from autoshard.graph.liveness import Lives
 from autoshard.graph.program import Op
 from autoshard.graph.tying import places_in_blocks

@@ -31,7 +31,7 @@ def _look(op: Op) -> tuple[object, ...]:
         op.primitive,
         op.kind,
         tuple(
-            (a.n_bytes, a.itemsize, a.factors, a.inner, a.is_held, a.repetition)
+            (a.n_bytes, a.itemsize, a.factors, a.inner, a.is_held, a.repetition, a.reads)
             for a in op.operands
         ),
         tuple((a.n_bytes, a.itemsize, a.factors, a.inner) for a in op.results),
@@ -41,6 +41,7 @@ def _look(op: Op) -> tuple[object, ...]:
         op.gathered,
         op.flops,
         op.window,
+        op.n_kernels,
         op.backward,
         op.moves_cache,
         op.is_fused,

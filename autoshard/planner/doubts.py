@@ -34,6 +34,7 @@ def doubts(
     yield from _nothing_trained(planning)
     yield from _nothing_split(planning, rules, is_best_shape)
     yield from _unknown_primitives(planning)
+    yield from _loops(planning)
     if not is_compiled:
         yield from _trained_convolutions(planning)
     yield from _many_convolutions(planning)
@@ -119,17 +120,34 @@ def _nothing_split(planning: Planning, rules: LayoutRules, is_best_shape: bool) 
 
 
 def _unknown_primitives(planning: Planning) -> Iterator[str]:
-    """Those without a rule, each with the layers that have it."""
-    templates = layer_templates(planning.traced.table.templates)
-    found = []
-    for primitive, layers in planning.traced.program.unknown().items():
-        named = dict.fromkeys(layer_template(layer, templates) for layer in layers if layer)
-        found.append(primitive + (f" in {', '.join(named)}" if named else ""))
-    if found:
+    """Those without a rule."""
+    if found := _with_layers(planning, "unknown"):
         yield (
-            f"{'; '.join(found)}: how layouts pass through this is not known, so that "
+            f"{'; '.join(found.values())}: how layouts pass through this is not known, so that "
             "it is taken to need whole operands: time and memory may be far from predicted"
         )
+
+
+def _loops(planning: Planning) -> Iterator[str]:
+    found = _with_layers(planning, "loop")
+    found.pop("cond", None)
+    if endless := found.pop("while", None):
+        yield f"{endless}: how often this turns is not known, so that one turn is counted"
+    if found:
+        yield (
+            f"{'; '.join(found.values())}: a loop is priced by its kernels and what it reads in "
+            "each turn: time and memory may be several times what is predicted"
+        )
+
+
+def _with_layers(planning: Planning, kind: str) -> dict[str, str]:
+    """The primitives of a kind -> each with the layers that have it."""
+    templates = layer_templates(planning.traced.table.templates)
+    found = {}
+    for primitive, layers in planning.traced.program.layers_with(kind).items():
+        named = dict.fromkeys(layer_template(layer, templates) for layer in layers if layer)
+        found[primitive] = primitive + (f" in {', '.join(named)}" if named else "")
+    return found
 
 
 def _trained_convolutions(planning: Planning) -> Iterator[str]:

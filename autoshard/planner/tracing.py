@@ -9,7 +9,8 @@ from typing import Any
 from autoshard.errors import ModelError
 from autoshard.graph.build import StepInput, build_program
 from autoshard.graph.chains import blocks_read
-from autoshard.graph.jaxpr import FlatJaxpr, read_jaxpr
+from autoshard.graph.equations import FlatJaxpr
+from autoshard.graph.jaxpr import read_jaxpr
 from autoshard.graph.program import Program
 from autoshard.hardware.chips import Chip
 from autoshard.model.attention import attention_of

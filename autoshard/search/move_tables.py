@@ -115,6 +115,7 @@ class MoveTables:
             op.is_batch,
             array.n_bytes if is_result else moved_bytes(op, array, self._machine),
             array.is_held,
+            array.reads,
             is_result,
         )
 
@@ -151,12 +152,12 @@ class MoveTables:
             moves = folded_sums(moves, machine)
         blocking = written = everything = 0.0
         for move in moves:
-            everything += move.seconds
-            written += move.memory_seconds
+            everything += move.seconds * move.n_runs
+            written += move.memory_seconds * move.n_runs
             dim = layout[machine.axis_of(move.axis)]
             hidden = move.overlapped or (dim in way.hidden_dims and move.kind == "all-gather")
             if not (hidden or may_decompose(move, machine)):
-                blocking += move.seconds
+                blocking += move.seconds * move.n_runs
         return blocking + written, everything
 
 
