@@ -135,9 +135,9 @@ class Propagator:
         """Lay out every group.
 
         Args:
-            fixed: group -> layout, for the groups of arguments and of gradients that a rule hits.
-            asked: outputs, and the layouts that rules ask of them. What is made of those may be
-                split further.
+            fixed: group -> layout, for the groups of arguments.
+            asked: outputs and their gradients, and the layouts that rules ask of them. What is made
+                of those may be split further.
 
         Returns:
             One layout a group; a group that nothing reaches is whole on every device.

@@ -291,14 +291,14 @@ def _parent(family: str) -> str:
 def fixed_layouts(
     program: Program, assignment: Assignment, mesh: Mesh, parts: AxisParts
 ) -> dict[int, Layout]:
-    """The layouts of the groups of arguments, and of gradients that a rule for an output hits.
+    """The layouts of the groups of arguments.
 
     Data is split on dimension 0 over the data axis, as Keras does; a KV cache is left free, since
     Keras makes it inside the step; what has no family is whole.
 
     Args:
         program: the step.
-        assignment: family, or template of a layer output -> spec.
+        assignment: family -> spec.
         mesh: the mesh.
         parts: what its axes are cut into.
     """
@@ -313,33 +313,24 @@ def fixed_layouts(
         elif argument.family is not None:
             spec = assignment.get(argument.family, ())
         fixed[argument.group] = _layout(spec, argument.dims, axes, parts)
-    for output, spec in _laid_outputs(program, assignment):
-        if output.backward:
-            fixed[output.group] = _layout(spec, output.dims, axes, parts)
     return fixed
 
 
 def asked_layouts(
     program: Program, assignment: Assignment, mesh: Mesh, parts: AxisParts
 ) -> list[tuple[LayerOutput, Layout]]:
-    """The outputs that a rule lays out, and how.
+    """The outputs that a rule lays out, and their gradients, and how.
 
     Args:
-        program, assignment, mesh, parts: as for `fixed_layouts`.
+        program, mesh, parts: as for `fixed_layouts`.
+        assignment: template of a layer output -> spec.
     """
     return [
         (output, _layout(spec, output.dims, mesh.parallel_axes, parts))
-        for output, spec in _laid_outputs(program, assignment)
-        if not output.backward
+        for output in program.layer_outputs
+        if program.groups[output.group].argument is None
+        and (spec := assignment.get(output.template, NO_RULE))
     ]
-
-
-def _laid_outputs(program: Program, assignment: Assignment) -> Iterator[tuple[LayerOutput, Spec]]:
-    """The layer outputs that a rule lays out, with its spec."""
-    for output in program.layer_outputs:
-        spec = assignment.get(output.template, NO_RULE)
-        if spec and program.groups[output.group].argument is None:
-            yield output, spec
 
 
 @cache
