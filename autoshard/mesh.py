@@ -211,7 +211,8 @@ def check_batch(batch: int, mesh: Mesh) -> None:
     if batch % mesh.n_data:
         raise MeshError(
             f"a batch of {batch} does not divide over the {mesh.n_data} devices of the data axis "
-            f"'{mesh.data_axis}'; use a multiple of {mesh.n_data}"
+            f"'{mesh.data_axis}'; use a multiple of {mesh.n_data}, or a mesh whose data axis "
+            "divides it"
         )
 
 

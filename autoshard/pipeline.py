@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from autoshard.errors import NothingFitsError, UsageError, XlaError
 from autoshard.hardware.targets import Target
 from autoshard.mesh import MeshLike
-from autoshard.model.build import build, own_lora_rank
+from autoshard.model.build import build
+from autoshard.model.recipe import own_lora_rank
 from autoshard.model.variables import ModelTable
 from autoshard.model.workload import DEFAULT_OPTIMIZER, DEFAULT_SEQ_LEN, Workload
 from autoshard.planner.mesh_shapes import make_setups, plan_shapes
@@ -223,14 +224,7 @@ def make_plan(
     setups = _setups(mesh, devices, **options)
     watch = Stopwatch(progress=on_progress)
     traced = trace_model(model, setups[0].workload, setups[0].target.chip, watch)
-    setups = tuple(
-        replace(
-            setup,
-            workload=traced.workload,
-            generate=setup.generate or not traced.whole.generates,
-        )
-        for setup in setups
-    )
+    setups = _adapted(setups, traced)
     shapes = plan_shapes(traced, setups, top=top, watch=watch)
     planning = shapes[0]
     verdicts, failure = _verdicts(model, planning, verify, watch)
@@ -248,6 +242,16 @@ def make_plan(
     if not advise or failure or outcome.plan.fits:
         return outcome
     return replace(outcome, advice=_advice(model, traced, setups, outcome, watch))
+
+
+def _adapted(setups: Sequence[Setup], traced: TracedModel) -> tuple[Setup, ...]:
+    """The setups with what is the model's own; of several those that its own batch divides over."""
+    batch, generates = traced.workload.batch, traced.whole.generates
+    dividing = [setup for setup in setups if batch % setup.mesh.n_data == 0]
+    return tuple(
+        replace(setup, workload=traced.workload, generate=setup.generate or not generates)
+        for setup in dividing or setups
+    )
 
 
 def _advice(

@@ -13,7 +13,7 @@ from autoshard.hardware.targets import Target
 from autoshard.host import available_bytes
 from autoshard.installed import COMPILERS, installed_version
 from autoshard.layout.causes import Causes
-from autoshard.model.fold import PLANNED_PERIODS, fold
+from autoshard.model.fold import PLANNED_PERIODS, check_periods, fold
 from autoshard.model.folding import Folding
 from autoshard.planner.pricing import Candidate, make_scorer, score_rules
 from autoshard.planner.setup import Setup, check_options
@@ -66,7 +66,8 @@ def verify(
             `dtype` and `optimizer`, as for `plan`.
 
     Raises:
-        UsageError: a value is wrong, or a plan came with the options of a map.
+        UsageError: a value is wrong, a plan came with the options of a map, or the model cannot be
+            built with so many blocks.
         PlanFileError: the plan was made for another model.
         LayoutError: Keras refuses the map.
         XlaError: the compiler is missing, failed, or its process died.
@@ -74,6 +75,7 @@ def verify(
     check_options("verify", options)
     on_progress("build the model")
     subject = subject_of(layout, model=model, target=target, memory_limit=memory_limit, **options)
+    check_periods(subject.model, blocks)
     predicted = subject.predicted
     if blocks or predicted is None:
         on_progress("predict")

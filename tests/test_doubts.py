@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from test_planning import plan
 
+from autoshard.errors import ModelError
 from autoshard.layout.rules import Rule
 from autoshard.model.keras_import import import_keras
 from autoshard.planner.doubts import doubts
@@ -58,6 +59,15 @@ def test_sizes_that_are_taken_for_want_of_any_are_told_of() -> None:
     found = plan(network, make_setup("8x1"))
     doubt = next(doubts(found, (), is_compiled=True))
     assert "of the sizes that pictures leaves open 1 is taken" in doubt
+
+
+def test_sizes_that_are_too_small_for_the_model_are_told_with_their_error() -> None:
+    def network() -> Any:
+        pictures = import_keras().Input((None, None, 3), name="pictures")
+        return import_keras().Model(pictures, import_keras().layers.Conv2D(8, 3)(pictures))
+
+    with pytest.raises(ModelError, match="cannot be traced.*that pictures leaves open 1 is taken"):
+        plan(network, make_setup("8x1"))
 
 
 def test_made_up_names_are_told_of_where_a_rule_takes_any_number_of_them() -> None:
@@ -131,7 +141,7 @@ def test_another_optimizer_than_a_model_is_compiled_with_is_told_of(gemma: Plann
 
 def test_devices_that_repeat_each_other_are_told_of(gemma: Planning) -> None:
     (doubt,) = doubts(gemma, (), is_compiled=False)
-    assert "each of the 8 devices does all the work" in doubt and "of mesh 8x1" in doubt
+    assert "each of the 8 devices does all the work" in doubt and "--devices tries" in doubt
     alone = replace(gemma.setup, workload=replace(gemma.setup.workload, batch=1))
     (doubt,) = doubts(replace(gemma, setup=alone), (), is_compiled=False)
     assert "a batch of a multiple of 8" in doubt

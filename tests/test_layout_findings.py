@@ -81,6 +81,16 @@ def test_a_rule_written_for_older_keras_is_told_so() -> None:
     ]
 
 
+def test_a_rule_behind_an_exact_one_is_told_so() -> None:
+    exact = rule("decoder_block_0/ffw_linear/kernel", "model")
+    behind = rule(r"decoder_block_0/ffw_l\w+/kernel", None, "model")
+    messages = [message for _, message in found(exact, behind) if behind.pattern in message]
+    assert messages == [
+        rf"rule '{behind.pattern}' takes no variable and no layer output of gemma: "
+        f"'{exact.pattern}' has a rule of its own, which alone counts; drop one of the two"
+    ]
+
+
 def test_two_rules_on_one_path_are_an_error() -> None:
     assert found(
         rule(".*ffw_gating.*kernel", None, "model"), rule(".*gating_2/.*nel", "model")

@@ -1,6 +1,7 @@
 """The shape of the mesh: every one is planned, and the fastest that fits is taken."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,6 +82,18 @@ def test_a_faster_layout_that_the_ranking_passes_over_is_told_of(outcome: PlanOu
 def test_shapes_over_which_the_batch_does_not_divide_are_left_out() -> None:
     assert [str(setup.mesh) for setup in make_setups(8, batch=2)] == ["1x8", "2x4"]
     assert {setup.workload.batch for setup in make_setups(12)} == {12}
+
+
+def test_of_a_batch_that_is_the_models_own_the_shapes_that_divide_it_are_planned() -> None:
+    def network() -> Any:
+        keras = import_keras()
+        rows = keras.Input(batch_shape=(6, 256), name="rows")
+        return keras.Model(rows, keras.layers.Dense(256, name="only")(rows))
+
+    found = make_plan(network, devices=4, verify="none")
+    assert {str(planning.setup.mesh) for planning in found.shapes} == {"1x4", "2x2"}
+    with pytest.raises(MeshError, match="a batch of 6 does not divide over the 4 devices"):
+        make_plan(network, "4x1", verify="none")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from autoshard.errors import ModelError, UnknownNameError, UsageError
 from autoshard.model.build import build
-from autoshard.model.fold import fold
+from autoshard.model.fold import check_periods, fold
 from autoshard.model.inputs import output_structure
 from autoshard.model.keras_import import import_keras, import_keras_hub
 from autoshard.model.step import make_step, trace
@@ -41,6 +41,16 @@ def plain_network() -> Any:
     keras = import_keras()
     inputs = keras.Input((4,), name="features")
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(inputs), name="plain")
+
+
+def written_out() -> Any:
+    """Blocks of a model's own, of which no configuration tells how many there are."""
+    keras = import_keras()
+    found = inputs = keras.Input((4,), name="features")
+    for k in range(4):
+        layers = [keras.layers.Dense(4, name=name) for name in ("up", "down")]
+        found = keras.Sequential(layers, name=f"block_{k}")(found)
+    return keras.Model(inputs, found, name="written_out")
 
 
 def no_model() -> int:
@@ -246,7 +256,7 @@ def test_a_model_that_is_no_backbone_is_taken_whole() -> None:
     step = make_step(model, Workload(kind="train", batch=2, optimizer="sgd"))
     assert step.loss == "mean square of the outputs"
     trace(step)
-    with pytest.raises(UsageError, match="KerasHub backbone"):
+    with pytest.raises(UsageError, match="has no enable_lora, which KerasHub's backbones have"):
         build(plain_network, lora_rank=2)
 
 
@@ -298,6 +308,11 @@ def test_a_task_is_read_with_its_own_dtype(tmp_path: Path) -> None:
         (f"{__name__}:nothing", UsageError, "cannot import"),
         (f"{__name__}:no_model", UsageError, "returned int, not a Keras model"),
         ("missing.keras", UsageError, "there is no model 'missing.keras'"),
+        (
+            __name__,
+            UsageError,
+            f"is a module: name a callable in it .* as in {__name__}:make_model",
+        ),
     ],
 )
 def test_references_that_lead_nowhere(reference: str, error: type[Exception], text: str) -> None:
@@ -349,11 +364,21 @@ def test_what_needs_tensorflow_is_no_part_of_a_step() -> None:
 def test_low_rank_factors_that_a_model_has_are_those_that_are_planned() -> None:
     model = small_gemma()
     model.backbone.enable_lora(8)
-    with pytest.raises(UsageError, match="factors of rank 8, and rank 4 is asked for"):
-        build(model, lora_rank=4)
+    for given in (model, lambda: model):
+        with pytest.raises(UsageError, match="factors of rank 8, and rank 4 is asked for"):
+            build(given, lora_rank=4)
     found = plan(model, mesh="1x2", workload="lora")
     assert found.workload.lora_rank == 8
     assert set(found.partition_specs(model)) == {weight.path for weight in model.weights}
+
+
+def test_fewer_blocks_are_asked_only_of_a_model_that_can_have_them() -> None:
+    check_periods(build(small_gemma), 2)
+    check_periods(build(small_gemma), 9)  # more than it has
+    with pytest.raises(UsageError, match="plain_network' has no blocks that repeat"):
+        check_periods(build(plain_network), 2)
+    with pytest.raises(UsageError, match="cannot be built with fewer blocks"):
+        check_periods(build(written_out), 2)
 
 
 @pytest.mark.parametrize("is_given", [True, False])

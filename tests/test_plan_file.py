@@ -18,7 +18,7 @@ from autoshard.cost.values import Memory
 from autoshard.errors import BackendError, LayoutError, MeshError, PlanFileError, UsageError
 from autoshard.layout.reading import parse_layout
 from autoshard.layout.rules import Rule
-from autoshard.mesh import Mesh
+from autoshard.mesh import Mesh, Spec
 from autoshard.model.workload import Workload
 from autoshard.records.parts import (
     Alternative,
@@ -273,6 +273,25 @@ def test_a_next_best_that_is_faster_is_explained() -> None:
         "a compiler was asked about whole layouts, and its word counts first)",
     ]
     assert "a compiler" not in reasons_text(replace(PLAN, compiled=None))
+
+
+def test_layers_that_a_number_tells_apart_are_one_line_where_they_lie_alike() -> None:
+    def reason(family: str, spec: Spec, seconds: float) -> Reason:
+        other: Spec = (None, "model")
+        return Reason(family=family, spec=spec, next_best=other, cost_seconds=seconds, cost_bytes=0)
+
+    whole, split = (None, None), ("model", None)
+    reasons = [reason(f"up_{k}/kernel", whole, (9 - k) * 1e-3) for k in range(3)]
+    reasons += [reason("up_3/kernel", split, 1e-3), reason("head/kernel", split, 2e-3)]
+    reasons += [reason(f"down_{k}/kernel", split, 4e-3) for k in range(3)]
+    rows = reasons_text(replace(PLAN, reasons=tuple(reasons))).splitlines()[2:]
+    assert [(row.split("  ")[0], row.split()[-2]) for row in rows[:4]] == [
+        ("up_*/kernel (3 of 4)", "ms"),
+        ("up_3/kernel", "ms"),
+        ("head/kernel", "ms"),
+        ("down_*/kernel", "ms"),
+    ]
+    assert "+7 ms" in rows[0] and "for the one where that is least" in rows[4]
 
 
 def test_a_file_in_memory_is_a_file_like_any_other() -> None:

@@ -19,7 +19,7 @@ from autoshard.host import available_bytes
 from autoshard.mesh import round_up
 from autoshard.model.blocks import blocks_of
 from autoshard.model.build import build
-from autoshard.model.fold import fold
+from autoshard.model.fold import check_periods, fold
 from autoshard.model.recipe import AbstractModel
 from autoshard.model.values import stores_values
 from autoshard.model.workload import DEFAULT_LORA_RANK, QUANTIZED, Workload
@@ -95,8 +95,9 @@ def run(
         **options: with `model`: as for `verify`.
 
     Raises:
-        UsageError: a value is wrong, the devices do not divide among the processes, or the weights
-            are int8, which have no random values.
+        UsageError: a value is wrong, the devices do not divide among the processes, the model
+            cannot be built with so many blocks, or the weights are int8, which have no random
+            values.
         PlanFileError: the plan was made for another model.
         ModelError: the model cannot be built.
     """
@@ -104,6 +105,7 @@ def run(
     on_progress("build the model")
     subject = subject_of(layout, model=model, target="cpu", **options)
     mesh = subject.setup.mesh
+    check_periods(subject.model, blocks)
     if subject.setup.workload.dtype == QUANTIZED:
         raise UsageError(
             f"weights in {QUANTIZED} begin as zeros, and a run would compare zeros: run the same "

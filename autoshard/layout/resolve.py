@@ -227,13 +227,21 @@ def _idle_findings(
     for rule in rules:
         if rule.pattern not in used:
             message = (
-                f"rule '{rule.pattern}' takes no variable and no layer output of {table.name}, so "
-                f"what it was meant for is replicated; {_idle_hint(rule, taken, table)}"
+                f"rule '{rule.pattern}' takes no variable and no layer output of {table.name}"
+                f"{_idle_hint(rule, taken, table)}"
             )
             yield Finding(kind="takes-nothing", rule=rule.pattern, message=message)
 
 
 def _idle_hint(rule: Rule, taken: Mapping[str, LayoutRules], table: ModelTable) -> str:
+    """What comes of it, and what to do."""
+    exact = next((path for path in taken if hits(rule.pattern, path)), None)
+    if exact is not None:
+        return f": '{exact}' has a rule of its own, which alone counts; drop one of the two"
+    return f", so what it was meant for is replicated; {_nearest_hint(rule, taken, table)}"
+
+
+def _nearest_hint(rule: Rule, taken: Mapping[str, LayoutRules], table: ModelTable) -> str:
     partly = next((path for path in taken if hits(rule.pattern, path, "search")), None)
     if partly is not None:
         return f"it takes only a part of '{partly}', and Keras 3.14 and later want the whole path"

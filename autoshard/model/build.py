@@ -13,15 +13,17 @@ from autoshard.model.recipe import (
     AbstractModel,
     Recipe,
     build_recipe,
+    check_own_rank,
     is_task,
     layers_by_path,
+    own_lora_rank,
     with_task,
     wrap,
 )
 from autoshard.model.references import recipe_of
 from autoshard.model.workload import DEFAULT_DTYPE, QUANTIZED, Workload, check_dtype
 
-__all__ = ["build", "build_for", "own_lora_rank"]
+__all__ = ["build", "build_for"]
 
 
 def build(
@@ -95,25 +97,10 @@ def _quantized(reference: Any, lora_rank: int | None) -> AbstractModel:
     return _rebuildable(build_recipe(replace(recipe, config=config, lora_rank=lora_rank)))
 
 
-def own_lora_rank(model: Any) -> int | None:
-    """The rank of the low-rank factors that a Keras model has.
-
-    Args:
-        model: what `build` takes; what is no Keras model has none yet.
-    """
-    rank: int | None = getattr(getattr(model, "backbone", model), "_lora_rank", None)
-    return rank
-
-
 def _given(model: Any, lora_rank: int | None) -> AbstractModel:
     """A model that the caller made: its own variables, and a recipe if a copy equals it."""
     backbone = model.backbone if is_task(model) else model
-    rank = own_lora_rank(model)
-    if rank and lora_rank not in (None, rank):
-        raise UsageError(
-            f"'{model.name}' has low-rank factors of rank {rank}, and rank {lora_rank} is asked "
-            f"for; give lora_rank={rank}"
-        )
+    rank = check_own_rank(model.name, model, lora_rank)
     with abstract_scope():
         task = with_task(backbone) if model is backbone else model
     given = wrap(model.name, backbone, task, None)

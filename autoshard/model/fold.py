@@ -19,7 +19,7 @@ from autoshard.model.folding import BlockStack, Folding, find_repetition
 from autoshard.model.recipe import AbstractModel, build_recipe
 from autoshard.model.thinning import counts_of, without_blocks
 
-__all__ = ["PLANNED_PERIODS", "fold"]
+__all__ = ["PLANNED_PERIODS", "check_periods", "fold"]
 
 PLANNED_PERIODS = 2
 """Of a model that is planned: more price the same, but for the count of what repeats."""
@@ -71,6 +71,28 @@ def fold(model: AbstractModel, *, periods: int | None, leaves_out: bool = False)
     shared = _shared(whole, model, folded)
     folding = Folding(blocks=tuple(stacks.values()), shared=shared, counts=counts)
     return replace(folded, folding=folding)
+
+
+def check_periods(model: AbstractModel, periods: int | None) -> None:
+    """Make sure that a model can be built with so many periods of its blocks.
+
+    Args:
+        model: the whole model.
+        periods: as for `fold`.
+
+    Raises:
+        UsageError: it has no blocks that repeat, or cannot be built with fewer; or fewer than 1.
+    """
+    if periods is None:
+        return
+    stacks = fold(model, periods=periods).folding.blocks
+    if not stacks:
+        raise UsageError(f"'{model.name}' has no blocks that repeat: ask for the whole model")
+    if all(s.traced == s.n_blocks for s in stacks) and any(s.n_periods > periods for s in stacks):
+        raise UsageError(
+            f"'{model.name}' cannot be built with fewer blocks, as KerasHub's models can from "
+            "their configuration: ask for the whole model"
+        )
 
 
 def _shared(

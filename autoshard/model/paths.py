@@ -30,10 +30,13 @@ __all__ = [
     "path_templates",
     "ranked",
     "tails",
+    "unnumbered",
 ]
 
 _NUMBERED = re.compile(r"(.+?)_(\d+)")
 _NUMBERED_INSIDE = re.compile(r"(.+?)_(\d+)_(.+)")
+# The last number in the names of a path.
+_LAST_NUMBER = re.compile(r"_\d+(?=[_/])(?!.*_\d+[_/])")
 # Fewer may be any layers: of a chain of two kinds, such as `dense_0` and `norm_0`, each may want a
 # layout of its own.
 _LEAST_IN_BLOCK = 3
@@ -246,6 +249,15 @@ def block_pattern(template: str) -> str:
     ['3', None]
     """
     return re.escape(template).replace(r"_\*", r"(?:_(\d+))?")
+
+
+def unnumbered(path: str) -> str:
+    """A path with `*` for its last number, which alone tells some layers of a model apart.
+
+    >>> unnumbered("up_1/kernel"), unnumbered("head/kernel")
+    ('up_*/kernel', 'head/kernel')
+    """
+    return _LAST_NUMBER.sub("_*", path)
 
 
 def number_of(path: str) -> int:

@@ -24,10 +24,12 @@ __all__ = [
     "assemble",
     "build_recipe",
     "cannot_build",
+    "check_own_rank",
     "inner_layers",
     "is_task",
     "layers_by_path",
     "one_line",
+    "own_lora_rank",
     "with_task",
     "wrap",
 ]
@@ -136,9 +138,11 @@ class AbstractModel:
         found = re.fullmatch(rf"{stem}(?:_(\d+))?", layer.name)
         return found is not None and int(found[1] or 0) < self.made_up.get(stem, 0)
 
-    def open_inputs(self) -> tuple[str, ...]:
-        """Names of the inputs, as of pictures, of whose open sizes 1 is taken."""
-        return open_inputs(self.model)
+    def open_sizes(self) -> str:
+        """That 1 is taken of the sizes that inputs, as of pictures, leave open; "" for none."""
+        names = ", ".join(open_inputs(self.model))
+        told = f"of the sizes that {names} leaves open 1 is taken: give the keras.Input its sizes"
+        return told if names else ""
 
     def table(self) -> ModelTable:
         """The variables, sorted into families.
@@ -202,7 +206,7 @@ def assemble(recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
     made = recipe.make(config)
     backbone = made.backbone if is_task(made) else made
     if recipe.lora_rank is not None:
-        _enable_lora(backbone, recipe.lora_rank)
+        _enable_lora(recipe.name, backbone, recipe.lora_rank)
     return backbone, made if made is not backbone else with_task(backbone, recipe.task_class)
 
 
@@ -260,10 +264,43 @@ def inner_layers(layer: Any) -> list[Any]:
     return list(layer._flatten_layers(recursive=False, include_self=False))
 
 
-def _enable_lora(backbone: Any, rank: int) -> None:
+def own_lora_rank(model: Any) -> int | None:
+    """The rank of the low-rank factors that a Keras model has.
+
+    Args:
+        model: what `build` takes; what is no Keras model has none yet.
+    """
+    rank: int | None = getattr(getattr(model, "backbone", model), "_lora_rank", None)
+    return rank
+
+
+def check_own_rank(name: str, model: Any, asked: int | None) -> int | None:
+    """The rank of the low-rank factors that a Keras model has.
+
+    Args:
+        name: the model as it was asked for.
+        model: the model.
+        asked: the rank that its factors should have; None for any.
+
+    Raises:
+        UsageError: it has factors of another rank.
+    """
+    rank = own_lora_rank(model)
+    if rank and asked not in (None, rank):
+        raise UsageError(
+            f"'{name}' has low-rank factors of rank {rank}, and rank {asked} is asked for: ask "
+            f"for {rank}"
+        )
+    return rank
+
+
+def _enable_lora(name: str, backbone: Any, rank: int) -> None:
+    if check_own_rank(name, backbone, rank):
+        return
     if not hasattr(backbone, "enable_lora"):
         raise UsageError(
-            f"{type(backbone).__name__} has no enable_lora: LoRA needs a KerasHub backbone"
+            f"'{name}' has no enable_lora, which KerasHub's backbones have: call that of its "
+            "layers where the model is made, and plan it for the workload train"
         )
     backbone.enable_lora(rank)
 

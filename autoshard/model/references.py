@@ -5,6 +5,7 @@ It may be: a preset of the catalogue; `package.module:callable`; a local preset 
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -22,6 +23,9 @@ from autoshard.model.recipe import Recipe, cannot_build, one_line
 from autoshard.model.workload import DEFAULT_DTYPE
 
 __all__ = ["recipe_of"]
+
+# What to say of Python code without a name in it.
+_NAME_CALLABLE = "{}: name a callable in it that returns the model, as in {}:make_model"
 
 
 def recipe_of(
@@ -59,12 +63,12 @@ def recipe_of(
     if path.suffix in (".keras", ".json"):
         return _from_file(path, dtype, lora_rank)
     if path.suffix == ".py":
-        raise UsageError(
-            f"'{reference}' is Python source: name a callable in it that returns the model, as in "
-            f"{path.stem}:make_model"
-        )
+        raise UsageError(_NAME_CALLABLE.format(f"'{reference}' is Python source", path.stem))
     if ":" in reference:
         return _from_callable(reference, _imported(reference), dtype, lora_rank)
+    is_known = reference in catalogue.names()
+    if not is_known and reference.isidentifier() and importlib.util.find_spec(reference):
+        raise UsageError(_NAME_CALLABLE.format(f"'{reference}' is a module", reference))
     preset = catalogue.get(reference)
     backbone_class = getattr(import_keras_hub().models, preset.class_name, None)
     if backbone_class is None:

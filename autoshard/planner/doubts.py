@@ -28,7 +28,8 @@ def doubts(
         is_best_shape: whether it comes before the plans for every other shape of the mesh.
     """
     yield from _made_up_names(planning, rules)
-    yield from _open_inputs(planning)
+    if told := planning.traced.whole.open_sizes():
+        yield told
     yield from _other_optimizer(planning)
     yield from _wide_weights(planning)
     yield from _nothing_trained(planning)
@@ -65,15 +66,6 @@ def _renumbered(path: str, name: str) -> Iterator[str]:
     stem = re.sub(r"_\d+$", "", name)
     for other in (stem, f"{stem}_{_NO_NUMBER}"):
         yield "/".join(other if one == name else one for one in path.split("/"))
-
-
-def _open_inputs(planning: Planning) -> Iterator[str]:
-    inputs = planning.traced.whole.open_inputs()
-    if inputs:
-        yield (
-            f"of the sizes that {', '.join(inputs)} leaves open 1 is taken: give the keras.Input "
-            "its sizes"
-        )
 
 
 def _other_optimizer(planning: Planning) -> Iterator[str]:
@@ -115,7 +107,7 @@ def _nothing_split(planning: Planning, rules: LayoutRules, is_best_shape: bool) 
     elif is_best_shape:
         advice = "the shapes of the mesh that split the batch rank behind"
     else:
-        advice = f"a data axis, as of mesh {n_devices}x1, would split the batch"
+        advice = "without a mesh, --devices tries those too that split the batch"
     yield f"nothing is split: each of the {n_devices} devices does all the work; {advice}"
 
 

@@ -114,8 +114,14 @@ def _is_plain(folding: Folding) -> bool:
 
 
 def _trace(model: AbstractModel, workload: Workload) -> tuple[AbstractModel, Step, FlatJaxpr]:
-    step = make_step(model, workload)
-    return model, step, read_jaxpr(trace(step))
+    try:
+        step = make_step(model, workload)
+        return model, step, read_jaxpr(trace(step))
+    except ModelError as error:
+        told = model.open_sizes()
+        if told:
+            raise ModelError(f"{error}; {told}") from error
+        raise
 
 
 def _trace_thinned(

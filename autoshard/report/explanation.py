@@ -1,11 +1,15 @@
 """Why each family of variables got its spec, as text."""
 
+import math
+from collections import Counter
 from collections.abc import Callable
 
 from tabulate import tabulate
 
-from autoshard.mesh import format_spec
+from autoshard.mesh import Spec, format_spec
+from autoshard.model.paths import unnumbered
 from autoshard.records.parts import Reason
+from autoshard.report.families import families_name
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_seconds
 
@@ -38,16 +42,28 @@ def reasons_text(plan: Plan) -> str:
     Args:
         plan: a plan, fresh or from a file.
     """
-    rows = []
+    alike = Counter(unnumbered(reason.family) for reason in plan.reasons)
+    groups: dict[tuple[str, Spec], list[Reason]] = {}
     for reason in plan.reasons:
-        rows.append((reason.family, format_spec(reason.spec), *_next_best(reason)))
+        groups.setdefault((unnumbered(reason.family), reason.spec), []).append(reason)
+    rows = []
+    for (template, spec), several in groups.items():
+        name = families_name([reason.family for reason in several], alike[template])
+        rows.append((name, format_spec(spec), *_next_best(min(several, key=_added_seconds))))
     headers = ("family", "spec", "next best, all else equal", "step", "memory")
     table = tabulate(rows, headers=headers, disable_numparse=True)
+    joint = len(groups) < len(plan.reasons)
+    of_one = ", of several layers in one line for the one where that is least" if joint else ""
     asked = ";\na compiler was asked about whole layouts, and its word counts first"
     return (
-        f"{table}\n(step and memory: what the next best would add, predicted by formulas;\n"
+        f"{table}\n(step and memory: what the next best would add, predicted by formulas{of_one};\n"
         f"{RANKING}{asked if plan.compiled else ''})"
     )
+
+
+def _added_seconds(reason: Reason) -> float:
+    """What the next best spec would add to the step; infinite where there is none."""
+    return math.inf if reason.cost_seconds is None else reason.cost_seconds
 
 
 def _next_best(reason: Reason) -> tuple[str, str, str]:

@@ -1,8 +1,8 @@
-"""A plan and how it came about, as text."""
+"""A plan, what it costs and what a compiler says of it, as text."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
@@ -10,19 +10,19 @@ from autoshard.cost.values import Traffic
 from autoshard.hardware.links import group_link
 from autoshard.hardware.targets import Target
 from autoshard.layout.resolve import resolve
-from autoshard.layout.rules import LayoutRules, format_rules, rules_text
+from autoshard.layout.rules import rules_text
 from autoshard.mesh import Mesh, format_spec
+from autoshard.model.paths import unnumbered
+from autoshard.model.variables import Family
 from autoshard.pipeline import PlanOutcome
-from autoshard.planner.mesh_shapes import tradeoffs
-from autoshard.planner.pricing import Candidate, Refused
 from autoshard.planner.remedies import as_options
-from autoshard.planner.settling import Verdict
-from autoshard.report.explanation import RANKING, reasons_text
+from autoshard.report.explanation import reasons_text
+from autoshard.report.families import families_name
+from autoshard.report.ranking import ranking_text, shapes_text
 from autoshard.search.candidates import legal_specs
 from autoshard.sharding_plan import Plan
 from autoshard.units import format_bytes, format_seconds, option_bytes, spell_count
 from autoshard.xla.collectives import Collective
-from autoshard.xla.compiled import CompiledStep
 from autoshard.xla.partitioned import target_collectives
 
 __all__ = ["notes", "plan_text"]
@@ -32,6 +32,9 @@ _TRIFLE = 0.01
 
 # If no axis divides more than this share, the mesh has hardly the right shape.
 _MUCH = 0.1
+
+# Why a family has to lie whole.
+_UNDIVIDED = "no axis divides"
 
 # What carries a mesh axis, by `AxisLink.kind`.
 _LINKS = {
@@ -45,9 +48,6 @@ _LINKS = {
 
 # The dimensions of a cache as KerasHub's models make it.
 _CACHE = ("batch", "block", "key or value", "token", "head", "width")
-
-# What a ranking says of a layout, as `_ranking_row` gives it.
-_COLUMNS = ("step", "compute", "collectives", "wire", "memory", "compiled", "note")
 
 # Collectives that the TPU compiler makes others of.
 _REFINED = ("reduce-scatter", "all-gather")
@@ -65,8 +65,8 @@ def plan_text(outcome: PlanOutcome, *, timings: bool = False) -> str:
         _map(outcome.plan),
         _cost(outcome),
         *_whole(outcome),
-        *_shapes(outcome),
-        _ranking(outcome),
+        *shapes_text(outcome),
+        ranking_text(outcome),
         *_verification(outcome),
         reasons_text(outcome.plan),
     ]
@@ -193,12 +193,13 @@ def _passed_over(outcome: PlanOutcome) -> Iterator[str]:
     seconds, mesh, fastest = min(fitting, key=lambda one: one[0], default=(math.inf, None, winner))
     if seconds >= winner.cost.step_seconds or fastest in compiled:
         return
+    step, own_step = map(format_seconds, (seconds, winner.cost.step_seconds))
     counted, own = (format_seconds(one.counted_beside(winner)) for one in (fastest, winner))
-    if counted == own:  # they are as good as equal
+    if step == own_step or counted == own:  # they are as good as equal
         return
     yield (
-        f"a step of {format_seconds(seconds)} on {mesh} was passed over: with what the ranking "
-        f"adds (told below) it counts {counted}, this plan {own}"
+        f"a step of {step} on {mesh} was passed over: with what the ranking adds (told below) it "
+        f"counts {counted}, this plan {own}"
     )
 
 
@@ -209,128 +210,27 @@ def _whole(outcome: PlanOutcome) -> Iterator[str]:
     total = sum(family.n_bytes for family in families)
     if mesh.n_devices == 1 or total < _TRIFLE * table.n_bytes:
         return
-    named, undivided = [], 0
-    large = [one for one in families if one.n_bytes >= _TRIFLE * table.n_bytes] or families[:1]
-    for family in large:
+    alike = Counter(unnumbered(family.name) for family in table.families())
+    groups: dict[tuple[str, str], list[Family]] = {}
+    for family in families:
         legal = len(list(legal_specs(family.shape, mesh))) > 1
-        why = "by choice" if legal else f"no axis divides {family.shape}"
-        undivided += 0 if legal else family.n_bytes
-        named.append(f"  {family.name} {format_bytes(family.n_bytes)}: {why}")
-    if len(large) < len(families):
-        rest = total - sum(family.n_bytes for family in large)
-        named.append(f"  and {len(families) - len(large)} more, {format_bytes(rest)}")
+        why = "by choice" if legal else f"{_UNDIVIDED} {family.shape}"
+        groups.setdefault((unnumbered(family.name), why), []).append(family)
+    named: list[str] = []
+    n_rest, rest, undivided = 0, 0, 0
+    for (template, why), several in groups.items():
+        n_bytes = sum(family.n_bytes for family in several)
+        undivided += n_bytes if why.startswith(_UNDIVIDED) else 0
+        if n_bytes < _TRIFLE * table.n_bytes and named:
+            n_rest, rest = n_rest + len(several), rest + n_bytes
+            continue
+        name = families_name([family.name for family in several], alike[template])
+        named.append(f"  {name} {format_bytes(n_bytes)}: {why}")
+    if n_rest:
+        named.append(f"  and {n_rest} more, {format_bytes(rest)}")
     if undivided > _MUCH * table.n_bytes and not outcome.shapes:
         named.append(f"  (--devices {mesh.n_devices} tries every shape of the mesh)")
     yield "\n".join([f"whole on every device: {format_bytes(total)} of weights", *named])
-
-
-def _shapes(outcome: PlanOutcome) -> Iterator[str]:
-    """The shapes of the mesh, and what memory costs in time over all of them."""
-    if not outcome.shapes:
-        return
-    rows, batch = [], outcome.plan.workload.batch
-    for planning in outcome.shapes:
-        mark = "-> " if planning is outcome.planning else "   "
-        row = _ranking_row(planning.candidates[0], None)
-        rows.append((mark + str(planning.setup.mesh), *row))
-    yield f"{_table(('mesh', *_COLUMNS), rows)}\n(the best layout of each shape, batch {batch})"
-    lines = []
-    for one in tradeoffs(outcome.shapes):
-        seconds, peak = one.scored.cost.step_seconds, one.scored.cost.memory.peak_bytes
-        options = f"--mesh {one.mesh} --batch {batch} --memory-limit {option_bytes(peak)}"
-        lines.append((str(one.mesh), format_seconds(seconds), format_bytes(peak), options))
-    yield tabulate(lines, headers=("mesh", "step", "memory", "asked for with")) + (
-        "\n(no layout found is both faster and smaller than one of these; of those that save less "
-        "than a twentieth of the memory the fastest is shown)"
-    )
-
-
-def _ranking(outcome: PlanOutcome) -> str:
-    said = {verdict.candidate.name: verdict for verdict in outcome.verdicts}
-    rows = []
-    planning = outcome.planning
-    beyond = [planning.without_generate] if planning.without_generate else []
-    shown: list[Candidate | Refused] = [*_candidates(outcome), *beyond, *planning.rivals]
-    for candidate in shown:
-        name = ("-> " if candidate is outcome.winner else "   ") + candidate.name
-        rows.append((name, *_ranking_row(candidate, said.get(candidate.name))))
-    table = _table(("layout", *_COLUMNS), rows)
-    note = f"all predicted by formulas;\n{RANKING}"
-    by = next((v.compiled for v in outcome.verdicts if v.compiled), None)
-    if by is not None:
-        note += f";\ncompiled: {_source(by)}"
-    refused = "".join(
-        f"\n{rival.name}: {rival.failure}"
-        for rival in planning.rivals
-        if isinstance(rival, Refused)
-    )
-    return "\n\n".join([f"{table}\n({note}){refused}", *_differences(outcome)])
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table without the columns, after the first, that have nothing in them."""
-    first, *others = zip(headers, *rows, strict=True)
-    head, *body = zip(first, *(column for column in others if any(column[1:])), strict=True)
-    return tabulate(body, headers=head, disable_numparse=True, preserve_whitespace=True)
-
-
-def _candidates(outcome: PlanOutcome) -> tuple[Candidate, ...]:
-    """The candidates, the split by hand, and what else was compiled, each once."""
-    planning = outcome.planning
-    compiled = (verdict.candidate for verdict in outcome.verdicts)
-    shown = filter(None, (*planning.candidates, planning.by_hand, *compiled))
-    return tuple({candidate.name: candidate for candidate in shown}.values())
-
-
-def _source(step: CompiledStep) -> str:
-    """Whose compute and collectives a compiled time has."""
-    compiler = f"of the compiler of {step.target}"
-    if step.estimated_cycles is not None:
-        return f"the cycles and the collectives {compiler}"
-    by = "that XLA's partitioner put in" if step.on_cpu else compiler
-    return f"the predicted compute with the collectives {by}"
-
-
-def _ranking_row(candidate: Candidate | Refused, verdict: Verdict | None) -> tuple[str, ...]:
-    if isinstance(candidate, Refused):
-        return ("", "", "", "", "", "", "not priced")
-    cost = candidate.scored.cost
-    compiled, note = "", ""
-    if verdict is not None:
-        compiled = format_seconds(verdict.step_seconds) if verdict.compiled else "fails"
-        note = verdict.error or ("" if verdict.fits is not False else "too much when compiled")
-    if candidate.scored.excess_bytes and not note:
-        note = f"{format_bytes(candidate.scored.excess_bytes)} too much"
-    return (
-        format_seconds(cost.step_seconds),
-        format_seconds(cost.compute_seconds),
-        format_seconds(cost.blocking_seconds + cost.overlapped_seconds),
-        format_bytes(cost.collective_bytes),
-        format_bytes(cost.memory.peak_bytes),
-        compiled,
-        note,
-    )
-
-
-def _differences(outcome: PlanOutcome) -> Iterator[str]:
-    """Each other candidate by the rules that it has not (-) and has (+) beside the plan's."""
-    planning, winner = outcome.planning, outcome.winner.rules
-    for candidate in _candidates(outcome):
-        if candidate is not outcome.winner:
-            yield f"{candidate.name}\n{_changes(winner, candidate.rules)}"
-    if planning.without_generate:
-        yield (
-            "without generate (taken with --no-generate: under it generate, which sees one token "
-            f"at a time, is slow or fails)\n{_changes(winner, planning.without_generate.rules)}"
-        )
-
-
-def _changes(old: LayoutRules, new: LayoutRules) -> str:
-    """From one map to another, as a patch of lines."""
-    gone = tuple(rule for rule in old if rule not in new)
-    come = tuple(rule for rule in new if rule not in old)
-    signed = (("-", format_rules(gone)), ("+", format_rules(come)))
-    return "\n".join(f"{sign} {line}" for sign, text in signed for line in text.splitlines())
 
 
 def _verification(outcome: PlanOutcome) -> Iterator[str]:

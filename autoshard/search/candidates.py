@@ -11,7 +11,6 @@ has to bear it, the gradient's and those of `generate` included.
 
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from autoshard.graph.axis_parts import AxisParts
 from autoshard.graph.program import WHOLE, LayerOutput, Layout, Program
 from autoshard.mesh import Mesh, Spec, divides, shard_shape
 from autoshard.model.outputs import OutputShapes
+from autoshard.model.paths import unnumbered
 
 __all__ = [
     "NO_RULE",
@@ -43,9 +43,6 @@ Assignment = Mapping[str, Spec]
 # A family of less than this share of the model's bytes stays whole, for a rule for it would be
 # longer than its gain; or, a bias, it lies as the weight of its layer does.
 _NEGLIGIBLE_SHARE = 1e-3
-
-# The last number in the names of a path.
-_NUMBER = re.compile(r"_\d+(?=[_/])(?!.*_\d+[_/])")
 
 # What stands for a layer output that no rule names.
 NO_RULE: Spec = ()
@@ -89,13 +86,8 @@ class Choices:
 
     @property
     def unnumbered(self) -> str:
-        """The name without its last number, which alone tells some layers of a model apart.
-
-        >>> name, shape, specs = "up_1/bias", (8,), ((None,),)
-        >>> Choices(name=name, shape=shape, specs=specs, siblings="", n_bytes=16).unnumbered
-        'up/bias'
-        """
-        return _NUMBER.sub("", self.name)
+        """The name with `*` for the number that alone tells it from others, if there are such."""
+        return unnumbered(self.name)
 
 
 def legal_specs(shape: Sequence[int], mesh: Mesh) -> Iterator[Spec]:
