@@ -141,7 +141,7 @@ def test_another_optimizer_than_a_model_is_compiled_with_is_told_of(gemma: Plann
 
 def test_devices_that_repeat_each_other_are_told_of(gemma: Planning) -> None:
     (doubt,) = doubts(gemma, (), is_compiled=False)
-    assert "each of the 8 devices does all the work" in doubt and "--devices tries" in doubt
+    assert "each of the 8 devices does all the work" in doubt and "ask for 8 devices" in doubt
     alone = replace(gemma.setup, workload=replace(gemma.setup.workload, batch=1))
     (doubt,) = doubts(replace(gemma, setup=alone), (), is_compiled=False)
     assert "a batch of a multiple of 8" in doubt

@@ -107,7 +107,7 @@ def _nothing_split(planning: Planning, rules: LayoutRules, is_best_shape: bool) 
     elif is_best_shape:
         advice = "the shapes of the mesh that split the batch rank behind"
     else:
-        advice = "without a mesh, --devices tries those too that split the batch"
+        advice = f"ask for {n_devices} devices, not a mesh, to have others tried"
     yield f"nothing is split: each of the {n_devices} devices does all the work; {advice}"
 
 
