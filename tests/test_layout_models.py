@@ -172,7 +172,7 @@ def test_rules_for_layer_outputs_are_checked_against_their_shapes(tmp_path: Path
 def test_a_rule_that_generate_does_not_keep_is_told_unless_it_was_given_up(tmp_path: Path) -> None:
     rule = Rule(pattern=r"decoder_block_\d+/output", spec=(None, "model", None))
     made = plan(small_gemma_backbone, (1, 8), dtype="float32", generate=False)
-    given_up = replace(made, rules=(rule,))
+    given_up = replace(made, rules=(rule,), generate=False)
     wanted = replace(given_up, generate=True)
     kinds = []
     for layout in (given_up, wanted):

@@ -251,6 +251,30 @@ def test_an_all_reduce_scatter_fusion_is_a_blocking_reduce_scatter_of_the_whole(
     assert found.layer == "block_1/ffw"
 
 
+def test_sums_of_several_arrays_that_share_a_channel_all_count():
+    def result(k: int) -> str:
+        return f"(f32[1,64]{{1,0}}, f32[{8 * k},8]{{1,0}})"
+
+    fused = "".join(
+        f"%all-reduce-scatter.{k} (i: f32[8,64], j: f32[{64 * k},8]) -> {result(k)} {{\n"
+        f"  %i = f32[8,64]{{1,0}} parameter(0)\n  %j = f32[{64 * k},8]{{1,0}} parameter(1)\n"
+        f"  %all-reduce.{k} = (f32[8,64]{{1,0}}, f32[{64 * k},8]{{1,0}}) all-reduce(%i, %j), "
+        "channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add\n"
+        f"  ROOT %sliced = {result(k)} custom-call(%all-reduce.{k})\n}}\n\n"
+        for k in (1, 2)
+    )
+    entry = "\n".join(
+        f"  %f.{k} = {result(k)} fusion(%x, %y), kind=kCustom, calls=%all-reduce-scatter.{k}"
+        for k in (1, 2)
+    )
+    found = read(entry, fused)
+    assert {one.kind for one in found} == {"reduce-scatter"}
+    assert sorted((one.n_bytes, one.count, one.launches) for one in found) == [
+        (2048, 3, 2),
+        (4096, 1, 0),
+    ]
+
+
 LOOP = """%body (p: (s32[], s32[], f32[8])) -> (s32[], s32[], f32[8]) {
   %p = (s32[], s32[], f32[8]{0}) parameter(0)
   %i = s32[] get-tuple-element(%p), index=0

@@ -9,7 +9,8 @@ all-gather's result, a reduce-scatter's input, an all-to-all's local buffer.
 What runs beside the computation: `-start`/`-done` pairs (unless marked as synchronous, or with next
 to nothing between them), and the asynchronous collectives that the TPU compiler puts inside
 fusions, of which it makes several clones with one channel: a channel is counted once. An
-`all-reduce-scatter` fusion is a reduce-scatter, and blocks. A plain operation blocks.
+`all-reduce-scatter` fusion is a reduce-scatter, and blocks; those that sum several arrays share
+a channel, and each counts. A plain operation blocks.
 """
 
 import itertools
@@ -176,7 +177,7 @@ def estimated_cycles(module: HloModule) -> int | None:
 
 def collective_sites(module: HloModule, n_devices: int) -> Iterator[Site]:
     """Find the arrays that a program's collectives move, computation by computation."""
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[str, int] | None] = set()
     for name, times in execution_counts(module).items():
         computation = module.computations[name]
         # An async-start calls a computation of its own that holds the collective.
@@ -189,13 +190,15 @@ def collective_sites(module: HloModule, n_devices: int) -> Iterator[Site]:
             for site in _sites(computation, instruction, instruction.op_name, times, n_devices):
                 yield replace(site, overlapped=site.overlapped or asynchronous)
             if instruction.opcode == "fusion":
-                new: set[tuple[str, int]] = set()
-                for site in _fused(module, instruction, times, n_devices):
-                    channel = (site.kind, site.instruction.channel or 0)
-                    if not site.instruction.channel or channel not in seen:
-                        yield site
-                    new.add(channel)
-                seen |= new
+                sites = list(_fused(module, instruction, times, n_devices))
+                yield from (site for site in sites if _clone_key(site) not in seen)
+                seen.update(filter(None, map(_clone_key, sites)))
+
+
+def _clone_key(site: Site) -> tuple[str, int] | None:
+    """What the clones of one asynchronous collective share; None where it has none."""
+    channel = site.instruction.channel
+    return (site.kind, channel) if site.overlapped and channel else None
 
 
 def _fused(module: HloModule, fusion: Instruction, times: int, n_devices: int) -> Iterator[Site]:
