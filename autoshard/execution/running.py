@@ -291,7 +291,12 @@ def _words(job: _Job) -> str:
     if job.part == "generate":
         n_made = work.seq_len - _N_PROMPT
         return f"{work.batch} x {_N_PROMPT} tokens of prompt, {n_made} made, greedy"
-    trained = f"low-rank factors of rank {work.lora_rank}" if work.lora_rank else "all weights"
+    table = job.model.table()
+    trained = "all weights"
+    if work.lora_rank:
+        trained = f"low-rank factors of rank {work.lora_rank}"
+    elif table.n_trainable < table.n_parameters:
+        trained = f"{table.n_trainable:,} of {table.n_parameters:,} parameters"
     note = f" ({job.note})" if job.note else ""
     return f"{_N_STEPS} steps of {work.size}, {trained}{note}, {work.optimizer}"
 
