@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autoshard.errors import PlanFileError, UsageError
+from autoshard.errors import UsageError
 from autoshard.hardware.targets import default_target, parse_target
 from autoshard.layout.outputs import idle_rules, refused_outputs
 from autoshard.layout.reading import read_layout
@@ -22,7 +22,7 @@ from autoshard.planner.tracing import make_program, shapes_in_generate
 from autoshard.sharding_plan import Plan, plan_or_map
 from autoshard.units import format_bytes, whole_number
 
-__all__ = ["check", "origin_findings"]
+__all__ = ["check"]
 
 # The share of the weights that a map may leave whole without a word.
 _MUCH = 0.1
@@ -75,16 +75,15 @@ def check(
         else read_layout(given, abstract.backbone, grid, unreadable=unreadable)
     )
     found = resolve(rules, table, grid)
-    findings = (*_reading_findings(unreadable), *found.findings, *origin_findings(made, table))
+    findings = [*_reading_findings(unreadable), *_origin_findings(made, table), *found.findings]
     knows_axes = all(finding.kind != "unknown-axis" for finding in findings)
     if grid is not None and made is None and knows_axes and not unreadable:
-        findings = (*findings, *_whole_findings(found, table, grid))
-    if grid is None or not found.outputs or not knows_axes:
-        return findings
-    batch = round_up(workload.batch, grid.sizes[grid.data_axis])
-    workload = replace(abstract.adapted(workload), batch=batch)
-    every = (*_output_findings(rules, found.outputs, abstract, grid, workload, made), *findings)
-    return tuple(sorted(every, key=lambda finding: finding.severity == "warning"))
+        findings += _whole_findings(found, table, grid)
+    if grid is not None and found.outputs and knows_axes:
+        batch = round_up(workload.batch, grid.sizes[grid.data_axis])
+        workload = replace(abstract.adapted(workload), batch=batch)
+        findings += _output_findings(rules, found.outputs, abstract, grid, workload, made)
+    return tuple(sorted(findings, key=lambda finding: finding.severity == "warning"))
 
 
 def _reading_findings(unreadable: Sequence[str]) -> Iterator[Finding]:
@@ -106,13 +105,10 @@ def _whole_findings(found: Resolution, table: ModelTable, mesh: Mesh) -> Iterato
     yield Finding(kind="lies-whole", rule=None, message=message)
 
 
-def origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
+def _origin_findings(plan: Plan | None, table: ModelTable) -> Iterator[Finding]:
     """What is wrong with where a plan comes from: it was made for another model."""
-    try:
-        if plan:
-            plan.check_model(table)
-    except PlanFileError as error:
-        yield Finding(kind="other-model", rule=None, message=str(error))
+    if plan and (told := plan.other_model(table)):
+        yield Finding(kind="other-model", rule=None, message=told)
 
 
 def _output_findings(

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autoshard.checking import origin_findings
 from autoshard.cost.values import StepCost, Traffic
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.causes import DATA_SPLIT, Causes
@@ -121,7 +120,7 @@ def _read(
         given = plan_or_map(layout)
         if not isinstance(given, Plan):
             return read_layout(given, backbone=traced.whole.backbone, mesh=setup.mesh), ()
-        notes = [finding.message for finding in origin_findings(given, traced.table)]
+        notes = [told] if (told := given.other_model(traced.table)) else []
         if _purpose(given) != _purpose(setup):
             notes.append(f"made for {_purpose(given)}")
         return given.rules, (*notes, *([] if given.generate else [GENERATE_GIVEN_UP]))

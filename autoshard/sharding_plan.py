@@ -320,6 +320,15 @@ keras.distribution.set_distribution(distribution)
         table: ModelTable = abstract.table()
         return table
 
+    def other_model(self, table: ModelTable) -> str:
+        """That it was made for another model than this, and how they differ; else ""."""
+        if table.fingerprint == self.model.fingerprint:
+            return ""
+        return (
+            f"the plan was made for {self.model.name}, and {table.name} differs from it: "
+            f"{self.model.difference(table)}; plan for this model"
+        )
+
     def check_model(self, table: ModelTable) -> None:
         """Make sure that the plan was made for this model, and that its rules find their layers.
 
@@ -327,11 +336,8 @@ keras.distribution.set_distribution(distribution)
             PlanFileError: it was not, and the text names the first variable that differs; or a rule
                 takes nothing, as Keras numbers layers without a name over the whole process.
         """
-        if table.fingerprint != self.model.fingerprint:
-            raise PlanFileError(
-                f"the plan was made for {self.model.name}, and {table.name} differs from it: "
-                f"{self.model.difference(table)}; plan for this model"
-            )
+        if told := self.other_model(table):
+            raise PlanFileError(told)
         findings = resolve(self.rules, table).findings
         idle = next((one.rule for one in findings if one.kind == "takes-nothing"), None)
         if idle is not None:

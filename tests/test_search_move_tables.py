@@ -112,7 +112,7 @@ def by_itself(
     hidden = windowed_dims(op, array, operand, machine)
     if operand is None:
         moves = folded_sums(moves, machine)
-    elif pricer.beside.may_hide(op, array):
+    elif pricer.ops.beside.may_hide(op, array):
         hidden = set(range(len(array.factors)))
     waited = sum(
         move.seconds

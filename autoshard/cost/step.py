@@ -10,24 +10,18 @@ import numpy as np
 
 from autoshard.cost.arguments import ArgumentPricer
 from autoshard.cost.cuts_and_joins import JoinedCopies
-from autoshard.cost.hidden_gathers import MatmulsBeside
-from autoshard.cost.lifetimes import kept_weights, read_at_turn
 from autoshard.cost.machine import Machine
 from autoshard.cost.memory import OpBytes, PeakMemory
 from autoshard.cost.norms import SharedNorms
-from autoshard.cost.op_shares import Moved, Share
+from autoshard.cost.op_pricing import OpPricer
+from autoshard.cost.op_shares import Share
 from autoshard.cost.scores import AttentionScores
 from autoshard.cost.shards import local_bytes
 from autoshard.cost.single_rows import shard_seconds
-from autoshard.cost.strategies import OpCost, price_op
 from autoshard.cost.transfers import Transfer, collective, result_moves, transfer_by_part
 from autoshard.cost.values import StepCost, Traffic
-from autoshard.graph.program import Layout, Op, Program
+from autoshard.graph.program import Layout, Program
 from autoshard.graph.propagation import Apart, picker, torn_axes
-from autoshard.graph.softmaxes import with_maxima
-from autoshard.graph.tying import price_look
-from autoshard.hardware.collectives import wire_bytes
-from autoshard.hardware.efficiency import memory_seconds
 
 __all__ = ["StepPricer"]
 
@@ -42,33 +36,29 @@ _Traffics = dict[tuple[object, ...], Traffic]
 
 
 class StepPricer:
-    """Prices layouts of one program on one machine; `arguments` prices those of its arguments.
+    """Prices layouts of one program on one machine.
 
-    What an op adds is remembered by the layouts around it, and ops that look alike (those of
-    different blocks do) share their prices. From one layout to the next only those ops are looked
-    at around which something changes, so that a search that changes little at a time is quick.
+    From one layout to the next only those ops are looked at around which something changes, so that
+    a search that changes little at a time is quick.
+
+    Attributes:
+        ops: prices each op by the layouts around it.
+        arguments: prices the arguments by their layouts.
     """
 
     def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
         self.machine = machine
         self._peak = PeakMemory(program, machine)
-        self._prices: dict[tuple[int, tuple[Layout, ...]], OpCost] = {}
-        kinds: dict[tuple[object, ...], int] = {}
-        self._kind_of = [kinds.setdefault(price_look(op), len(kinds)) for op in program.ops]
+        self.ops = OpPricer(program, machine, self._peak)
         self._around = [picker(op.groups) for op in program.ops]
         self._touching = program.touching()
-        self.beside = MatmulsBeside(program, machine)
-        self._maxima = with_maxima(program.ops) if machine.compiles_for_tpu else set()
         self._norms = SharedNorms(program, machine)
-        self._kept = kept_weights(program.ops) if machine.compiles_for_tpu else set()
-        self._read_at_turn = read_at_turn(program.ops) if machine.compiles_for_tpu else set()
         self._scores = AttentionScores(program, machine)
         self._joined = JoinedCopies(program.ops, machine)
         # The matmuls to whose results something is added before a rule may move them.
         biased = {out.made_by for out in program.layer_outputs if not out.as_made}
         self._biased = biased if machine.compiles_for_tpu else set()
-        self._shares: list[dict[tuple[Layout, ...], Share]] = [{} for _ in program.ops]
         self.arguments = ArgumentPricer(program, machine)
         self._paid = [
             (paid, picker([argument.group for argument in paid]))
@@ -93,7 +83,9 @@ class StepPricer:
         self._follow(layouts)
         apart = apart or Apart()
         torn = {i: (*self._around[i](layouts)[:-1], own) for i, own in apart.torn.items()}
-        shares = {index: self._share(index, seen) for index, seen in (torn | apart.around).items()}
+        shares = {
+            index: self.ops.share(index, seen) for index, seen in (torn | apart.around).items()
+        }
         moving = {**self._moving, **shares}
 
         def is_summed(index: int) -> bool:
@@ -148,7 +140,7 @@ class StepPricer:
                 # all-reduced once: once in all what every block reads or adds to.
                 known = traffic.get(once)
                 if known is None:
-                    if beside is not None and self.beside.hides(
+                    if beside is not None and self.ops.beside.hides(
                         index, transfer, layouts, moving, self._compute
                     ):
                         moved = beside
@@ -179,12 +171,12 @@ class StepPricer:
         for index, (have, want) in asked.items():
             op = self.program.ops[index]
             # The result is gathered beside another matmul that reads what this one does.
-            hidden = any(self.beside.may_hide(op, array) for array in op.operands)
+            hidden = any(self.ops.beside.may_hide(op, array) for array in op.operands)
             if index in self._biased:
                 # Added apart from the matmul, to what has been moved.
                 seconds += op.count * shard_seconds(op.results[0], want, self.machine)
             for place, transfer in enumerate(result_moves(op, have, want, self.machine)):
-                moved = self._traffic(op, transfer)
+                moved = self.ops.traffic(op, transfer)
                 traffic["asked", index, place] = replace(moved, overlapped=hidden)
                 seconds += transfer.memory_seconds * op.count
         return seconds
@@ -195,29 +187,19 @@ class StepPricer:
         Beside collectives of another axis that block the TPU compiler started 8 of 51 such gathers
         early, and 7 of 10 where there were none.
         """
-        if not self._kept:
+        if not self.ops.kept:
             return
         blocking = {t.axis for t in traffic.values() if not (t.overlapped or t.backward)}
         for once, moved in traffic.items():
-            if moved.overlapped and moved.kind == "all-gather" and once[0] in self._kept:
+            if moved.overlapped and moved.kind == "all-gather" and once[0] in self.ops.kept:
                 traffic[once] = replace(moved, overlapped=blocking <= {moved.axis})
-
-    def _beside(self, op: Op, transfer: Transfer, moved: Traffic) -> Traffic | None:
-        """A gather that op waits for as it is if it runs beside another matmul that reads the same.
-
-        None where there is none.
-        """
-        if transfer.overlapped or transfer.operand is None or transfer.kind != "all-gather":
-            return None
-        may = self.beside.may_hide(op, op.operands[transfer.operand])
-        return replace(moved, overlapped=True) if may else None
 
     def _follow(self, layouts: Sequence[Layout]) -> None:
         """Price anew the ops around which a layout is another than it was."""
         pairs = zip(layouts, self._last, strict=True)
         changed = compress(count(), starmap(operator.ne, pairs))
         for index in {index for group in changed for index in self._touching[group]}:
-            share = self._share(index, self._around[index](layouts))
+            share = self.ops.share(index, self._around[index](layouts))
             self._compute[index] = share.compute_seconds
             self._fetching[index] = share.fetch_seconds
             self._n_bytes[index] = share.n_bytes
@@ -226,91 +208,6 @@ class StepPricer:
             else:
                 self._moving.pop(index, None)
         self._last = layouts
-
-    def _share(self, index: int, around: tuple[Layout, ...]) -> Share:
-        """What op `index` adds, the layouts of its operands and results given; remembered."""
-        share = self._shares[index].get(around)
-        if share is None:
-            share = self._shares[index][around] = self._new_share(index, around)
-        return share
-
-    def _new_share(self, index: int, around: tuple[Layout, ...]) -> Share:
-        op = self.program.ops[index]
-        cost = self._op_cost(index, around)
-        return Share(
-            compute_seconds=op.count
-            * (
-                cost.compute_seconds
-                + self._chain_seconds(index, cost)
-                + self._maximum_seconds(index, around, cost)
-                + self._peak.copies.seconds(op, around[-1])
-            ),
-            fetch_seconds=op.count * cost.fetch_seconds,
-            moves=tuple(self._moved(index, around, transfer) for transfer in cost.transfers),
-            in_loop=cost.in_loop,
-            moved_operands=frozenset(
-                (op.operands[t.operand].identity, t.axis)
-                for t in cost.transfers
-                if t.operand is not None
-            ),
-            n_bytes=self._peak.op_bytes(index, around, cost),
-        )
-
-    def _moved(self, index: int, around: Sequence[Layout], transfer: Transfer) -> Moved:
-        op = self.program.ops[index]
-        if index in self._maxima and transfer.adds_pieces:
-            seconds = transfer.alone_seconds + self._max_seconds(op, around)
-            transfer = replace(transfer, alone_seconds=seconds)
-        traffic = self._traffic(op, transfer)
-        if transfer.operand is not None and transfer.kind == "all-gather":
-            is_alone = op.operands[transfer.operand].identity in self._read_at_turn
-            traffic = replace(traffic, overlapped=traffic.overlapped and not is_alone)
-        beside = self._beside(op, transfer, traffic)
-        return Moved(self._once(op, transfer), transfer, traffic, beside)
-
-    def _chain_seconds(self, index: int, cost: OpCost) -> float:
-        """What it takes a TPU to write what fused ops make for a matmul, and to read that again."""
-        n_bytes = sum(self._peak.chained_bytes(index, cost)) if self.machine.compiles_for_tpu else 0
-        if n_bytes <= self.machine.on_chip_bytes:
-            return 0.0
-        return memory_seconds(self.machine.chip, n_bytes, n_bytes)
-
-    def _maximum_seconds(self, index: int, around: Sequence[Layout], cost: OpCost) -> float:
-        """What it takes a TPU to find the maxima of a matmul's result after it is summed."""
-        is_summed = any(transfer.operand is None for transfer in cost.transfers)
-        if not (is_summed and index in self._maxima):
-            return 0.0
-        return self._max_seconds(self.program.ops[index], around)
-
-    def _max_seconds(self, op: Op, around: Sequence[Layout]) -> float:
-        """What it takes a TPU to find the maxima of the result of an op apart from it.
-
-        Two-byte elements by the cycles of the compiler for v5e: each counts as two that are added.
-        """
-        return 2 * shard_seconds(op.results[0], around[-1], self.machine)
-
-    def _op_cost(self, index: int, around: tuple[Layout, ...]) -> OpCost:
-        """The price of op `index`, the layouts of its operands and results given; remembered."""
-        op = self.program.ops[index]
-        key = (self._kind_of[index], around)
-        price = self._prices.get(key)
-        if price is None:
-            price = self._prices[key] = price_op(op, around, self.machine)
-        return price
-
-    def _traffic(self, op: Op, transfer: Transfer) -> Traffic:
-        link = self.machine.links[transfer.axis]
-        return Traffic(
-            kind=transfer.kind,
-            axis=link.axis,
-            n_bytes=transfer.n_bytes,
-            wire_bytes=wire_bytes(transfer.kind, transfer.n_bytes, link.size),
-            seconds=transfer.seconds,
-            overlapped=transfer.overlapped,
-            count=op.count * transfer.n_runs,
-            layer=op.layer,
-            backward=op.backward,
-        )
 
     def _tearing(self, index: int, own: Layout, shared: Layout) -> Iterator[Traffic]:
         """What moves where a matmul's result lies otherwise than its group.
@@ -325,23 +222,7 @@ class StepPricer:
             dealt = collective("all-to-all", axis, n_bytes, machine, None, shared, True)
             if machine is not self.machine:
                 dealt = transfer_by_part(dealt, self.machine)
-            yield self._traffic(op, replace(dealt, n_runs=op.n_meetings))
-
-    def _once(self, op: Op, transfer: Transfer) -> tuple[object, ...]:
-        """What makes two transfers the same one; last, in which groups of devices.
-
-        Equal gathers made in different groups of devices stay apart in the backward pass, from each
-        other and from those of the forward pass; in the latter the TPU compiler finds them.
-        """
-        if transfer.operand is None:
-            # XLA adds partial sums before an all-reduce, but not before a reduce-scatter.
-            merged = transfer.kind == "all-reduce"
-            made = op.results[transfer.result].identity
-            into = op.sum_into if merged and not transfer.result else made
-            return ("result", into, transfer.kind, transfer.axis, transfer.target, None)
-        identity = op.operands[transfer.operand].identity
-        shared = self.machine.compiles_for_tpu and (not op.backward or identity in self._kept)
-        return (identity, transfer.axis, transfer.target, None if shared else transfer.within)
+            yield self.ops.traffic(op, replace(dealt, n_runs=op.n_meetings))
 
     def _arguments_seconds(self, layouts: Sequence[Layout], moving: Mapping[int, Share]) -> float:
         """What the arguments cost beside the ops; the price of each is remembered."""

@@ -102,7 +102,7 @@ class MoveTables:
 
     def _way(self, op: Op, array: Array, operand: int | None) -> _Way:
         hidden = windowed_dims(op, array, operand, self._machine)
-        if operand is not None and self._pricer.beside.may_hide(op, array):
+        if operand is not None and self._pricer.ops.beside.may_hide(op, array):
             hidden = set(range(len(array.factors)))
         return _Way(op=op, array=array, operand=operand, hidden_dims=frozenset(hidden))
 
