@@ -7,9 +7,9 @@ from typing import Any
 from autoshard.errors import UsageError
 from autoshard.hardware.targets import default_target, parse_target
 from autoshard.layout.outputs import idle_rules, refused_outputs
-from autoshard.layout.reading import read_layout
+from autoshard.layout.reading import read_map
 from autoshard.layout.resolve import Finding, FindingKind, Resolution, resolve
-from autoshard.layout.rules import LayoutRules, matching_rules
+from autoshard.layout.rules import LayoutRules, WrittenMap, matching_rules
 from autoshard.mesh import Mesh, MeshLike, Spec, as_mesh, round_up
 from autoshard.model.build import build_for
 from autoshard.model.fold import PLANNED_PERIODS, fold
@@ -68,12 +68,12 @@ def check(
     abstract = build_for(model, workload)
     if seq_len is not None:
         check_length(abstract, abstract.adapted(workload).seq_len)
-    table, unreadable = abstract.table(), list[str]()
-    rules = (
-        given.rules
-        if isinstance(given, Plan)
-        else read_layout(given, abstract.backbone, grid, unreadable=unreadable)
-    )
+    table = abstract.table()
+    if isinstance(given, Plan):
+        written = WrittenMap(rules=given.rules)
+    else:
+        written = read_map(given, abstract.backbone, grid)
+    rules, unreadable = written.rules, written.unreadable
     found = resolve(rules, table, grid)
     findings = [*_reading_findings(unreadable), *_origin_findings(made, table), *found.findings]
     knows_axes = all(finding.kind != "unknown-axis" for finding in findings)

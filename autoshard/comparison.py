@@ -9,7 +9,7 @@ from autoshard.cost.values import StepCost, Traffic
 from autoshard.errors import LayoutError, PlanFileError, UsageError
 from autoshard.layout.causes import DATA_SPLIT, Causes
 from autoshard.layout.outputs import idle_rules
-from autoshard.layout.reading import LayoutLike, check_there, is_json, is_text, read_layout
+from autoshard.layout.reading import LayoutLike, check_there, is_json, is_text, read_map
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.mesh import MeshLike
@@ -119,7 +119,7 @@ def _read(
     try:
         given = plan_or_map(layout)
         if not isinstance(given, Plan):
-            return read_layout(given, backbone=traced.whole.backbone, mesh=setup.mesh), ()
+            return read_map(given, traced.whole.backbone, setup.mesh).accepted(), ()
         notes = [told] if (told := given.other_model(traced.table)) else []
         if _purpose(given) != _purpose(setup):
             notes.append(f"made for {_purpose(given)}")

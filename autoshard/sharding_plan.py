@@ -351,10 +351,10 @@ def plan_or_map(layout: LayoutLike | Plan) -> Plan | LayoutLike:
     """A layout, its file read: the plan that it is, names or writes out, or else a map.
 
     Args:
-        layout: a plan, the path of a plan file, its text, or a map as for `read_layout`.
+        layout: a plan, the path of a plan file, its text, or a map as for `read_map`.
 
     Returns:
-        The plan, or what `read_layout` takes without opening a file again.
+        The plan, or what `read_map` takes without opening a file again.
 
     Raises:
         UsageError: it is no layout, or there is no such file.

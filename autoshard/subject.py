@@ -7,7 +7,7 @@ from typing import Any
 
 from autoshard.errors import UsageError
 from autoshard.hardware.targets import parse_target
-from autoshard.layout.reading import is_text, read_layout
+from autoshard.layout.reading import is_text, read_map
 from autoshard.layout.resolve import resolve
 from autoshard.layout.rules import LayoutRules
 from autoshard.model.build import build_for
@@ -89,7 +89,10 @@ def subject_of(
     built = build_for(model, workload)
     generate = plan.generate if plan else setup.generate
     setup = replace(setup, workload=built.adapted(workload), generate=generate)
-    rules = made.rules if isinstance(made, Plan) else read_layout(made, built.backbone, setup.mesh)
+    if isinstance(made, Plan):
+        rules = made.rules
+    else:
+        rules = read_map(made, built.backbone, setup.mesh).accepted()
     resolve(rules, built.table(), setup.mesh).accepted()
     return Subject(
         name=model,

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from autoshard.errors import AutoshardError, LayoutError, PlanFileError, UsageError
-from autoshard.layout.reading import kerashub_rules, parse_layout, read_layout
-from autoshard.layout.rules import Rule
+from autoshard.layout.reading import kerashub_rules, read_map
+from autoshard.layout.rules import LayoutRules, Rule
+from autoshard.layout.source import parse_map
 from autoshard.mesh import Mesh
 
 ANNOUNCED = """
@@ -27,6 +28,14 @@ layout_map[r"decoder_block_\\d+/ffw_linear/kernel"] = keras.distribution.TensorL
 layout_map["decoder_block_\\d+/bias"] = TensorLayout(axes=("model",), device_mesh=device_mesh)
 sizes["not a map"] = (1, 2)
 """
+
+
+def parse_layout(source: str) -> LayoutRules:
+    return parse_map(source).accepted()
+
+
+def read_layout(layout: Any) -> LayoutRules:
+    return read_map(layout).accepted()
 
 
 def test_python_source_is_read_without_running_it() -> None:
@@ -256,9 +265,9 @@ def test_a_dict_that_is_no_map_is_refused_with_its_first_wrong_rule(
         read_layout(layout)
     assert str(error.value) == message
     if isinstance(layout, dict):
-        problems: list[str] = []
-        assert read_layout(layout | {"b": ()}, unreadable=problems) == (Rule(pattern="b", spec=()),)
-        assert problems == [message]
+        partly = read_map(layout | {"b": ()})
+        assert partly.rules == (Rule(pattern="b", spec=()),)
+        assert partly.unreadable == (message,)
 
 
 def test_kerashub_without_a_model_is_wrong_usage() -> None:

@@ -16,8 +16,8 @@ from layout_tables import MESH, gemma_table, mixtral_table
 
 from autoshard.cost.values import Memory
 from autoshard.errors import BackendError, LayoutError, MeshError, PlanFileError, UsageError
-from autoshard.layout.reading import parse_layout
 from autoshard.layout.rules import Rule
+from autoshard.layout.source import parse_map
 from autoshard.mesh import Mesh, Spec
 from autoshard.model.workload import Workload
 from autoshard.records.parts import (
@@ -493,8 +493,8 @@ distribution = keras.distribution.ModelParallel(
 keras.distribution.set_distribution(distribution)
 """
     )
-    assert parse_layout(PLAN.to_python()) == RULES
-    assert parse_layout(replace(PLAN, rules=()).to_python()) == ()
+    assert parse_map(PLAN.to_python()).accepted() == RULES
+    assert parse_map(replace(PLAN, rules=()).to_python()).accepted() == ()
 
 
 def test_what_to_know_of_a_plan_stays_with_it_and_is_a_comment_of_its_source() -> None:
@@ -513,7 +513,7 @@ def test_what_to_know_of_a_plan_stays_with_it_and_is_a_comment_of_its_source() -
         "# nothing is split",
         "# two import os",
     ]
-    assert parse_layout(warned.to_python()) == RULES
+    assert parse_map(warned.to_python()).accepted() == RULES
     assert not {"fits", "warnings"} & json.loads(PLAN.to_json()).keys()
 
 

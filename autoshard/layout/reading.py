@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from autoshard.errors import LayoutError, PlanFileError, UsageError
-from autoshard.layout.rules import LayoutRules, Rule
-from autoshard.layout.source import SPEC, parse_layout
+from autoshard.layout.rules import LayoutRules, Rule, WrittenMap
+from autoshard.layout.source import SPEC, parse_map
 from autoshard.mesh import Mesh
 from autoshard.model.keras_import import import_keras
 
@@ -20,7 +20,7 @@ __all__ = [
     "is_text",
     "kerashub_rules",
     "open_layout",
-    "read_layout",
+    "read_map",
 ]
 
 # The word for the map that KerasHub ships.
@@ -53,7 +53,7 @@ def open_layout(layout: LayoutLike) -> Mapping[str, Any] | LayoutText | str:
     """A layout, its file read. A pipe gives what it holds only once.
 
     Args:
-        layout: as for `read_layout`, or JSON or its path.
+        layout: as for `read_map`, or JSON or its path.
 
     Returns:
         The mapping, the text, or the word `kerashub`.
@@ -106,13 +106,7 @@ def is_json(layout: object) -> bool:
     return isinstance(layout, str) and layout.lstrip().startswith("{")
 
 
-def read_layout(
-    layout: LayoutLike,
-    backbone: object = None,
-    mesh: Mesh | None = None,
-    *,
-    unreadable: list[str] | None = None,
-) -> LayoutRules:
+def read_map(layout: LayoutLike, backbone: object = None, mesh: Mesh | None = None) -> WrittenMap:
     """Read a map.
 
     Args:
@@ -120,19 +114,18 @@ def read_layout(
             `keras.distribution.LayoutMap`, or a mapping of patterns to specs.
         backbone: the KerasHub backbone, or its class, that `kerashub` asks; else not needed.
         mesh: gives `kerashub` its axis names; `batch` and `model` by default.
-        unreadable: as for `parse_layout`.
 
     Raises:
         UsageError: it is no layout, there is no such file, or `kerashub` without a backbone.
         PlanFileError: the file cannot be read.
-        LayoutError: the source holds no map, or a rule that cannot be read.
+        LayoutError: the source holds no map, or several, or KerasHub ships none.
     """
     opened = open_layout(layout)
     if isinstance(opened, Mapping):
-        return _rules_of(opened, unreadable)
+        return _map_of(opened)
     if isinstance(opened, LayoutText):
-        return parse_layout(opened.text, opened.name, unreadable=unreadable)
-    return kerashub_rules(backbone, mesh)
+        return parse_map(opened.text, opened.name)
+    return WrittenMap(rules=kerashub_rules(backbone, mesh))
 
 
 def kerashub_rules(backbone: object, mesh: Mesh | None = None) -> LayoutRules:
@@ -163,13 +156,12 @@ def kerashub_rules(backbone: object, mesh: Mesh | None = None) -> LayoutRules:
     layout_map = get_layout_map(
         device_mesh, model_parallel_dim_name=names[-1], data_parallel_dim_name=names[0]
     )
-    return _rules_of(layout_map)
+    return _map_of(layout_map).accepted()
 
 
-def _rules_of(layout_map: Mapping[str, Any], unreadable: list[str] | None = None) -> LayoutRules:
-    """The rules of a LayoutMap, or of a dict of patterns and specs; see `read_layout`."""
-    rules = []
-    problems = unreadable if unreadable is not None else []
+def _map_of(layout_map: Mapping[str, Any]) -> WrittenMap:
+    """A LayoutMap, or a dict of patterns and specs."""
+    rules, unreadable = [], []
     for pattern, layout in layout_map.items():
         axes = getattr(layout, "axes", layout)
         try:
@@ -179,7 +171,5 @@ def _rules_of(layout_map: Mapping[str, Any], unreadable: list[str] | None = None
                 raise LayoutError(f"rule '{pattern}': cannot read {layout!r}: {SPEC}")
             rules.append(Rule(pattern=pattern, spec=axes))
         except LayoutError as error:
-            problems.append(str(error))
-    if problems and unreadable is None:
-        raise LayoutError.of(problems)
-    return tuple(rules)
+            unreadable.append(str(error))
+    return WrittenMap(rules=tuple(rules), unreadable=tuple(unreadable))

@@ -21,6 +21,7 @@ __all__ = [
     "LayoutRules",
     "MatchMode",
     "Rule",
+    "WrittenMap",
     "format_pattern",
     "format_rules",
     "hits",
@@ -78,6 +79,29 @@ class Rule:
 
 
 LayoutRules = tuple[Rule, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenMap:
+    """A map as somebody wrote it.
+
+    Attributes:
+        rules: those that can be read.
+        unreadable: why others cannot, a line each.
+    """
+
+    rules: LayoutRules
+    unreadable: tuple[str, ...] = ()
+
+    def accepted(self) -> LayoutRules:
+        """The rules, if all can be read.
+
+        Raises:
+            LayoutError: one cannot; the text is that of the first.
+        """
+        if self.unreadable:
+            raise LayoutError.of(self.unreadable)
+        return self.rules
 
 
 @lru_cache(maxsize=4096)

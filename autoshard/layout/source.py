@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import TypeGuard
 
 from autoshard.errors import LayoutError
-from autoshard.layout.rules import LayoutRules, Rule
+from autoshard.layout.rules import Rule, WrittenMap
 from autoshard.mesh import Spec, format_spec
 
-__all__ = ["SPEC", "parse_layout"]
+__all__ = ["SPEC", "parse_map"]
 
 SPEC = 'a layout is a tuple of axis names and None, like ("model", None)'
 """What is expected of a layout."""
@@ -29,21 +29,18 @@ _ELSEWHERE = "the rules that it holds are not in this source"
 _CONDITIONAL = (ast.If, ast.Match, ast.While, ast.For, ast.AsyncFor, ast.ExceptHandler)
 
 
-def parse_layout(
-    text: str, name: str = "the layout", *, unreadable: list[str] | None = None
-) -> LayoutRules:
+def parse_map(text: str, name: str = "the layout") -> WrittenMap:
     """Read Python source.
 
     Args:
         text: what a file holds.
         name: what an error calls it.
-        unreadable: where given, is told why a rule cannot be read, and the others are returned.
 
     Raises:
-        LayoutError: the source holds no map, or a rule that cannot be read. A LayoutMap without
-            rules is one: everything is replicated.
+        LayoutError: the source holds no map, or several. A LayoutMap without rules is one:
+            everything is replicated.
 
-    >>> parse_layout('layout_map["ffw_linear/kernel"] = ("model", None)')
+    >>> parse_map('layout_map["ffw_linear/kernel"] = ("model", None)').rules
     (Rule(pattern='ffw_linear/kernel', spec=('model', None)),)
     """
     try:
@@ -54,14 +51,11 @@ def parse_layout(
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise LayoutError(f"{name}{line} is not Python source: {reason}") from None
-    problems = unreadable if unreadable is not None else []
     source = _Source(tree, name)
-    rules = source.rules(problems)
-    if problems and unreadable is None:
-        raise LayoutError.of(problems)
-    if not rules and not problems and not source.makes_map:
+    found = source.read()
+    if found == WrittenMap(rules=()) and not source.makes_map:
         raise LayoutError(f"{name} holds no map; expected lines like layout_map[...] = (...)")
-    return rules
+    return found
 
 
 class _Source:
@@ -91,12 +85,11 @@ class _Source:
         elif name and _last_name(value) in self._maps:
             self._maps[name] = self._maps[_last_name(value)]
 
-    def rules(self, unreadable: list[str]) -> LayoutRules:
-        """The rules; why others cannot be read is added to `unreadable`."""
+    def read(self) -> WrittenMap:
         rules: list[Rule] = []
+        unreadable = [*self._made_elsewhere()]
         first: ast.Subscript | None = None
         is_another = False
-        unreadable.extend(self._made_elsewhere())
         for target, value in self._statements:
             is_another = is_another or (first is not None and _makes_map(value))
             if not self._is_rule(target):
@@ -111,8 +104,8 @@ class _Source:
                 rules.append(self._rule(target, value))
             except LayoutError as error:
                 unreadable.append(str(error))
-        unreadable.extend(self._otherwise_changed())
-        return tuple(rules)
+        unreadable += self._otherwise_changed()
+        return WrittenMap(rules=tuple(rules), unreadable=tuple(unreadable))
 
     def _is_rule(self, node: ast.expr) -> TypeGuard[ast.Subscript]:
         """Whether it is `layout_map[...]`."""
