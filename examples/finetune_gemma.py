@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("preset")
     parser.add_argument("--mesh", default="1x8")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     arguments = parser.parse_args()
 
     plan = autoshard.plan(
@@ -49,6 +50,7 @@ def main() -> None:
     )
     print(plan)
 
+    keras.utils.set_random_seed(0)
     # From here on nothing is autoshard's but the memory it saves while weights are loaded.
     keras.distribution.set_distribution(plan.distribution())
     with autoshard.sharded_loading():
@@ -58,7 +60,7 @@ def main() -> None:
     # In bfloat16 the default beta_2 of 0.999 rounds to 1, and Adam moves nothing.
     gemma.compile(
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        optimizer=keras.optimizers.AdamW(learning_rate=5e-4, beta_2=0.99),
+        optimizer=keras.optimizers.AdamW(learning_rate=arguments.learning_rate, beta_2=0.99),
     )
     gemma.fit(TEXTS, epochs=arguments.epochs, batch_size=BATCH)
     print(gemma.generate(TEXTS[0].partition("Paris")[0], max_length=SEQ_LEN))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import keras_hub
 import pytest
 import sentencepiece
@@ -44,6 +45,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
     )
     models = keras_hub.models
+    keras.utils.set_random_seed(0)
     tokenizer = models.GemmaTokenizer(proto=proto.getvalue())
     backbone = models.GemmaBackbone(
         vocabulary_size=64,
@@ -62,10 +64,11 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_gemma_is_fine_tuned_and_writes(preset: Path) -> None:
-    said = output_of("finetune_gemma.py", str(preset), "--mesh", "1x8", "--epochs", "2")
+    options = ("--mesh", "1x8", "--epochs", "4", "--learning-rate", "0.02")
+    said = output_of("finetune_gemma.py", str(preset), *options)
     assert 'layout_map[r"decoder_block_' in said
     losses = [float(loss) for loss in re.findall(r"loss: ([\d.]+)", said)]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     assert "capital of France" in said.splitlines()[-1]
 
 
